@@ -96,11 +96,10 @@ class LlamaConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class LlamaShard:
     """What one tensor-parallel rank holds, as ranges of global indices.
 
-    When there are more ranks than KV heads, `kv_replicas` ranks hold the same ones, and
-    `kv_replica` tells them apart.
+    Vocabulary rows are dealt out `vocab_stride` at a time, so the last ranks may hold fewer.
     """
 
     rank: int
@@ -110,11 +109,9 @@ class Shard:
     ffn: range
     vocab: range
     vocab_stride: int
-    kv_replica: int
-    kv_replicas: int
 
     @classmethod
-    def of(cls, config: LlamaConfig, tp_size: int, rank: int) -> Shard:
+    def of(cls, config: LlamaConfig, tp_size: int, rank: int) -> LlamaShard:
         """Gives the share of `rank` among `tp_size` ranks.
 
         Raises:
@@ -139,7 +136,6 @@ class Shard:
             raise ConfigError(
                 f"tp_size={tp_size} does not divide intermediate_size {c.intermediate_size}"
             )
-        replicas = max(1, tp_size // c.num_kv_heads)
         stride = -(-c.vocab_size // tp_size)
         return cls(
             rank=rank,
@@ -149,8 +145,6 @@ class Shard:
             ffn=_slice(c.intermediate_size // tp_size, rank),
             vocab=range(min(rank * stride, c.vocab_size), min((rank + 1) * stride, c.vocab_size)),
             vocab_stride=stride,
-            kv_replica=rank % replicas,
-            kv_replicas=replicas,
         )
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from llama_checkpoint import Checkpoint
-from llama_config import LlamaConfig, Shard
+from llama_config import LlamaConfig, LlamaShard
 from paged_kv import KVSequence, PagedKVCache
 from row_reduce import RowReduce, TensorParallelGroup, no_reduce, reduce_after
 from torch import Tensor
@@ -81,7 +82,8 @@ class LlamaTP:
             rank: This rank; None means the one of `comm_backend`.
             comm_backend: The group that sums partial results; may be None for tp_size 1.
             dtype: Dtype of parameters and arithmetic, whatever the file stores.
-            device: Where the parameters live; the group must reduce tensors from there.
+            device: Where the parameters live; the group must reduce tensors from there. Only
+                the CPU is tested; others are unverified on hardware.
             reduce: How row-parallel layers sum; None computes all, then all_reduces once.
 
         Raises:
@@ -92,7 +94,7 @@ class LlamaTP:
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype {dtype} is none of {', '.join(map(str, _DTYPES))}")
         tp_size, rank = _place(tp_size, rank, comm_backend)
-        self.shard = Shard.of(self.config, tp_size, rank)
+        self.shard = LlamaShard.of(self.config, tp_size, rank)
         self.dtype = dtype
         self.device = torch.device(device)
         self._group = comm_backend
@@ -107,7 +109,9 @@ class LlamaTP:
         return PagedKVCache(
             num_layers=self.config.num_layers,
             num_blocks=num_blocks,
-            kv_heads=self.shard.kv_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            tp_size=self.shard.tp_size,
+            rank=self.shard.rank,
             head_dim=self.config.head_dim,
             page_tokens=page_tokens,
             dtype=self.dtype,
@@ -163,9 +167,9 @@ class LlamaTP:
                 on_layer_done(i)
             k_KNE, v_KNE = sequence.read(i, start + count)
             a_TD = self._attend(q_HTE, k_KNE, v_KNE)
-            x_TD = x_TD + self._reduce(lambda rows, o=layer.o: F.linear(rows, o), a_TD)
+            x_TD = x_TD + self._reduce(partial(_output, layer), a_TD)
             h_TD = self._norm(x_TD, layer.mlp_norm)
-            x_TD = x_TD + self._reduce(lambda rows, layer=layer: _mlp(layer, rows), h_TD)
+            x_TD = x_TD + self._reduce(partial(_mlp, layer), h_TD)
         sequence.mark_filled(start + count)
         if not all_positions:
             x_TD = x_TD[-1:]
@@ -218,9 +222,8 @@ class LlamaTP:
         self, layer: _Layer, h_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv = len(self.shard.heads), len(self.shard.kv_heads)
-        qkv_HTE = (
-            F.linear(h_TD, layer.qkv).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
-        )
+        qkv_TX = F.linear(h_TD, layer.qkv)
+        qkv_HTE = qkv_TX.view(len(h_TD), -1, self.config.head_dim).transpose(0, 1)
         # half-split RoPE: element e turns with element e + E/2, queries and keys alike
         a, b = qkv_HTE[: heads + kv].chunk(2, dim=-1)
         turned = torch.cat((a * cos_TE - b * sin_TE, b * cos_TE + a * sin_TE), dim=-1)
@@ -334,6 +337,10 @@ def generate_greedy(
             break
         step = made[-1:]
     return made
+
+
+def _output(layer: _Layer, a_TD: Tensor) -> Tensor:
+    return F.linear(a_TD, layer.o)
 
 
 def _mlp(layer: _Layer, x_TD: Tensor) -> Tensor:

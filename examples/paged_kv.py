@@ -1,8 +1,9 @@
 """A paged KV cache for one tensor-parallel rank, laid out so that it can be sent as it fills.
 
 One tensor per layer, `kv_BSHPD`: B blocks, S = 2 sides (key, value), H KV heads of this rank, P
-tokens per page, D elements per head. A block of a layer is one contiguous run of bytes, and within it
-so is any run of heads: a peer with another tensor-parallel size takes whole stretches.
+tokens per page, D elements per head. A block of a layer is one contiguous run of bytes, and so is
+any run of heads within one side of it: a peer with another tensor-parallel size takes two whole
+stretches per block.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sagellm.core.protocols import ConfigError, ResourceError
+from sagellm.core.protocols import CacheGroup, ConfigError, KVLayout, ResourceError, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +83,49 @@ class PagedKVCache:
         *,
         num_layers: int,
         num_blocks: int,
-        kv_heads: range,
+        num_kv_heads: int,
         head_dim: int,
+        tp_size: int = 1,
+        rank: int = 0,
         page_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Allocates the blocks, zeroed.
+
+        Args:
+            num_layers: Layers of the model.
+            num_blocks: Blocks in each layer.
+            num_kv_heads: KV heads of the whole model; this rank's are derived.
+            head_dim: Elements per head.
+            tp_size: Ranks that the heads are split over.
+            rank: Which of them this is.
+            page_tokens: Tokens per block.
+            dtype: Of keys and values.
+            device: Where the blocks live.
+
+        Raises:
+            ConfigError: A count is below 1, or the heads do not split over the ranks.
+        """
         for name, value in {
             "num_layers": num_layers,
             "num_blocks": num_blocks,
-            "len(kv_heads)": len(kv_heads),
+            "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
             "page_tokens": page_tokens,
         }.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        kv_heads = kv_heads_of(num_kv_heads, tp_size, rank)
         shape = (num_blocks, 2, len(kv_heads), page_tokens, head_dim)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.kv_heads = kv_heads
         self.page_tokens = page_tokens
+        self._shard: Shard | None = None
+        if tp_size > 1:
+            parts = num_kv_heads // len(kv_heads)
+            part = kv_heads.start // len(kv_heads)
+            self._shard = Shard("head", part, parts, replicas=tp_size // parts)
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @property
@@ -112,6 +137,28 @@ class PagedKVCache:
     def block_bytes(self) -> int:
         """Bytes of one block in one layer."""
         return self.layers[0][0].nbytes
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the layers under the names that `layout` gives them."""
+        return {_layer_name(i): kv_BSHPD for i, kv_BSHPD in enumerate(self.layers)}
+
+    def layout(self, model: str = "") -> KVLayout:
+        """Describes these blocks to a peer; `model` is the fingerprint of the weights."""
+        return KVLayout(
+            groups=(
+                CacheGroup(
+                    name="kv",
+                    kind="kv",
+                    layers=tuple(self.tensors()),
+                    axes=("block", "kv", "head", "token", "dim"),
+                    block_shape=tuple(self.layers[0].shape[1:]),
+                    dtype=str(self.layers[0].dtype).removeprefix("torch."),
+                    page_tokens=self.page_tokens,
+                    shard=self._shard,
+                ),
+            ),
+            model=model,
+        )
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks that many tokens need."""
@@ -218,3 +265,7 @@ class KVSequence:
         self.cache._give_back(self.block_ids)
         self.block_ids = []
         self.num_tokens = 0
+
+
+def _layer_name(index: int) -> str:
+    return f"layer{index}"

@@ -156,7 +156,7 @@ def test_a_quantised_tensor_is_refused(make_checkpoint):
     name = "model.layers.0.self_attn.o_proj.weight"
     change_tensors(folder, lambda t: t.update({name: t[name].to(torch.int8)}))
 
-    with pytest.raises(ConfigError, match="o_proj.*stored as I8"):
+    with pytest.raises(ConfigError, match=r"o_proj.*stored as I8"):
         LlamaTP(folder)
 
 

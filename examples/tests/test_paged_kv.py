@@ -5,7 +5,7 @@ import torch
 from llama_tp import LlamaTP, generate_greedy
 from paged_kv import PagedKVCache, kv_heads_of, plan_head_moves
 
-from sagellm.core.protocols import ConfigError, ResourceError
+from sagellm.core.protocols import ConfigError, ResourceError, Shard
 
 NEW_TOKENS = 16
 LAYERS = 8
@@ -17,8 +17,8 @@ def whole():
 
 
 def small_cache(**changes):
-    options = {"num_layers": 2, "num_blocks": 3, "kv_heads": range(2, 4), "head_dim": 4}
-    return PagedKVCache(**(options | {"page_tokens": 4} | changes))
+    options = {"num_layers": 2, "num_blocks": 3, "num_kv_heads": 4, "head_dim": 4}
+    return PagedKVCache(**(options | {"tp_size": 2, "rank": 1, "page_tokens": 4} | changes))
 
 
 def disaggregate(run_ranks, prompt, prefill_tp, decode_tp, sabotage_layer=None):
@@ -164,7 +164,26 @@ def test_more_tokens_than_reserved_cannot_be_declared():
         small_cache().new_sequence(8).mark_filled(9)
 
 
-@pytest.mark.parametrize("name", ["num_layers", "num_blocks", "head_dim", "page_tokens"])
+@pytest.mark.parametrize(
+    "name", ["num_layers", "num_blocks", "num_kv_heads", "head_dim", "page_tokens"]
+)
 def test_a_cache_of_nothing_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         small_cache(**{name: 0})
+
+
+def test_the_layout_describes_the_tensors_and_the_share_of_the_heads():
+    for tp, rank, shard in [
+        (1, 0, None),
+        (2, 1, Shard("head", 1, 2)),
+        (4, 3, Shard("head", 1, 2, 2)),
+    ]:
+        cache = small_cache(num_kv_heads=2, tp_size=tp, rank=rank)
+
+        group = cache.layout("m").groups[0]
+
+        assert group.shard == shard
+        assert group.tensor_names == tuple(cache.tensors())
+        assert all((3, *group.block_shape) == tuple(t.shape) for t in cache.tensors().values())
+        assert (group.dtype, group.page_tokens) == ("float32", 4)
+        assert len(group.axes) == 5

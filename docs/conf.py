@@ -6,9 +6,11 @@ import importlib
 import sys
 from pathlib import Path
 
+from docutils.nodes import Node
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
@@ -51,12 +53,14 @@ def read_docstring(
     lines[:] = [docstrings.as_rst(line) for line in lines]
 
 
-def add_aliases(app: Sphinx, page: str, content: list[str]) -> None:
-    """Append a package's aliases to its page."""
-    for module in MODULES:
-        if f".. automodule:: {module}\n" in content[0]:
-            rst = docstrings.alias_directives(module)
-            content[0] += f"\n```{{eval-rst}}\n{rst}\n```\n" if rst else ""
+class Aliases(SphinxDirective):
+    """`.. aliases:: MODULE`: the public aliases, which automodule leaves out."""
+
+    required_arguments = 1
+
+    def run(self) -> list[Node]:
+        """Parse what `docstrings` makes of the module."""
+        return self.parse_text_to_nodes(docstrings.alias_directives(self.arguments[0]))
 
 
 def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
@@ -69,8 +73,8 @@ def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect the functions above."""
-    app.connect("source-read", add_aliases)
+    """Connect what is above."""
+    app.add_directive("aliases", Aliases)
     app.connect("autodoc-process-docstring", read_docstring, priority=400)
     app.connect("env-check-consistency", check_public_names)
     return {"parallel_read_safe": True}

@@ -52,6 +52,6 @@ def alias_directives(module: str) -> str:
     """The aliases of a package as reStructuredText."""
     blocks = []
     for name, value, lines in public_aliases(module):
-        body = [f".. py:data:: {module}.{name}", f"   :value: {value}", ""]
+        body = [f".. py:data:: {name}", f"   :module: {module}", f"   :value: {value}", ""]
         blocks.append("\n".join([*body, *(f"   {as_rst(line)}" for line in lines), ""]))
     return "\n".join(blocks)

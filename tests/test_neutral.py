@@ -35,7 +35,7 @@ def test_no_file_names_a_path_of_one_machine(tracked, root):
 
 def test_every_lock_entry_of_an_index_has_hashes(root):
     entries = (root / "uv.lock").read_text().split("[[package]]")[1:]
-    remote = [e for e in entries if "source = { registry" in e]
+    remote = [e for e in entries if "\nsource = { registry" in e]
 
     assert remote
     assert [e.splitlines()[1] for e in remote if "sha256:" not in e] == []

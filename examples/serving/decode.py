@@ -34,6 +34,8 @@ class DecodeWorker(Worker):
             raise ConfigError(
                 f"sabotage_layer={job.sabotage_layer} is not in 0..{self.num_layers - 1}"
             )
+        mine = rank - job.tp_prefill
+        self._sources = [m.source_rank for m in self.moves() if m.target_rank == mine]
         self._allocator = threading.Lock()
         self._admitted: dict[str, _Admitted] = {}
         self._landing: queue.SimpleQueue[_Admitted] = queue.SimpleQueue()
@@ -56,7 +58,10 @@ class DecodeWorker(Worker):
             sequence = self.cache.new_sequence(num_tokens + command.max_new_tokens)
         blocks = sequence.block_ids[: self.cache.blocks_for(num_tokens)]
         transfer = self.channel.receive(
-            TransferKey(command.id), blocks, deadline_s=self.job.deadline_s
+            TransferKey(command.id),
+            blocks,
+            source_node=self._sources,
+            deadline_s=self.job.deadline_s,
         )
         admitted = _Admitted(command, sequence, transfer)
         self._admitted[command.id] = admitted

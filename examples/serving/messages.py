@@ -78,12 +78,14 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
     """To prefill ranks: time a prompt overlapped, without sending, and sending alone.
 
     Attributes:
-        ids: One pair of transfer ids per round: overlapped, and sending alone.
+        overlapped_id: Transfer id of the run that does both.
+        alone_id: Transfer id of the run that only sends.
         tokens: The prompt.
 
     """
 
-    ids: list[tuple[str, str]]
+    overlapped_id: str
+    alone_id: str
     tokens: list[int]
 
 
@@ -182,19 +184,13 @@ class Decoded(msgspec.Struct, frozen=True, tag=True):
     ended_s: float
 
 
-class Round(msgspec.Struct, frozen=True):
-    """One round of `Measure` on one rank."""
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """What a prefill rank measured: three makespans, and the trace of the first."""
 
     overlapped_s: float
     compute_s: float
     comm_s: float
     eff_trace: float | None
-
-
-class Measured(msgspec.Struct, frozen=True, tag=True):
-    """What a prefill rank measured."""
-
-    rounds: list[Round]
 
 
 class Span(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from paged_kv import KVSequence
@@ -16,7 +17,6 @@ from serving.messages import (
     Measured,
     Prefill,
     Prefilled,
-    Round,
     Span,
 )
 from serving.worker import Worker
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from sagellm.comm.overlap import OverlapManager
 from sagellm.core.protocols import (
+    CommTimeoutError,
     ConfigError,
-    KVStream,
-    OverlapHandle,
     OverlapMetrics,
+    Pairing,
     Transfer,
     TransferKey,
 )
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from serving.rank import Parent
 
 Steps = Generator[int, None, Tensor]
+_POLL_S = 0.0002
 
 
 class PrefillWorker(Worker):
@@ -43,7 +44,7 @@ class PrefillWorker(Worker):
 
     def __init__(self, job: Job, rank: int, parent: Parent) -> None:
         super().__init__(job, rank, parent, job.prefill_blocks)
-        self.overlap = OverlapManager()
+        self.overlap = OverlapManager(device="cpu", timeout_s=job.deadline_s)
         first = job.tp_prefill
         self.targets = [first + m.target_rank for m in self.moves() if m.source_rank == rank]
 
@@ -118,34 +119,31 @@ class PrefillWorker(Worker):
     def _run(
         self, compute: Sequence[Callable[..., Any]], comm: Sequence[Callable[..., Any]]
     ) -> OverlapMetrics:
-        pairing = "zip" if compute and comm else "none"
-        handle: OverlapHandle = self.overlap.schedule(compute, comm, pairing=pairing)  # type: ignore[arg-type]
+        pairing: Pairing = "zip" if compute and comm else "none"
+        handle = self.overlap.schedule(compute, comm, pairing=pairing)
         handle.wait(self.job.deadline_s)
         return handle.metrics
 
     def _measure(self, command: Measure) -> None:
-        rounds = []
         tokens = command.tokens
-        for overlapped_id, alone_id in command.ids:
-            sequence = self.cache.new_sequence(len(tokens))
-            sending = _Sending(self, overlapped_id, sequence, len(tokens))
-            self.group.barrier()
-            both = self._run(self._compute(tokens, sequence), sending.tasks())
-            sequence.free()
+        sequence = self.cache.new_sequence(len(tokens))
+        sending = _Sending(self, command.overlapped_id, sequence, len(tokens))
+        self.group.barrier()
+        both = self._run(self._compute(tokens, sequence), sending.tasks())
+        sequence.free()
 
-            sequence = self.cache.new_sequence(len(tokens))
-            self.group.barrier()
-            compute = self._run(self._compute(tokens, sequence), [])
+        sequence = self.cache.new_sequence(len(tokens))
+        self.group.barrier()
+        compute = self._run(self._compute(tokens, sequence), [])
 
-            sending = _Sending(self, alone_id, sequence, len(tokens))
-            sends = [_bound(task, i) for i, task in enumerate(sending.tasks())]
-            self.group.barrier()
-            comm = self._run([], sends)
-            sequence.free()
-            rounds.append(
-                Round(both.makespan_s, compute.makespan_s, comm.makespan_s, both.eff_trace)
-            )
-        self.parent.say(Measured(rounds))
+        sending = _Sending(self, command.alone_id, sequence, len(tokens))
+        sends = [partial(task, i) for i, task in enumerate(sending.tasks())]
+        self.group.barrier()
+        comm = self._run([], sends)
+        sequence.free()
+        self.parent.say(
+            Measured(both.makespan_s, compute.makespan_s, comm.makespan_s, both.eff_trace)
+        )
 
     def _note(self, request: str, started_s: float, metrics: OverlapMetrics, nbytes: int) -> None:
         seen = {"compute": 0, "comm": 0}
@@ -183,10 +181,11 @@ class _Sending:
         self._num_tokens = num_tokens
         self._say = say
         key, blocks = TransferKey(request), sequence.block_ids
-        self._streams: list[KVStream] = [
-            worker.channel.begin(key, target, blocks) for target in worker.targets
+        self._streams = [
+            worker.channel.begin(key, target, blocks, deadline_s=worker.job.deadline_s)
+            for target in worker.targets
         ]
-        self.transfers: list[Transfer] = [stream.transfer for stream in self._streams]
+        self.transfers = [stream.transfer for stream in self._streams]
         self.nbytes = len(blocks) * worker.cache.block_bytes
 
     def tasks(self) -> list[Callable[[int], None]]:
@@ -200,7 +199,7 @@ class _Sending:
             for stream in self._streams:
                 stream.seal(self._num_tokens)
         for transfer in self.transfers:
-            transfer.wait_layer(layer, self._worker.job.deadline_s)
+            _wait_until_sent(transfer, layer, self._worker.job.deadline_s)
         if self._say:
             self._worker.parent.say(LayerSent(self._request, layer))
 
@@ -209,5 +208,17 @@ class _Sending:
             transfer.wait(self._worker.job.deadline_s)
 
 
-def _bound(task: Callable[[int], None], index: int) -> Callable[[], None]:
-    return lambda: task(index)
+def _wait_until_sent(transfer: Transfer, layer: int, deadline_s: float) -> None:
+    """Returns when a layer has left; a sender hears of landing only for the whole transfer."""
+    end_s = time.monotonic() + deadline_s
+    while not transfer.done():
+        now = transfer.progress
+        if now.bytes_total and now.bytes_done * now.layers_total >= now.bytes_total * (layer + 1):
+            return
+        if time.monotonic() > end_s:
+            raise CommTimeoutError(
+                f"layer {layer} of {transfer.key.id} did not leave within {deadline_s:g} s: {now}"
+            )
+        time.sleep(_POLL_S)
+    transfer.wait(0.0)
+

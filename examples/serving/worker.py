@@ -12,7 +12,7 @@ from paged_kv import HeadMove, plan_head_moves
 from serving.messages import Command, Job, Ready, Span
 
 from sagellm.comm.collective_ops import create_comm_backend
-from sagellm.comm.kv_transfer import KVTransferChannel
+from sagellm.comm.kv_transfer import KVTransferChannel, KVTransferSettings
 from sagellm.core.protocols import CommBackendProtocol, DistributedRuntimeError
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ class Worker(ABC):
         self.group: CommBackendProtocol = group
         self.model = LlamaTP(job.checkpoint, comm_backend=self.group)
         self.cache = self.model.new_cache(num_blocks, job.page_tokens)
-        self.channel = KVTransferChannel(codec=job.codec, transport=job.transport)
+        # node id, peers and key come from the default group
+        self.channel = KVTransferChannel(
+            settings=KVTransferSettings(codec=job.codec, transport=job.transport)
+        )
         self.channel.register(self.cache.layout(self.model.fingerprint), self.cache.tensors())
 
     @property

@@ -1,9 +1,9 @@
 """Moving KV cache between nodes: layouts, transfers, and the channel that carries them.
 
 A *node* is one process that owns KV memory, named by a small integer; under torchrun it is
-the global rank. A *pool* is a set of tensors whose leading `block` axis is indexed by block
-ids; the channel moves blocks and never allocates or frees them. Blocks are integer arrays per
-cache group, never one object per block and layer.
+the global rank. A *pool* is a set of tensors whose `block` axis, wherever the layout puts it,
+is indexed by block ids; the channel moves blocks and never allocates or frees them. Blocks are
+integer arrays per cache group, never one object per block and layer.
 """
 
 from __future__ import annotations
@@ -229,6 +229,7 @@ class Completion:
     Attributes:
         key: Which transfer.
         status: `landed`, `failed` or `cancelled`.
+        direction: Whether this node sent or received; one key may end in both on one node.
         cause: `code` of the error, empty on success.
         message: The error's text, empty on success.
         invalid_blocks: Destination blocks that must not be read.
@@ -239,6 +240,7 @@ class Completion:
 
     key: TransferKey
     status: Literal["landed", "failed", "cancelled"]
+    direction: Literal["send", "receive"]
     cause: str = ""
     message: str = ""
     invalid_blocks: tuple[int, ...] = ()
@@ -405,15 +407,19 @@ class KVStream(Protocol):
         """The transfer this stream feeds."""
         ...
 
-    def send_layer(self, index: int, after: ReadyEvent | None = None) -> None:
-        """Queue one layer's blocks; returns at once. Layers may come in any order, each once.
+    def send_layer(
+        self, index: int, after: ReadyEvent | None = None, *, span: tuple[int, int] | None = None
+    ) -> None:
+        """Queue one layer's blocks; returns at once. Layers may come in any order.
 
         Args:
             index: Position in `layout.layers`.
             after: Waited for before a byte is read.
+            span: Positions [first, last) in the stream's blocks, for prefill in chunks; None is
+                all of them. Each block of a layer is sent once.
 
         Raises:
-            ConfigError: Unknown or repeated layer, or the stream is sealed.
+            ConfigError: Unknown layer, a block sent before, or the stream is sealed.
             KVTransferError: The transfer has failed.
 
         """
@@ -423,7 +429,8 @@ class KVStream(Protocol):
         """Say that nothing more comes, and how many tokens the blocks hold.
 
         Raises:
-            ConfigError: A layer was never sent; the message lists them. The transfer is aborted.
+            ConfigError: Blocks of a layer were never sent; the message lists the layers. The
+                transfer is aborted.
 
         """
         ...
@@ -444,6 +451,20 @@ class KVTransferChannelProtocol(ABC):
     @abstractmethod
     def node_id(self) -> int:
         """This node's id."""
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where peers reach this node, `host:port`; what an engine hands on out of band."""
+
+    @abstractmethod
+    def add_peer(self, node_id: int, address: str) -> None:
+        """Make a node known that discovery has not found, or give a restarted one its new address.
+
+        Raises:
+            ConfigError: The address is not `host:port`, or the node is this one.
+
+        """
 
     @abstractmethod
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
@@ -536,15 +557,20 @@ class KVTransferChannelProtocol(ABC):
         peer: int,
         blocks: BlockIds | Mapping[str, BlockIds],
         *,
+        src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         layers: Sequence[int] | None = None,
         deadline_s: float = 30.0,
     ) -> Transfer:
         """Pull offered blocks into ours; either of `offer` and `fetch` may come first.
 
         Args:
-            key: Which offer.
+            key: Which offer, by its id; the attempt is this fetch's own, so that one standing
+                offer serves many fetches.
             peer: Node that offers it.
-            blocks: Destination ids, in the order of the offered ones.
+            blocks: Destination ids.
+            src_blocks: Which of the offered ids, in the order of `blocks`; None takes the
+                offered ones in their order. An offer of a whole pool plus `src_blocks` is a
+                one-sided read.
             layers: Only these positions of `layout.layers`; None fetches all.
             deadline_s: It must have landed by then.
 

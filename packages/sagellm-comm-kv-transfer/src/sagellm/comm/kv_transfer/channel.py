@@ -45,7 +45,7 @@ from .transports.tcp import parse_address
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["KVTransferChannel"]
 

@@ -145,7 +145,9 @@ class RegisteredPool:
         for name in names:
             tensor = self._tensors[name]
             item = tensor.element_size()
-            strides = {a: s * item for a, s in zip(group.axes, tensor.stride(), strict=True)}
+            strides: dict[str, int] = {
+                a: s * item for a, s in zip(group.axes, tensor.stride(), strict=True)
+            }
             runs = slab_runs(group, part, strides, item)
             pointer = tensor.untyped_storage().data_ptr()
             if pointer not in stores:

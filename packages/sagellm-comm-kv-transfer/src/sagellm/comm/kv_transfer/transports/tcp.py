@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from sagellm.comm.kv_transfer.auth import token_id, token_proof
 from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
@@ -26,8 +27,6 @@ from sagellm.core.protocols import (
     Probe,
     TransportSpec,
 )
-
-from ..auth import token_id, token_proof
 
 __all__ = ["TCP", "TcpConnection", "TcpTransport", "listen", "parse_address"]
 

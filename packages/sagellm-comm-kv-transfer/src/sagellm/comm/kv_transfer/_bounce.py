@@ -12,7 +12,7 @@ import numpy as np
 from sagellm.core.protocols import ConfigError, KVBlock, KVLayout, ResourceError
 
 from .memory import Extent, Ints, TensorExtent
-from .plan import Part
+from .plan import Part, inner_axes
 from .pool import BlockTable, PoolExtent, RegisteredPool
 
 if TYPE_CHECKING:

@@ -152,7 +152,7 @@ class RegisteredPool:
             pointer = tensor.untyped_storage().data_ptr()
             if pointer not in stores:
                 stores.append(pointer)
-            base = tensor.storage_offset() * item + index * strides.get("layer", 0)
+            base = int(tensor.storage_offset()) * item + index * strides.get("layer", 0)
             like = np.ones_like(runs.offsets)
             columns.append(
                 (

@@ -23,10 +23,10 @@ HYGON = VendorSpec(
     install_hint="install the torch of the vendor's DTK and source DTK's env.sh",
     aliases=("dcu",),
     in_default_map=True,
-    barrier_device_ids=True,
     reduce_ops=ARITHMETIC | {"avg"},
     reduce_dtypes=INTEGERS | FLOATS | {"float64"},
     lowering=no_bits("RCCL"),
+    uneven=True,
     visible_env=("HIP_VISIBLE_DEVICES",),
     env={
         "NCCL_SOCKET_IFNAME": "names of interfaces RCCL may use",
@@ -65,6 +65,7 @@ KUNLUN = VendorSpec(
     reduce_ops=ARITHMETIC,
     reduce_dtypes=frozenset({"int32", "int64"}) | FLOATS,
     lowering=(average("BKCL"), *no_bits("BKCL")),
+    uneven=True,
     visible_env=("XPU_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
     env={
         "BKCL_RDMA_NICS": "NICs for each device",
@@ -103,10 +104,10 @@ METAX = VendorSpec(
     install_hint="install the torch of the vendor's MACA SDK",
     aliases=("maca", "muxi"),
     in_default_map=True,
-    barrier_device_ids=True,
     reduce_ops=ARITHMETIC | {"avg"},
     reduce_dtypes=INTEGERS | FLOATS | {"float64"},
     lowering=no_bits("MACA's MCCL"),
+    uneven=True,
     visible_env=("CUDA_VISIBLE_DEVICES", "MACA_VISIBLE_DEVICES"),
     env={
         "MCCL_IB_HCA": "names of InfiniBand devices it may use",
@@ -143,10 +144,10 @@ ILUVATAR = VendorSpec(
     install_hint="install the torch of the vendor's CoreX SDK",
     aliases=("corex", "ixccl"),
     in_default_map=True,
-    barrier_device_ids=True,
     reduce_ops=ARITHMETIC,
     reduce_dtypes=frozenset({"int8", "uint8", "int32", "int64"}) | FLOATS,
     lowering=(average("IXCCL"), *no_bits("IXCCL")),
+    uneven=True,
     visible_env=("CUDA_VISIBLE_DEVICES",),
     libraries={
         "libixccl": "put CoreX's lib (/usr/local/corex/lib) in LD_LIBRARY_PATH",

@@ -39,6 +39,7 @@ ASCEND = VendorSpec(
         "hccl_buffer_name": (str, "name of a shared buffer"),
     },
     options_path="torch_npu._C._distributed_c10d:ProcessGroupHCCL.Options",
+    options_attribute="hccl_config",
     reduce_ops=ARITHMETIC,
     reduce_dtypes=frozenset({"int8", "int16", "int32", "int64"}) | FLOATS,
     move_dtypes=INTEGERS
@@ -52,6 +53,7 @@ ASCEND = VendorSpec(
         Lowering("float64", "refuse", "HCCL reduces float64 on the 950 alone; cast to float32"),
         Lowering("uint64", "refuse", "HCCL reduces uint64 on the 950 alone; cast to int64"),
     ),
+    uneven=True,
     visible_env=("ASCEND_RT_VISIBLE_DEVICES",),
     env={
         "HCCL_IF_IP": "address of the interface HCCL connects through",
@@ -123,6 +125,7 @@ CAMBRICON = VendorSpec(
         Lowering("float64", "refuse", "CNCL sends float64 as float32 without a word"),
         Lowering("int16", "refuse", "CNCL has no int16; cast to int32"),
     ),
+    uneven=True,
     visible_env=("MLU_VISIBLE_DEVICES",),
     env={
         "CNCL_ASYNC_ERROR_HANDLING": "whether a watchdog reports failures, off unless set",
@@ -167,6 +170,7 @@ MOORE_THREADS = VendorSpec(
     reduce_ops=ARITHMETIC | {"avg"},
     reduce_dtypes=INTEGERS | FLOATS | {"float64"},
     lowering=no_bits("MCCL"),
+    uneven=True,
     visible_env=("MUSA_VISIBLE_DEVICES",),
     env={
         "TORCH_MCCL_ASYNC_ERROR_HANDLING": "how a watchdog reports failures, 3 unless set",

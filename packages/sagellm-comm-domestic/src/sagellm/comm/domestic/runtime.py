@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from sagellm.core.protocols import BackendUnavailableError
 
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _LIBRARY = re.compile(r"\b(lib[\w+-]+)\.so[\w.]*")
 _lock = threading.RLock()
+
+_Module: TypeAlias = Any
+"""torch, or its device module of a vendor: the attributes used here have no stubs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class VendorRuntime:
 
     row: VendorSpec
     plugin: ModuleType | None
-    device_module: Any  # torch.npu and its like have no common type
+    device_module: _Module
     device_count: int
 
 
@@ -134,7 +137,7 @@ def _import_plugin(row: VendorSpec) -> ModuleType | None:
         raise unavailable(row, f"import {row.module}", e) from e
 
 
-def _device_module(row: VendorSpec, torch: Any) -> Any:  # torch's device modules have no type
+def _device_module(row: VendorSpec, torch: _Module) -> _Module:
     if row.dispatch == "privateuse1":
         taken = torch._C._get_privateuse1_backend_name()
         if taken != row.device:
@@ -153,7 +156,7 @@ def _device_module(row: VendorSpec, torch: Any) -> Any:  # torch's device module
     return module
 
 
-def _count(row: VendorSpec, device_module: Any) -> int:  # as above
+def _count(row: VendorSpec, device_module: _Module) -> int:
     try:
         count = int(device_module.device_count()) if device_module.is_available() else 0
     except Exception as e:  # a driver may fail in any way it likes
@@ -169,7 +172,7 @@ def _count(row: VendorSpec, device_module: Any) -> int:  # as above
     )
 
 
-def _check_library(row: VendorSpec, torch: Any) -> None:  # as above
+def _check_library(row: VendorSpec, torch: _Module) -> None:
     distributed = torch.distributed
     if not distributed.is_available():
         raise BackendUnavailableError(f"{_who(row)}: this torch is built without distributed")

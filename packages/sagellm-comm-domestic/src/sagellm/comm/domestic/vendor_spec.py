@@ -34,9 +34,10 @@ class VendorSpec:
         source: Where the facts stand.
         aliases: Other names that users may mean by it.
         in_default_map: Whether a device without a backend name finds this one in torch.
-        barrier_device_ids: Whether its barrier takes a device index.
         options: What reaches the library through `pg_options`: name to type and meaning.
         options_path: `module:attribute` of the options class; None when none can be delivered.
+        options_attribute: Dictionary of that class that takes the options; None when each is an
+            attribute of its own.
         reduce_ops: Reductions the library has.
         reduce_dtypes: Dtypes it reduces.
         move_dtypes: Dtypes it moves unchanged; empty when not known.
@@ -67,14 +68,14 @@ class VendorSpec:
     install_hint: str
     aliases: tuple[str, ...] = ()
     in_default_map: bool | None = None
-    barrier_device_ids: bool = False
     options: Mapping[str, tuple[type, str]] = field(default_factory=dict)
     options_path: str | None = None
+    options_attribute: str | None = None
     reduce_ops: frozenset[str] = frozenset()
     reduce_dtypes: frozenset[str] = frozenset()
     move_dtypes: frozenset[str] = frozenset()
     lowering: tuple[Lowering, ...] = ()
-    uneven: bool = True
+    uneven: bool = False
     visible_env: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)

@@ -44,7 +44,7 @@ class EmulatedTensor(torch.Tensor):
     def __init__(self, raw: torch.Tensor) -> None:
         self.raw = raw
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # torch's signature
+    def __repr__(self, **named: object) -> str:
         return f"{self.raw!r}[{self.device}]"
 
 

@@ -20,5 +20,6 @@ def average(library: str) -> Lowering:
 def no_bits(library: str) -> tuple[Lowering, ...]:
     """Refusals of the bitwise reductions, each by name."""
     return tuple(
-        Lowering(op, "refuse", f"{library} has no {op} reduction") for op in ("band", "bor", "bxor")
+        Lowering(op, "refuse", f"{library} reduces by arithmetic alone")
+        for op in ("band", "bor", "bxor")
     )

@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
 )
 
 from .auto import choose_vendor
+from .groups import open_group
 from .options import vendor_options
 from .runtime import VendorRuntime, load_vendor
 from .specs import backend_class, backend_spec
@@ -81,9 +82,6 @@ def create_domestic_backend(
         raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
     runtime = load_vendor(row)
     chosen = _set_device(row, runtime, device)
-    # torch is loaded by now; these modules import it at their top.
-    from .groups import open_group
-
     opened = open_group(row, group=group, timeout_s=timeout_s, options=wanted)
     backend = backend_class(row).over(
         backend_spec(row),

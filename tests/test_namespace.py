@@ -88,8 +88,10 @@ def test_leaf_is_typed_and_lists_its_names_sorted(package):
 
 
 def may_import_torch(file: Path, folder: Path) -> bool:
+    """`process_group`, the private modules it is made of, the conformance kit, benchmarks."""
     inside = file.relative_to(folder)
-    return inside.name == "process_group.py" or inside.parts[0] in {"testing", "benchmarks"}
+    adapter = inside.name == "process_group.py" or inside.name.startswith("_pg_")
+    return adapter or inside.parts[0] in {"testing", "benchmarks"}
 
 
 def test_core_imports_torch_in_one_place(packages):
@@ -102,6 +104,20 @@ def test_core_imports_torch_in_one_place(packages):
         found += [f"{file}:{n}" for m, n in imports(tree) if m.split(".")[0] == "torch"]
 
     assert not found
+
+
+def test_every_other_module_of_core_works_without_torch(packages, run_python):
+    core = next(p for p in packages if p.is_core)
+    modules = [
+        ".".join(file.relative_to(core.path / "src").with_suffix("").parts)
+        for file in core.folder.rglob("*.py")
+        if not may_import_torch(file, core.folder) and file.name != "__main__.py"
+    ]
+    program = "import importlib, sys\nsys.modules['torch'] = None\n" + "\n".join(
+        f"importlib.import_module({m.removesuffix('.__init__')!r})" for m in modules
+    )
+
+    run_python("-c", program)
 
 
 @pytest.mark.parametrize("module", ["sagellm.core.protocols", "sagellm.comm.topology"])

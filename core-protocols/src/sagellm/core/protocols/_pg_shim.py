@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,16 @@ from ._pg_transport import RawCall, TorchObject
 from .comm_backend import ReduceOp
 from .errors import UnsupportedOperationError
 
-__all__ = ["abort_group", "dtype_name", "group_facts", "issue", "span", "world_is_initialized"]
+__all__ = [
+    "abort_group",
+    "as_contiguous",
+    "dtype_name",
+    "group_facts",
+    "group_libraries",
+    "issue",
+    "span",
+    "world_is_initialized",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +205,25 @@ def group_facts(group: TorchObject) -> tuple[str, tuple[int, ...], TorchObject]:
             lookup = distributed.distributed_c10d._get_process_group_store
             store = lookup(group)  # type: ignore[no-untyped-call,unused-ignore]  # torch's own helper
     return name, ranks, store
+
+
+def group_libraries(group: TorchObject | None) -> dict[str, str]:
+    """The c10d library of a group for each device type; of the default group when None.
+
+    >>> group_libraries(None)
+    {}
+    """
+    if group is None:
+        if not world_is_initialized():
+            return {}
+        group = cast("TorchObject", torch.distributed.group.WORLD)
+    config = ""
+    with contextlib.suppress(Exception):  # a group outside torch's registry has no configuration
+        config = str(torch.distributed.get_backend_config(group))
+    if not config:
+        return {str(d.type): str(group.name()) for d in group._device_types}
+    pairs = (part.partition(":") for part in config.split(","))
+    return {device: library for device, _, library in pairs if library}
 
 
 def as_contiguous(x: Tensor) -> tuple[Tensor, bool]:

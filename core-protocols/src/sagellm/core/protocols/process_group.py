@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ._pg_agree import CheckedTransport
+from ._pg_agree import CheckedTransport, fingerprint, mismatch
 from ._pg_ops import TensorBackend
+from ._pg_solo import SoloTransport
 from ._pg_torch import TorchTransport
 from ._pg_transport import RawCall, RawWork, TorchObject, Transport
 from ._pg_work import completed_future
@@ -26,6 +27,8 @@ __all__ = [
     "TensorBackend",
     "Transport",
     "completed_future",
+    "fingerprint",
+    "mismatch",
 ]
 
 
@@ -38,8 +41,8 @@ class ProcessGroupBackend(TensorBackend):
 
     Args:
         spec: Facts about the library.
-        process_group: The group; its members construct their backends together when
-            `check_calls` or a cost model is given.
+        process_group: The group; None is a world of this process alone.
+        owned: Whether `close` destroys the group.
         device: Where tensors live; None is the current device of the spec's first type.
         timeout_s: Deadline of every call and wait that gives none.
         topology_manager: Kept for subclasses that choose an algorithm by it.
@@ -56,21 +59,27 @@ class ProcessGroupBackend(TensorBackend):
     def __init__(
         self,
         spec: BackendSpec,
-        process_group: TorchObject,
+        process_group: TorchObject | None,
         *,
         device: torch.device | str | None = None,
         timeout_s: float = 30.0,
         topology_manager: TopologyManagerProtocol | None = None,
         cost_model: CostModelProtocol | None = None,
         options: Mapping[str, Any] | None = None,
+        owned: bool = False,
     ) -> None:
-        transport = TorchTransport(process_group, _device(spec, device), timeout_s)
+        where = _device(spec, device)
+        transport: TorchTransport | SoloTransport
+        if process_group is None:
+            transport = SoloTransport(where)
+        else:
+            transport = TorchTransport(process_group, where, timeout_s, owned=owned)
         self._init(spec, transport, timeout_s, topology_manager, cost_model, options)
 
     def _init(
         self,
         spec: BackendSpec,
-        transport: TorchTransport,
+        transport: TorchTransport | SoloTransport,
         timeout_s: float,
         topology_manager: TopologyManagerProtocol | None,
         cost_model: CostModelProtocol | None,
@@ -81,25 +90,28 @@ class ProcessGroupBackend(TensorBackend):
         if unknown:
             known = ", ".join(sorted({"check_calls", *spec.options}))
             raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
-        self._torch = transport
-        checked = CheckedTransport(transport) if self.options.get("check_calls") else transport
+        self._inner = transport
+        checks = bool(self.options.get("check_calls")) and transport.size > 1
         super().__init__(
             spec,
-            checked,
+            CheckedTransport(transport) if checks else transport,
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
         )
-        transport.on_expired = self._expired
+        if isinstance(transport, TorchTransport):
+            transport.on_expired = self._expired
 
     @property
     def process_group(self) -> torch.distributed.ProcessGroup | None:
-        group: torch.distributed.ProcessGroup = self._torch.group
+        if isinstance(self._inner, SoloTransport):
+            return None
+        group: torch.distributed.ProcessGroup = self._inner.group
         return group
 
     def _wrap(self, transport: Transport) -> CommBackendProtocol:
         inner = transport.inner if isinstance(transport, CheckedTransport) else transport
-        assert isinstance(inner, TorchTransport)
+        assert isinstance(inner, (TorchTransport, SoloTransport))
         # Subclasses may have other constructors; a split keeps everything but the group.
         backend = type(self).__new__(type(self))
         backend._init(

@@ -44,7 +44,7 @@ class EmulatedTensor(torch.Tensor):
     def __init__(self, raw: torch.Tensor) -> None:
         self.raw = raw
 
-    def __repr__(self, **named: object) -> str:
+    def __repr__(self, **named: object) -> str:  # type: ignore[override]  # torch's own is odd
         return f"{self.raw!r}[{self.device}]"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sagellm.core.protocols import Probe
+from sagellm.core.protocols.selection import BACKEND_SETTING
 
 from .cuda_alias import classify_cuda, read_torch_build
 from .detect import probe_vendor, sight
@@ -15,10 +16,7 @@ from .host import HostView
 from .vendor_spec import VendorSpec
 from .vendors import VENDORS, find_vendor
 
-__all__ = ["SETTING", "VendorChoice", "choose_vendor"]
-
-SETTING = "SAGELLM_COMM_DOMESTIC_BACKEND"
-"""Environment variable that names the backend for `auto`; empty or `auto` leaves it open."""
+__all__ = ["VendorChoice", "choose_vendor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ def choose_vendor(
 ) -> VendorChoice:
     """The vendor for this process, by the first of these that gives one.
 
-    1. The setting `SAGELLM_COMM_DOMESTIC_BACKEND`.
+    1. The setting `SAGELLM_COMM_BACKEND`.
     2. The library of a torch process group that is already initialised.
     3. A vendor's device that is already loaded into torch.
     4. Whose torch it is, when the device is called `cuda`.
@@ -66,10 +64,12 @@ def choose_vendor(
 
     """
     view = view or HostView.local()
-    setting = view.environ.get(SETTING, "").strip()
+    setting = view.environ.get(BACKEND_SETTING, "").strip()
     if setting and setting != "auto":
         row = find_vendor(setting)
-        return VendorChoice(row, f"{SETTING} is {setting}", _others(row, f"{SETTING} is {setting}"))
+        return VendorChoice(
+            row, f"{BACKEND_SETTING} is {setting}", _others(row, f"{BACKEND_SETTING} is {setting}")
+        )
     found = _by_process_group(view)
     if found is not None:
         return found
@@ -85,7 +85,7 @@ def choose_vendor(
             answer = probe_vendor(row, view)
             if answer.available:
                 return VendorChoice(row, answer.reason, {**refused, **_cuda_others(row, answer)})
-            refused[row.backend] = answer.reason
+            refused[row.backend] = f"{answer.reason}; {row.install_hint}"
     return _by_plugin(view, probe, refused)
 
 
@@ -130,7 +130,7 @@ def _by_plugin(
         if sight(row, view).plugin:
             installed.append((answer.available, row, answer))
         else:
-            refused[row.backend] = answer.reason
+            refused[row.backend] = f"{answer.reason}; {row.install_hint}"
     installed.sort(key=lambda entry: not entry[0])
     for index, (_, row, signs) in enumerate(installed):
         answer = signs if probe is None else probe(row)

@@ -42,7 +42,9 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
 
     Args:
         spec: From `specs`.
-        process_group: The group; it must use the vendor's library for the vendor's device.
+        process_group: The group; it must use the vendor's library for the vendor's device. None is
+            a world of this process alone.
+        owned: Whether `close` destroys the group.
         device: Where tensors live; None is the current device.
         timeout_s: Deadline of every call and wait that gives none.
         topology_manager: Kept for whoever asks.
@@ -76,6 +78,7 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
             backend,
             spec,
             opened.group,
+            owned=opened.owned,
             device=device,
             timeout_s=timeout_s,
             topology_manager=topology_manager,
@@ -128,10 +131,11 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
 
     @property
     def library_group(self) -> Any:  # noqa: ANN401  # a class of the vendor's own
-        """The vendor's object beneath the torch group, for its own methods."""
+        """The vendor's object beneath the torch group, for its own methods; None in a world of one."""
         import torch
 
-        return self._torch.group._get_backend(torch.device(self._row.device))
+        group: Any = self.process_group  # torch's stub lacks _get_backend
+        return None if group is None else group._get_backend(torch.device(self._row.device))
 
     def link_claims(self) -> tuple[LinkClaim, ...]:
         return self._row.claims
@@ -167,12 +171,3 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
             cost_model=self.cost_model,
             options=self.options,
         )
-
-    def close(self) -> None:
-        super().close()
-        opened, self._opened = self._opened, None
-        if opened is not None and opened.owned:
-            import torch.distributed as dist
-
-            if dist.is_initialized():
-                dist.destroy_process_group(opened.group)

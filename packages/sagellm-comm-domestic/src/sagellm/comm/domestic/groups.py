@@ -30,7 +30,7 @@ class OpenedGroup:
     """A process group, and what is known of it.
 
     Attributes:
-        group: The torch group.
+        group: The torch group, None in a world of one.
         owned: Whether it was made here, and is destroyed with the backend.
         options: Vendor options it was made with here.
         why: How it was come by, one sentence.
@@ -95,11 +95,7 @@ def open_group(
     if here:
         _make(row, wanted, timeout_s, lambda **kw: dist.init_process_group(**kw))
         return OpenedGroup(dist.group.WORLD, True, wanted, "RANK, WORLD_SIZE and MASTER_ADDR")
-    from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in __all__
-
-    alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}  # Any: arguments
-    _make(row, wanted, timeout_s, lambda **kw: dist.init_process_group(**alone, **kw))
-    return OpenedGroup(dist.group.WORLD, True, wanted, "a world of one: no group, no RANK")
+    return OpenedGroup(None, False, wanted, "a world of one: no group, no RANK")
 
 
 def split_group(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sagellm.core.protocols import UnsupportedOperationError
+
 from .backend import DomesticBackend
 
 __all__ = ["HCCLBackend"]
@@ -15,6 +17,14 @@ class HCCLBackend(DomesticBackend):
     """
 
     def comm_name(self) -> str:
-        """Name of the HCCL communicator, which fused MoE operators take; makes it if need be."""
-        name: str = self.library_group.get_hccl_comm_name(self.rank)
+        """Name of the HCCL communicator, which fused MoE operators take; makes it if need be.
+
+        Raises:
+            UnsupportedOperationError: A world of one has no communicator.
+
+        """
+        group = self.library_group
+        if group is None:
+            raise UnsupportedOperationError("a world of one has no HCCL communicator")
+        name: str = group.get_hccl_comm_name(self.rank)
         return name

@@ -30,6 +30,8 @@ _OPS = frozenset(
 _OWN_DEVICE_PRIORITY = 100
 _CUDA_ALIAS_PRIORITY = 200
 """Above NVIDIA's own backend: where such a row's probe holds, `nccl` is the vendor's library."""
+_ORDER = {name: place for place, name in enumerate(VENDORS)}
+"""Between rows that could all be meant, the better known comes first."""
 
 
 def backend_spec(row: VendorSpec) -> BackendSpec:
@@ -38,7 +40,7 @@ def backend_spec(row: VendorSpec) -> BackendSpec:
         name=row.backend,
         device_types=(row.device,),
         c10d_name=row.c10d_name,
-        priority=_CUDA_ALIAS_PRIORITY if row.dispatch == "cuda" else _OWN_DEVICE_PRIORITY,
+        priority=_priority(row),
         capabilities=Capabilities(
             ops=_OPS,
             reduce_ops=row.reduce_ops,
@@ -54,6 +56,11 @@ def backend_spec(row: VendorSpec) -> BackendSpec:
         install_hint=row.install_hint,
         vendor=row.vendor,
     )
+
+
+def _priority(row: VendorSpec) -> int:
+    base = _CUDA_ALIAS_PRIORITY if row.dispatch == "cuda" else _OWN_DEVICE_PRIORITY
+    return base - _ORDER.get(row.backend, len(_ORDER))
 
 
 def backend_class(row: VendorSpec) -> type[DomesticBackend]:

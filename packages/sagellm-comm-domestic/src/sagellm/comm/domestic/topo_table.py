@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 __all__ = ["LinkTable", "parse_bus_table", "parse_link_table"]
 
@@ -35,11 +36,12 @@ class LinkTable:
 
 
 def parse_link_table(text: str, name: str) -> LinkTable:
-    """The first matrix in `text` whose rows and columns are called by the pattern `name`.
+    """The first matrix in `text` whose rows are called by the pattern `name`.
 
-    Columns of other devices (NICs) are read too when they match the pattern. Never raises.
+    Columns end with a digit (`NIC0`) and come before those with titles. Never raises.
 
-    >>> table = parse_link_table("      NPU0 NPU1 CPU Affinity\\nNPU0 X HCCS 0-3\\n", r"NPU[0-9]+")
+    >>> lines = ["     NPU0 NPU1 CPU Affinity", "NPU0 X   HCCS 0-3"]
+    >>> table = parse_link_table(chr(10).join(lines), "NPU[0-9]+")
     >>> table.cells, table.extra["NPU0"]
     ({('NPU0', 'NPU1'): 'HCCS'}, {'CPU Affinity': '0-3'})
     """
@@ -55,11 +57,10 @@ def parse_link_table(text: str, name: str) -> LinkTable:
         if not tokens:
             continue
         if not columns:
-            columns = _leading(tokens, is_name)
-            # A line of one name and one code is a row without its header.
-            if len(columns) < len(tokens) and not _EXTRA.search(line):
-                columns = []
-            titles = _EXTRA.findall(" ".join(tokens[len(columns) :]))
+            # Every row has an X for the device itself, and the header has none.
+            if is_name.match(tokens[0]) and "X" not in tokens:
+                columns = list(takewhile(lambda token: token[-1].isdigit(), tokens))
+                titles = _EXTRA.findall(" ".join(tokens[len(columns) :]))
             continue
         if not is_name.match(tokens[0]):
             if names:
@@ -78,15 +79,6 @@ def parse_link_table(text: str, name: str) -> LinkTable:
         elif rest:
             problems.append(f"row {row} ends with {' '.join(rest)}, which no column explains")
     return LinkTable(tuple(names), cells, extra, tuple(problems))
-
-
-def _leading(tokens: list[str], is_name: re.Pattern[str]) -> list[str]:
-    found: list[str] = []
-    for token in tokens:
-        if not is_name.match(token):
-            break
-        found.append(token)
-    return found
 
 
 def parse_bus_table(text: str) -> dict[int, tuple[str, str | None]]:

@@ -46,7 +46,8 @@ class VendorSpec:
         visible_env: Variables that hide devices from a process, the one that wins first.
         env: Other variables that change how it connects or fails, each with its meaning.
         libraries: Part of a shared library's name to what to do when it cannot be loaded.
-        device_nodes: Patterns below the root of what the driver creates under `/dev`.
+        device_nodes: Patterns below the root of what the driver creates under `/dev`. Those of
+            Ascend, Hygon and Kunlunxin were read; the others are from memory.
         tool: Vendor's management tool.
         tool_paths: Where the tool is when it is not on PATH.
         install_hint: What to install when the plug-in is missing.

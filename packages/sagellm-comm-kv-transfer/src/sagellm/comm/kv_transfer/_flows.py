@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 
     layer: int
     first: int
-    count: int
+    units: int
 
 
 class Flow:
@@ -54,7 +54,7 @@ class Flow:
         self.tid = tid
         self.lock = threading.Lock()
         self.stopped = False
-        self.idle: Callable[[], None] | None = None
+        self.idle: Callable[[], object] | None = None
         self._busy = False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import logging
@@ -149,7 +150,7 @@ class EventLoop:
                 self._run_calls()
                 return
             for key, events in self._selector.select(self._run_timers()):
-                self._guard(lambda key=key, events=events: key.data(events))
+                self._guard(functools.partial(key.data, events))
 
     def _run_calls(self) -> None:
         while True:

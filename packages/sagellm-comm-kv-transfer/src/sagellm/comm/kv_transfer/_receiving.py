@@ -28,7 +28,7 @@ from sagellm.core.protocols import (
 )
 
 from . import wire
-from ._bounce import Destination, bounce_for_layout, bounce_for_tensors, block_ids
+from ._bounce import Destination, block_ids, bounce_for_layout, bounce_for_tensors
 from ._flows import Inflow
 from ._link import Link
 from ._loop import Timer
@@ -204,7 +204,8 @@ class Receiving:
         """Ask the peer for the blocks, now that the link is up and has the peer's layout."""
         if r.error is not None:
             return
-        assert r.pool is not None and r.blocks is not None, "fetch was given blocks of a pool"
+        assert r.pool is not None, "fetch was given blocks of a pool"
+        assert r.blocks is not None, "fetch was given blocks of a pool"
         if link.layout is None:
             self.fail(r, ConfigError(f"node {link.peer} has no pool to fetch from"))
             return
@@ -352,7 +353,7 @@ class Receiving:
         for key in [k for k in self._parked if k[0] is link]:
             del self._parked[key]
         for key in [k for k in self._by_tid if k[0] is link]:
-            r, source = self._by_tid[key]
+            r = self._by_tid[key][0]
             if r.landed:
                 self.on_release(*key)
             else:
@@ -449,7 +450,8 @@ class Receiving:
                     return None
                 self._use(r, made)
         if r.destination is None:
-            assert r.pool is not None and r.blocks is not None, "destinations are pool blocks"
+            assert r.pool is not None, "destinations are pool blocks"
+            assert r.blocks is not None, "destinations are pool blocks"
             r.destination = Destination(r.pool, r.blocks, 0)
         layout = r.destination.layout
         if link.layout is None:
@@ -467,7 +469,8 @@ class Receiving:
 
     def _grant(self, r: Receive, link: Link, layout: KVLayout) -> tuple[Extent, dict[str, Part]]:
         """What this sender has and nobody was granted before."""
-        assert r.destination is not None and link.layout is not None, "planned before"
+        assert r.destination is not None, "planned before"
+        assert link.layout is not None, "planned before"
         parts = {}
         for name, part in shared_parts(layout, link.layout).items():
             group = next(g for g in layout.groups if g.name == name)

@@ -28,6 +28,7 @@ from sagellm.core.protocols import (
     TransferStats,
     UnsupportedOperationError,
 )
+from sagellm.core.protocols.ports import PortSettings
 
 from ._engine import Engine
 from ._link import Link
@@ -45,7 +46,7 @@ from .transports.tcp import parse_address
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["KVTransferChannel"]
 
@@ -69,14 +70,15 @@ class KVTransferChannel(KVTransferChannelProtocol):
         store: torch store to find peers through, instead of the default group's.
         key: Secret that all nodes share, at least 16 bytes.
         key_file: File with the key, readable by its owner only.
-        host: Address to listen on.
-        port: Port to listen on; 0 lets the kernel choose.
+        host: Address to listen on; None takes the configured one, loopback by default.
+        port: Port to listen on; 0 takes the configured one, or the kernel's choice.
         advertise: Host that peers are told; needed when `host` is a wildcard.
-        settings: Bounds and choices; None takes the defaults.
+        settings: Bounds and choices; None takes the configured ones.
         codec: Codec of what this node sends, over the one in `settings`.
 
     Raises:
-        ConfigError: The node id is taken, the port is in use, or the arguments do not fit.
+        ConfigError: The node id is taken, or the arguments do not fit.
+        ResourceError: The port is in use.
 
     """
 
@@ -94,9 +96,14 @@ class KVTransferChannel(KVTransferChannelProtocol):
         settings: KVTransferSettings | None = None,
         codec: str | None = None,
     ) -> None:
-        chosen = settings or KVTransferSettings()
+        chosen = settings or KVTransferSettings.load()
         if codec is not None:
-            chosen = chosen.with_codec(codec)
+            chosen = chosen.model_copy(update={"codec": codec})
+        if key is None and key_file is None:
+            key_file = chosen.key_file
+            key = chosen.key.get_secret_value() if chosen.key is not None else None
+        if peers is None:
+            peers = chosen.peers_file
         load_codec_spec(chosen.codec)
         make_transport = load_transport(chosen.transport)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
@@ -104,7 +111,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             expected = discovery.listen_at()
             if expected is not None:
                 host, port = host or expected[0], port or expected[1]
-            host = host or "127.0.0.1"
+            host = host or PortSettings.load().host
             if host in _ANY_HOST and advertise is None:
                 raise ConfigError(f"host={host!r} needs advertise=, the name peers reach it by")
             shown = advertise or host

@@ -22,7 +22,7 @@ from .auth import as_key, read_key_file
 from .transports.tcp import parse_address
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 __all__ = [
     "Discovery",
@@ -59,9 +59,11 @@ class Discovery(ABC):
 
     def publish(self, address: str) -> None:
         """Tell the others where this node is."""
+        return None
 
     def withdraw(self) -> None:
         """Tell the others that it is gone. Idempotent."""
+        return None
 
     @abstractmethod
     def lookup(self, node_id: int) -> str | None:
@@ -146,7 +148,7 @@ class StoreDiscovery(Discovery):
         self, store: Store, rank: int, world_size: int, *, key: bytes | None = None
     ) -> None:
         try:  # a connection of its own: a caller that waits in the store must not block us
-            self._store = store.clone()
+            self._store = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
         except (AttributeError, RuntimeError):  # older torch, or a store that cannot
             self._store = store
         self._world_size = world_size
@@ -287,5 +289,7 @@ def _torch_job(store: Store | None) -> tuple[Store, int, int] | None:
         return None
     rank, world_size = int(env[0] or 0), int(env[1] or 1)
     if store is None:
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, world_size = next(rendezvous("env://"))
     return store, rank, world_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,18 @@ def storage_of(tensor: Tensor) -> memoryview:
     import torch
 
     flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    return memoryview(flat.numpy())
+    return _view(flat.numpy())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable."""
     import torch
 
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return _view(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def _view(array: NDArray[np.uint8]) -> memoryview:
+    return memoryview(cast("bytearray", array))  # numpy 1's stubs do not call arrays buffers
 
 
 class Extent(Protocol):
@@ -67,7 +71,7 @@ class Extent(Protocol):
         ...
 
     def dtype(self, layer: int) -> str:
-        """torch dtype name of the elements."""
+        """Torch dtype name of the elements."""
         ...
 
 

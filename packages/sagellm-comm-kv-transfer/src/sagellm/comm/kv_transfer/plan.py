@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sagellm.core.protocols import CacheGroup, KVLayout, LayoutMismatchError
+from sagellm.core.protocols import Axis, CacheGroup, KVLayout, LayoutMismatchError
 
 __all__ = [
     "Part",
@@ -45,7 +45,7 @@ class Runs(NamedTuple):
     lengths: Ints
 
 
-def inner_axes(group: CacheGroup) -> tuple[str, ...]:
+def inner_axes(group: CacheGroup) -> tuple[Axis, ...]:
     """Axes of one block of one layer, in memory order; `block_shape` has their lengths."""
     return tuple(axis for axis in group.axes if axis not in ("block", "layer"))
 
@@ -54,7 +54,7 @@ def held_part(group: CacheGroup, axis: str) -> Part:
     """What a node holds of an axis."""
     if axis == _WHOLE:
         return Part(axis, 0, 1)
-    length = group.block_shape[inner_axes(group).index(axis)]
+    length = group.block_shape[[str(a) for a in inner_axes(group)].index(axis)]
     rank = group.shard.rank if group.shard is not None and group.shard.axis == axis else 0
     return Part(axis, rank * length, (rank + 1) * length)
 
@@ -150,7 +150,7 @@ def slab_runs(group: CacheGroup, part: Part, strides: Mapping[str, int], item_by
     axes, shape = inner_axes(group), list(group.block_shape)
     start = 0
     if part.axis != _WHOLE:
-        at = axes.index(part.axis)
+        at = [str(a) for a in axes].index(part.axis)
         start = (part.first - held_part(group, part.axis).first) * strides[part.axis]
         shape[at] = part.stop - part.first
     length, inner = item_bytes, len(axes)

@@ -145,12 +145,14 @@ class RegisteredPool:
         for name in names:
             tensor = self._tensors[name]
             item = tensor.element_size()
-            strides = {a: s * item for a, s in zip(group.axes, tensor.stride(), strict=True)}
+            strides: dict[str, int] = {
+                a: s * item for a, s in zip(group.axes, tensor.stride(), strict=True)
+            }
             runs = slab_runs(group, part, strides, item)
             pointer = tensor.untyped_storage().data_ptr()
             if pointer not in stores:
                 stores.append(pointer)
-            base = tensor.storage_offset() * item + index * strides.get("layer", 0)
+            base = int(tensor.storage_offset()) * item + index * strides.get("layer", 0)
             like = np.ones_like(runs.offsets)
             columns.append(
                 (

@@ -47,7 +47,7 @@ class TransferHandle:
         self._changed = threading.Condition()
         self._state = TransferState.OFFERED
         self._error: KVTransferError | None = None
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self._blocks: tuple[KVBlock, ...] = ()
         self._layers: set[int] = set()
         self._totals = (0, 0, 0)
@@ -187,7 +187,7 @@ class TransferHandle:
             f"it is {self._state.value}, {self.progress}"
         )
 
-    def _when_over(self, callback: Callable[[], None]) -> None:
+    def _when_over(self, callback: Callable[[], object]) -> None:
         with self._changed:
             if not self._over:
                 self._callbacks.append(callback)
@@ -299,7 +299,7 @@ def transfer_error(
         code = cause.code if isinstance(cause, CommError) else "kv_transfer_failed"
     error = KVTransferError(
         f"transfer {key.id}/{key.attempt} {what}: {cause}",
-        key=tuple(key),
+        key=(key.id, key.attempt),
         cause=code,
         invalid_blocks=invalid,
     )

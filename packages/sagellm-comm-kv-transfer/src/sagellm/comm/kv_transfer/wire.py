@@ -59,7 +59,7 @@ class _Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True
     pass
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, tag="hello"):
     """I → A, first: who calls whom."""
 
     protocol: str
@@ -70,7 +70,7 @@ class Hello(_Message, tag="hello"):
     max_version: int
 
 
-class Challenge(_Message, tag="challenge"):
+class Challenge(_Message, frozen=True, tag="challenge"):
     """A → I: the version chosen, and what to prove the key over."""
 
     node_id: int
@@ -78,13 +78,13 @@ class Challenge(_Message, tag="challenge"):
     version: int
 
 
-class Proof(_Message, tag="proof"):
+class Proof(_Message, frozen=True, tag="proof"):
     """I → A: I know the key."""
 
     mac: bytes
 
 
-class Welcome(_Message, tag="welcome"):
+class Welcome(_Message, frozen=True, tag="welcome"):
     """A → I: so do I; and what I have."""
 
     mac: bytes
@@ -96,7 +96,7 @@ class Welcome(_Message, tag="welcome"):
     address: str
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, frozen=True, tag="ready"):
     """I → A: what I have and have chosen; the link is up."""
 
     layout: KVLayout | None
@@ -107,14 +107,14 @@ class Ready(_Message, tag="ready"):
     address: str
 
 
-class Reject(_Message, tag="reject"):
+class Reject(_Message, frozen=True, tag="reject"):
     """A → I: no link, and why."""
 
     code: str
     message: str
 
 
-class LayoutChanged(_Message, tag="layout"):
+class LayoutChanged(_Message, frozen=True, tag="layout"):
     """Either way: a pool was registered or forgotten."""
 
     layout: KVLayout | None
@@ -129,7 +129,7 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
     index: int
 
 
-class Offer(_Message, tag="offer"):
+class Offer(_Message, frozen=True, tag="offer"):
     """S → R: a push. Blocks per cache group, or plain tensors."""
 
     tid: int
@@ -143,21 +143,21 @@ class Offer(_Message, tag="offer"):
     num_tokens: int = 0
 
 
-class Grant(_Message, tag="grant"):
+class Grant(_Message, frozen=True, tag="grant"):
     """R → S: send these parts of the sharded axis, per cache group; absent groups not at all."""
 
     tid: int
     parts: dict[str, Part]
 
 
-class Sealed(_Message, tag="sealed"):
+class Sealed(_Message, frozen=True, tag="sealed"):
     """S → R: every layer of a stream has been queued."""
 
     tid: int
     num_tokens: int
 
 
-class Fetch(_Message, tag="fetch"):
+class Fetch(_Message, frozen=True, tag="fetch"):
     """R → S: a pull of offered blocks, into destinations that are ready."""
 
     tid: int
@@ -170,26 +170,26 @@ class Fetch(_Message, tag="fetch"):
     deadline_s: float = 30.0
 
 
-class Nack(_Message, tag="nack"):
+class Nack(_Message, frozen=True, tag="nack"):
     """R → S: these (layer, first, count) arrived changed; send them once more."""
 
     tid: int
     spans: list[tuple[int, int, int]]
 
 
-class Done(_Message, tag="done"):
+class Done(_Message, frozen=True, tag="done"):
     """R → S: everything landed and was verified."""
 
     tid: int
 
 
-class Release(_Message, tag="release"):
+class Release(_Message, frozen=True, tag="release"):
     """S → R: I know; the transfer can be forgotten."""
 
     tid: int
 
 
-class Fail(_Message, tag="fail"):
+class Fail(_Message, frozen=True, tag="fail"):
     """Either way: this transfer is over."""
 
     tid: int
@@ -197,7 +197,7 @@ class Fail(_Message, tag="fail"):
     message: str
 
 
-class KeyFail(_Message, tag="key_fail"):
+class KeyFail(_Message, frozen=True, tag="key_fail"):
     """To every peer: the attempt of this key has failed somewhere, so it has everywhere."""
 
     id: str
@@ -206,7 +206,7 @@ class KeyFail(_Message, tag="key_fail"):
     message: str
 
 
-class Bye(_Message, tag="bye"):
+class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this channel closes."""
 
     message: str = ""

@@ -7,6 +7,7 @@ would take the GIL.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import selectors
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from sagellm.comm.kv_transfer.auth import token_id, token_proof
 from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
@@ -24,10 +26,10 @@ from sagellm.core.protocols import (
     KVTransport,
     PeerLostError,
     Probe,
+    ResourceError,
     TransportSpec,
 )
-
-from ..auth import token_id, token_proof
+from sagellm.core.protocols.ports import SagePorts
 
 __all__ = ["TCP", "TcpConnection", "TcpTransport", "listen", "parse_address"]
 
@@ -56,23 +58,26 @@ def parse_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 lets the kernel choose.
+def listen(host: str, port: int, name: str = "kv_transfer") -> socket.socket:
+    """A listening socket; port 0 takes the configured one or lets the kernel choose.
 
     Raises:
-        ConfigError: The port is in use, or the host is not one of this machine's.
+        ResourceError: The port is in use.
+        ConfigError: The host is not one of this machine's.
 
     """
+    if not port:
+        return SagePorts(host=host).listen(name)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         sock.listen(128)
     except OSError as e:
         sock.close()
-        raise ConfigError(
+        kind = ResourceError if e.errno == errno.EADDRINUSE else ConfigError
+        raise kind(
             f"cannot listen on {host}:{port}: {e.strerror or e}; "
             "port 0 lets the kernel choose a free one"
         ) from e
@@ -198,7 +203,7 @@ class TcpTransport(KVTransport):
     ) -> None:
         self._buffer_bytes = socket_buffer_bytes
         self._handshake_s = handshake_timeout_s
-        self._listener = listen(host, 0)
+        self._listener = listen(host, 0, "kv_transfer_data")
         port = self._listener.getsockname()[1]
         self._endpoint = f"{_bracket(advertise or host)}:{port}"
         self._changed = threading.Condition()

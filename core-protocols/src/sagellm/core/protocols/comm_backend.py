@@ -319,7 +319,7 @@ class CommBackendProtocol(ABC):
     returns a `Work` whose `wait()` gives the same result. All ranks of the group make the same
     calls in the same order; one thread at a time uses a backend.
 
-    Raises (every operation):
+    Raises:
         ConfigError: Arguments that can never work, before anything is sent.
         UnsupportedOperationError: The backend has neither the operation nor a rule for it.
         CommTimeoutError: The group's deadline ended; the message names op, sequence, group,

@@ -1,21 +1,143 @@
-"""The adapter from `CommBackendProtocol` to torch process groups; the only module with torch."""
+"""The adapter from `CommBackendProtocol` to torch process groups.
+
+This module and its `_pg_*` parts are the only ones of this package that import torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["completed_future"]
+from ._pg_agree import CheckedTransport, fingerprint, mismatch
+from ._pg_ops import TensorBackend
+from ._pg_shim import group_facts, group_libraries
+from ._pg_solo import SoloTransport
+from ._pg_torch import TorchTransport
+from ._pg_transport import RawCall, RawWork, TorchObject, Transport
+from ._pg_work import completed_future
+from .comm_backend import BackendSpec, CommBackendProtocol
+from .errors import ConfigError
+from .topology import CostModelProtocol, TopologyManagerProtocol
+
+__all__ = [
+    "ProcessGroupBackend",
+    "RawCall",
+    "RawWork",
+    "TensorBackend",
+    "Transport",
+    "completed_future",
+    "fingerprint",
+    "group_facts",
+    "group_libraries",
+    "mismatch",
+]
 
 
-def completed_future(
-    result: object, error: BaseException | None = None
-) -> torch.futures.Future[Any]:  # torch fixes the value type per backend
-    """A torch future that is already set to `result`, or to `error`."""
-    future: torch.futures.Future[Any] = torch.futures.Future()
-    if isinstance(error, Exception):
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-    return future
+class ProcessGroupBackend(TensorBackend):
+    """A torch process group behind the protocol; one class for every c10d library.
+
+    What a library lacks is refused by name or lowered by the rules of its spec. The group is
+    used, never changed: `close` leaves a group that was handed in alone, and destroys the ones
+    that `split` made. Paths for devices are unverified on hardware.
+
+    Args:
+        spec: Facts about the library.
+        process_group: The group; None is a world of this process alone.
+        owned: Whether `close` destroys the group.
+        device: Where tensors live; None is the current device of the spec's first type.
+        timeout_s: Deadline of every call and wait that gives none.
+        topology_manager: Kept for subclasses that choose an algorithm by it.
+        cost_model: Lets `explain` name an algorithm and a time.
+        options: `check_calls` (bool): compare every collective with the peers' before it is
+            sent, so that each rank raises `CollectiveMismatchError` naming both calls; one small
+            exchange a call. Others are the spec's; unknown ones are refused.
+
+    Raises:
+        ConfigError: An unknown option, or a device the backend does not serve.
+
+    """
+
+    def __init__(
+        self,
+        spec: BackendSpec,
+        process_group: TorchObject | None,
+        *,
+        device: torch.device | str | None = None,
+        timeout_s: float = 30.0,
+        topology_manager: TopologyManagerProtocol | None = None,
+        cost_model: CostModelProtocol | None = None,
+        options: Mapping[str, Any] | None = None,
+        owned: bool = False,
+    ) -> None:
+        where = _device(spec, device)
+        transport: TorchTransport | SoloTransport
+        if process_group is None:
+            transport = SoloTransport(where)
+        else:
+            transport = TorchTransport(process_group, where, timeout_s, owned=owned)
+        self._init(spec, transport, timeout_s, topology_manager, cost_model, options)
+
+    def _init(
+        self,
+        spec: BackendSpec,
+        transport: TorchTransport | SoloTransport,
+        timeout_s: float,
+        topology_manager: TopologyManagerProtocol | None,
+        cost_model: CostModelProtocol | None,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self.options = dict(options or {})
+        unknown = sorted(set(self.options) - {"check_calls", *spec.options})
+        if unknown:
+            known = ", ".join(sorted({"check_calls", *spec.options}))
+            raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
+        self._inner = transport
+        checks = bool(self.options.get("check_calls")) and transport.size > 1
+        super().__init__(
+            spec,
+            CheckedTransport(transport) if checks else transport,
+            timeout_s=timeout_s,
+            topology_manager=topology_manager,
+            cost_model=cost_model,
+        )
+        if isinstance(transport, TorchTransport):
+            transport.on_expired = self._expired
+
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        if isinstance(self._inner, SoloTransport):
+            return None
+        group: torch.distributed.ProcessGroup = self._inner.group
+        return group
+
+    def _wrap(self, transport: Transport) -> CommBackendProtocol:
+        inner = transport.inner if isinstance(transport, CheckedTransport) else transport
+        assert isinstance(inner, (TorchTransport, SoloTransport))
+        # Subclasses may have other constructors; a split keeps everything but the group.
+        backend = type(self).__new__(type(self))
+        backend._init(
+            self.spec,
+            inner,
+            self.timeout_s,
+            self.topology_manager,
+            self.cost_model,
+            self.options,
+        )
+        return backend
+
+
+def _device(spec: BackendSpec, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        kind = spec.device_types[0]
+        if kind == "cpu":
+            return torch.device("cpu")
+        api: Any = getattr(torch, kind, None)  # torch.cuda, torch.npu, …
+        current = getattr(api, "current_device", None)
+        return torch.device(kind, current() if current is not None else 0)
+    found = torch.device(device)
+    if found.type not in spec.device_types:
+        served = ", ".join(spec.device_types)
+        raise ConfigError(f"{spec.name} serves {served}, not {found}")
+    return found

@@ -1,0 +1,471 @@
+"""What every tensor backend does around a call: order, hooks, counts, failure, groups."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._pg_checks import check_tensor
+from ._pg_kv import KVReceive
+from ._pg_lowering import Reductions, lower_call, refusal
+from ._pg_stats import CallCounters
+from ._pg_transport import RawCall, RawWork, Transport
+from ._pg_work import GroupWork, describe
+from .comm_backend import (
+    BackendSpec,
+    BandwidthStats,
+    Capabilities,
+    Choice,
+    CommBackendProtocol,
+    CommCall,
+    CommStats,
+    Registration,
+)
+from .errors import CommError, ConfigError, DistributedRuntimeError
+from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
+from .work import Work
+
+__all__ = ["BackendCore", "Started"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Before = Callable[[CommCall], None]
+After = Callable[[CommCall, float, BaseException | None], None]
+TakeOver = Callable[[CommCall], Work[Any] | None]  # Any: the operation's result
+
+Started = tuple[list[RawWork], Callable[[], None]]
+"""Primitive works, and what to do once all of them are done."""
+
+
+class _TakenWork(RawWork):
+    """A hook's work, as a primitive one."""
+
+    def __init__(self, work: Work[Any]) -> None:  # Any: the operation's result
+        self._work = work
+
+    def wait(self, timeout_s: float) -> bool:
+        self._work.wait(timeout_s)
+        return True
+
+    def synchronize(self, timeout_s: float) -> bool:
+        self._work.synchronize(timeout_s)
+        return True
+
+    def done(self) -> bool:
+        return self._work.done()
+
+
+class _NoRegistration:
+    """What `register` gives where the transport needs none."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
+class BackendCore(CommBackendProtocol):
+    """State of one group on this rank; `TensorBackend` adds the operations.
+
+    One thread at a time issues calls. Works may be waited for, and `abort` called, from any.
+    """
+
+    def __init__(
+        self,
+        spec: BackendSpec,
+        transport: Transport,
+        *,
+        timeout_s: float = 30.0,
+        topology_manager: TopologyManagerProtocol | None = None,
+        cost_model: CostModelProtocol | None = None,
+    ) -> None:
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
+        self.spec = spec
+        self.timeout_s = float(timeout_s)
+        self.topology_manager = topology_manager
+        self.cost_model = cost_model
+        self._cost_table: CostTable | None = None if cost_model is None else cost_model.freeze()
+        self._transport = transport
+        # A group's identity does not change: properties of the protocol read these.
+        self._rank, self._size = transport.rank, transport.size
+        self._device = transport.device
+        self._reductions = Reductions(spec)
+        self._rules = {rule.when: rule for rule in spec.lowering}
+        self._counters = CallCounters()
+        self._sequence = 0
+        self._in_flight = 0
+        self._state = threading.RLock()
+        self._dead: Exception | None = None
+        self._closed = False
+        self._before: list[Before] = []
+        self._after: list[After] = []
+        self._take_over: list[TakeOver] = []
+        self._deferred: list[Work[Any]] | None = None  # works of a running `coalesce`
+        self._splits = 0
+        self._kv_receives: dict[int, KVReceive] = {}  # the latest from each peer
+
+    # -- who ------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def global_ranks(self) -> tuple[int, ...]:
+        return self._transport.global_ranks
+
+    @property
+    def device_type(self) -> str:
+        return self._device.type
+
+    @property
+    def device(self) -> torch.device:
+        """Where the group's tensors live."""
+        return self._device
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.spec.capabilities
+
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        return None
+
+    @property
+    def group_name(self) -> str:
+        """Name in messages and statistics."""
+        return self._transport.group_name
+
+    # -- around a call --------------------------------------------------------------------
+
+    def _run(
+        self,
+        op: str,
+        tensors: tuple[Tensor, ...],
+        start: Callable[[str], Started],
+        finish: Callable[[], T],
+        *,
+        async_op: bool,
+        local: Callable[[], object] | None = None,
+        nbytes: int | None = None,
+        wire_bytes: int | None = None,
+        reduce_op: str | None = None,
+        peer: int | None = None,
+        copies: int = 0,
+        lowered: int = 0,
+        timeout_s: float | None = None,
+        in_place: bool = False,
+    ) -> T | Work[T]:
+        """Issue one checked call: `start` sends, `finish` makes the result.
+
+        `local` stands for both the sending and the peers where none are needed.
+        """
+        if self._dead is not None or self._closed:
+            raise self._unusable(op)
+        x = tensors[0] if tensors else None
+        size = x.nbytes if nbytes is None and x is not None else nbytes or 0
+        call = CommCall(
+            op=op,
+            sequence=self._sequence,
+            nbytes=size,
+            dtype="" if x is None else str(x.dtype).removeprefix("torch."),
+            group=self._transport.group_name,
+            rank=self._rank,
+            size=self._size,
+            reduce_op=reduce_op,
+            peer=peer,
+            tensors=tensors,
+        )
+        self._sequence += 1
+        self._counters.started(op, copies=copies, lowered=lowered)
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        raws, done = self._launch(call, start, local)
+        with self._state:
+            self._in_flight += 1
+
+        def result() -> T:
+            done()
+            return finish()
+
+        work = GroupWork(
+            self,
+            call,
+            raws,
+            result,
+            limit,
+            size if wire_bytes is None else wire_bytes,
+            on_device=self._device.type != "cpu",
+        )
+        if not raws:
+            work.wait()  # settle at once: count it and run the hooks
+        if async_op:
+            return work
+        if self._deferred is not None and in_place:
+            self._deferred.append(work)
+            return finish()
+        return work.wait()
+
+    def _launch(
+        self, call: CommCall, start: Callable[[str], Started], local: Callable[[], object] | None
+    ) -> Started:
+        try:
+            for before in self._before:
+                before(call)
+            for take_over in self._take_over:
+                taken = take_over(call)
+                if taken is not None:
+                    return [_TakenWork(taken)], lambda: None
+            if local is not None:
+                local()
+                return [], lambda: None
+            return start(describe(call))
+        except Exception as e:  # a hook's error, or the library's refusal to start
+            self._counters.failed(call.op)
+            if isinstance(e, CommError) and not isinstance(e, DistributedRuntimeError):
+                self._die(f"{describe(call)}: {e}", e)
+                raise
+            if type(e).__module__.startswith("torch") or isinstance(e, RuntimeError):
+                error = self._declare_dead(describe(call), e)
+                raise error from e
+            self._die(f"{describe(call)}: {type(e).__name__}: {e}", e)
+            raise
+
+    def _issue(self, method: str, call: RawCall) -> Started:
+        """Start `call` as it is, or by the rule that the spec gives for `method`."""
+        call.device = self._device
+        if method in self.spec.capabilities.ops:
+            return [self._transport.issue(call)], lambda: None
+        lowered = lower_call(self.spec, self._rules[method].rule, call, self._rank, self._size)
+        return [self._transport.issue(part) for part in lowered.calls], lowered.after
+
+    def _offered(self, method: str) -> int:
+        """How many rules `method` takes: 0 or 1.
+
+        Raises:
+            UnsupportedOperationError: Neither the backend nor a rule has it.
+
+        """
+        if method in self.spec.capabilities.ops:
+            return 0
+        rule = self._rules.get(method)
+        if rule is None or rule.rule == "refuse":
+            raise refusal(self.spec, method, self._rules)
+        return 1
+
+    def work_done(self, call: CommCall, seconds: float | None, wire_bytes: int) -> None:
+        """Count a finished call and run the hooks; for `GroupWork`."""
+        with self._state:
+            self._in_flight -= 1
+        self._counters.finished(call.op, call.nbytes, wire_bytes, seconds)
+        self._run_after(call, seconds or 0.0, None)
+
+    def work_failed(self, call: CommCall, seconds: float, error: Exception) -> Exception:
+        """Declare the group dead after a failed call and run the hooks; for `GroupWork`."""
+        with self._state:
+            self._in_flight -= 1
+        self._counters.failed(call.op)
+        named = self._declare_dead(describe(call), error)
+        self._run_after(call, seconds, named)
+        return named
+
+    def _run_after(self, call: CommCall, seconds: float, error: BaseException | None) -> None:
+        try:
+            for after in self._after:
+                after(call, seconds, error)
+        except Exception as e:
+            self._die(f"{describe(call)}: a hook raised {type(e).__name__}: {e}", e)
+            raise
+
+    # -- checks ---------------------------------------------------------------------------
+
+    def _check_move(self, x: Tensor) -> None:
+        allowed = self.spec.capabilities.move_dtypes
+        name = str(x.dtype).removeprefix("torch.")
+        if allowed and name not in allowed:
+            raise refusal(self.spec, name, self._rules)
+
+    def _check_parts(self, what: str, xs: Sequence[Tensor], *, even: bool) -> list[Tensor]:
+        parts = list(xs)
+        if len(parts) != self._size:
+            raise ConfigError(
+                f"{what} has {len(parts)} tensors; the group has {self._size} ranks, one each"
+            )
+        for i, x in enumerate(parts):
+            check_tensor(f"{what}[{i}]", x, self._device.type)
+            if x.dtype != parts[0].dtype:
+                raise ConfigError(f"{what}[{i}] is {x.dtype}, {what}[0] is {parts[0].dtype}")
+            if even and x.shape != parts[0].shape:
+                raise ConfigError(
+                    f"{what}[{i}] has shape {tuple(x.shape)}, {what}[0] {tuple(parts[0].shape)}; "
+                    f"{self.name} takes equal shapes"
+                )
+        return parts
+
+    # -- failure --------------------------------------------------------------------------
+
+    def _declare_dead(self, text: str, error: Exception) -> Exception:
+        """The first failure is explained and kept; later ones refer to it."""
+        with self._state:
+            if self._dead is None:
+                self._dead = self._transport.explain_failure(text, error)
+                logger.warning("group %s is dead: %s", self.group_name, self._dead)
+                return self._dead
+            return _again(text, self._dead)
+
+    def _die(self, reason: str, error: Exception) -> None:
+        with self._state:
+            if self._dead is None:
+                self._dead = error
+                self._transport.abort(reason)
+
+    def _expired(self, text: str) -> None:
+        """A device work is late: called by the watchdog."""
+        error = TimeoutError(f"timed out: not done within {self.timeout_s} s")
+        self._declare_dead(text, error)
+
+    def _unusable(self, op: str) -> Exception:
+        if self._closed:
+            return ConfigError(f"{op} on group {self.group_name}, which is closed")
+        assert self._dead is not None
+        return _again(f"{op} on group {self.group_name}", self._dead)
+
+    def abort(self, reason: str) -> None:
+        with self._state:
+            if self._dead is not None or self._closed:
+                return
+            self._dead = DistributedRuntimeError(f"group {self.group_name} was aborted: {reason}")
+        logger.warning("%s", self._dead)
+        self._transport.abort(reason)
+
+    def close(self) -> None:
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+        self._transport.close()
+
+    # -- the group ------------------------------------------------------------------------
+
+    @abstractmethod
+    def _wrap(self, transport: Transport) -> CommBackendProtocol:
+        """A backend of the same kind over a transport made by `split`."""
+
+    def split(self, ranks: Sequence[int], name: str | None = None) -> CommBackendProtocol | None:
+        if self._closed:
+            raise self._unusable("split")
+        chosen = list(ranks)
+        if not chosen or len(set(chosen)) != len(chosen):
+            raise ConfigError(f"ranks {chosen} must be distinct and at least one")
+        for rank in chosen:
+            if not 0 <= rank < self._size:
+                raise ConfigError(f"rank {rank} is not in 0..{self._size - 1}")
+        label = name or f"{self.group_name}/{self._splits}"
+        self._splits += 1
+        transport = self._transport.split(chosen, label, self.timeout_s)
+        return None if transport is None else self._wrap(transport)
+
+    @contextlib.contextmanager
+    def _coalescing(self) -> Iterator[None]:
+        if self._deferred is not None:
+            raise ConfigError("coalesce() is already running on this backend")
+        self._deferred = []
+        try:
+            yield
+        finally:
+            works, self._deferred = self._deferred, None
+            for work in works:
+                work.wait()
+
+    def coalesce(self) -> contextlib.AbstractContextManager[None]:
+        return self._coalescing()
+
+    # -- memory and steering --------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def register(self, x: Tensor) -> Registration:
+        return _NoRegistration()
+
+    def explain(self, op: str, nbytes: int) -> Choice:
+        if op not in self.spec.capabilities.ops:
+            self._offered(op)
+            rule = self._rules[op]
+            return Choice(self.name, rule.rule, f"{self.name} has no {op}: {rule.why}")
+        if self.cost_model is None or self._cost_table is None:
+            reason = f"{self.name} chooses its own algorithm; no cost model was given"
+            return Choice(self.name, "native", reason)
+        algorithm, estimate = self.cost_model.select(self._cost_table, op, nbytes, self._size)
+        reason = (
+            f"cost model {self._cost_table.fingerprint} expects {estimate.time_us:.1f} us "
+            f"for {nbytes} bytes over {self._size} ranks ({estimate.basis})"
+        )
+        return Choice(self.name, algorithm, reason, estimate.time_us)
+
+    def get_stats(self) -> CommStats:
+        return CommStats(
+            backend=self.name,
+            group=self.group_name,
+            rank=self._rank,
+            size=self._size,
+            ops=self._counters.snapshot(),
+            in_flight=self._in_flight,
+        )
+
+    def reset_stats(self) -> None:
+        """Start the counters anew."""
+        self._counters.reset()
+
+    def get_bandwidth_stats(self) -> BandwidthStats:
+        return self._counters.bandwidth(self._size)
+
+    def add_hook(
+        self,
+        *,
+        before: Before | None = None,
+        after: After | None = None,
+        take_over: TakeOver | None = None,
+    ) -> Callable[[], None]:
+        # Lists are replaced, never changed: a call in progress keeps the hooks it began with.
+        if before is not None:
+            self._before = [*self._before, before]
+        if after is not None:
+            self._after = [*self._after, after]
+        if take_over is not None:
+            self._take_over = [*self._take_over, take_over]
+
+        def remove() -> None:
+            self._before = [h for h in self._before if h is not before]
+            self._after = [h for h in self._after if h is not after]
+            self._take_over = [h for h in self._take_over if h is not take_over]
+
+        return remove
+
+
+def _again(text: str, first: Exception) -> Exception:
+    """An error of the same kind as the one that killed the group."""
+    message = f"{text}: the group is dead since: {first}"
+    if isinstance(first, CommError):
+        with contextlib.suppress(TypeError):
+            again = type(first)(message)
+            for attribute in ("rank", "calls"):
+                if hasattr(first, attribute):
+                    setattr(again, attribute, getattr(first, attribute))
+            return again
+    return DistributedRuntimeError(message)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paged_kv import KVSequence
-from serving.messages import Admit, Command, Decode, Decoded, Job, Span, Token
-from serving.worker import Worker
 
 from sagellm.core.protocols import ConfigError, Transfer, TransferKey
+from serving.messages import Admit, Command, Decode, Decoded, Job, Span, Token
+from serving.worker import Worker
 
 if TYPE_CHECKING:
     from serving.rank import Parent
@@ -87,13 +87,13 @@ class DecodeWorker(Worker):
         def layer_is_here(layer: int) -> None:
             transfer.wait_layer(layer, self.job.deadline_s)
             if layer == self.job.sabotage_layer:
-                for kv_SHPD in sequence.blocks(layer):  # noqa: N806 (shape suffix)
+                for kv_SHPD in sequence.blocks(layer):
                     kv_SHPD.zero_()
 
         while len(tokens) < admitted.admit.max_new_tokens:
             start_s = time.monotonic()
             first = len(tokens) == 1
-            logits_V = self.model.forward(  # noqa: N806 (shape suffix)
+            logits_V = self.model.forward(
                 tokens[-1:], sequence, before_layer=layer_is_here if first else None
             )
             if first:

@@ -8,6 +8,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from paged_kv import KVSequence
+from torch import Tensor
+
+from sagellm.comm.overlap import OverlapManager
+from sagellm.core.protocols import (
+    CommTimeoutError,
+    ConfigError,
+    OverlapMetrics,
+    Pairing,
+    Transfer,
+    TransferKey,
+)
 from serving.messages import (
     Command,
     FirstToken,
@@ -20,17 +31,6 @@ from serving.messages import (
     Span,
 )
 from serving.worker import Worker
-from torch import Tensor
-
-from sagellm.comm.overlap import OverlapManager
-from sagellm.core.protocols import (
-    CommTimeoutError,
-    ConfigError,
-    OverlapMetrics,
-    Pairing,
-    Transfer,
-    TransferKey,
-)
 
 if TYPE_CHECKING:
     from serving.rank import Parent
@@ -75,7 +75,7 @@ class PrefillWorker(Worker):
         sequence = self.cache.new_sequence(len(command.tokens))
         sending = _Sending(self, command.id, sequence, len(command.tokens), say=True)
 
-        def say_first(logits_V: Tensor) -> None:  # noqa: N803 (shape suffix)
+        def say_first(logits_V: Tensor) -> None:
             token = int(logits_V.argmax())
             self.parent.say(FirstToken(command.id, token, time.monotonic()))
 
@@ -221,4 +221,3 @@ def _wait_until_sent(transfer: Transfer, layer: int, deadline_s: float) -> None:
             )
         time.sleep(_POLL_S)
     transfer.wait(0.0)
-

@@ -14,11 +14,15 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
 import torch.distributed as dist
+
+from sagellm.core.protocols import CommError, CommTimeoutError
+from sagellm.core.protocols.ports import SagePorts
 from serving.messages import (
     Command,
     Event,
@@ -31,8 +35,6 @@ from serving.messages import (
     encode,
 )
 
-from sagellm.core.protocols import CommError, CommTimeoutError, SagePorts
-
 EXAMPLES = Path(__file__).parent.parent
 _NOTICE_S = 2.5
 """How long the other ranks have to say what they saw when one has failed."""
@@ -40,7 +42,7 @@ _STOP_S = 5.0
 _LAST_LINES = 15
 
 
-class RankFailure(CommError, RuntimeError):
+class RankLostError(CommError, RuntimeError):
     """Ranks are lost; the message has a line for each rank of the job.
 
     Attributes:
@@ -53,6 +55,21 @@ class RankFailure(CommError, RuntimeError):
     def __init__(self, message: str, failed: dict[int, Failed | Exited]) -> None:
         super().__init__(message)
         self.failed = failed
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignores the signals that end a program, in the main thread, which alone gets them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Heard(NamedTuple):
@@ -159,7 +176,7 @@ class Fleet:
         """Wait for the next event of any rank.
 
         Raises:
-            RankFailure: A rank failed or died. The others have been given time to say so too.
+            RankLostError: A rank failed or died. The others have been given time to say so too.
             CommTimeoutError: Nothing came.
 
         """
@@ -177,7 +194,7 @@ class Fleet:
         """End every rank politely, and return what each hands over at the end.
 
         Raises:
-            RankFailure: A rank failed while it ended.
+            RankLostError: A rank failed while it ended.
 
         """
         self._stopping = True
@@ -197,7 +214,14 @@ class Fleet:
         return timelines
 
     def kill(self) -> None:
-        """End every rank that is left, and release the store. Idempotent; returns when all are gone."""
+        """End every rank that is left, and release the store. Idempotent.
+
+        Returns when all are gone, which takes a second at most; Ctrl-C is not heard meanwhile.
+        """
+        with _deaf():
+            self._kill()
+
+    def _kill(self) -> None:
         for process in self.processes:
             if process.stdin is not None:
                 with suppress(OSError):
@@ -215,7 +239,7 @@ class Fleet:
             log.close()
         self._store = None  # closes its listener
 
-    def _failure(self, first: Heard) -> RankFailure:
+    def _failure(self, first: Heard) -> RankLostError:
         self._note(first)
         end_s = time.monotonic() + _NOTICE_S
         while len(self._failed) < self.job.world_size:
@@ -226,7 +250,7 @@ class Fleet:
             self._note(heard)
         lines = [self._describe(rank) for rank in range(self.job.world_size)]
         blamed = self._blamed(first.rank)
-        return RankFailure(
+        return RankLostError(
             f"rank {blamed} ({self.job.role(blamed)}) is lost:\n" + "\n".join(lines), self._failed
         )
 

@@ -7,8 +7,14 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bars,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 class Progress:
@@ -57,6 +63,8 @@ class Progress:
 
     def advanced(self, request: str) -> None:
         """A request is a step further."""
+        if request not in self._requests:
+            return
         if request not in self._begun:
             self._begun.add(request)
             self._bars.start_task(self._requests[request])

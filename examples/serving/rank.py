@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from sagellm.core.protocols import CommError
 from serving.messages import (
     Command,
     Event,
@@ -26,8 +27,6 @@ from serving.messages import (
     decode_job,
     encode,
 )
-
-from sagellm.core.protocols import CommError
 
 if TYPE_CHECKING:
     from serving.worker import Worker
@@ -74,7 +73,7 @@ class Parent:
     def listen(self, take: Callable[[Command], None]) -> None:
         """Pass on commands until stdin ends, then end the process. Runs on a thread."""
         try:
-            for line in sys.stdin.buffer:
+            for line in _lines():
                 take(decode_command(line))
         except Exception as e:
             self.die(e)
@@ -87,6 +86,14 @@ class Parent:
             closing.start()
             closing.join(_CLOSE_S)
         os._exit(status)
+
+
+def _lines() -> Iterator[bytes]:
+    """Lines of stdin, without its lock: a thread that waits in `sys.stdin` breaks a clean exit."""
+    rest = b""
+    while data := os.read(0, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
 
 
 def _serve(worker: Worker, parent: Parent, commands: queue.SimpleQueue[Command]) -> None:

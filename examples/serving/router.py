@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sagellm.core.protocols import CollectiveMismatchError, IntegrityError
 from serving.messages import (
     Admit,
     Decode,
@@ -23,8 +24,9 @@ from serving.messages import (
 )
 from serving.processes import Fleet
 from serving.progress import Progress
+from serving.trace import from_first_byte
 
-from sagellm.core.protocols import CollectiveMismatchError, IntegrityError
+_WARM_UP = "warm-up"
 
 
 @dataclass(slots=True)
@@ -89,6 +91,8 @@ class Overlap:
         comm_s: Sending without prefill.
         overlapped_s: Both together.
         prompt_tokens: Length of the prompt it was measured with.
+        rounds: How many rounds were measured.
+        eff_saved_quartiles: Lower and upper quartile of the rounds' own `eff_saved`.
 
     """
 
@@ -98,6 +102,8 @@ class Overlap:
     comm_s: float
     overlapped_s: float
     prompt_tokens: int
+    rounds: int
+    eff_saved_quartiles: tuple[float | None, float | None]
 
 
 class Router:
@@ -128,11 +134,15 @@ class Router:
                         f"of {event.parameter_bytes_total} is at most {event.parameter_bytes_bound}"
                     )
 
+    def warm_up(self, prompt: list[int]) -> None:
+        """Serve a short prompt that counts for nothing, so that no request pays for first times."""
+        self.serve([Request(_WARM_UP, prompt)], 2)
+
     def serve(self, requests: Sequence[Request], max_new_tokens: int) -> None:
         """Fill in what became of the requests.
 
         Raises:
-            RankFailure: A rank failed.
+            RankLostError: A rank failed.
             CollectiveMismatchError: Ranks of a group disagree about a token.
 
         """
@@ -210,6 +220,8 @@ class Router:
             comm_s=comm_s,
             overlapped_s=both_s,
             prompt_tokens=len(prompt),
+            rounds=rounds,
+            eff_saved_quartiles=_quartiles([(k + c - b) / comm_s for b, k, c in slowest]),
         )
 
     def _measure_once(self, prompt: list[int], name: str) -> list[Measured]:
@@ -225,8 +237,16 @@ class Router:
         return measured
 
     def stop(self) -> dict[int, list[Span]]:
-        """End the ranks and return what each did."""
-        return {
-            rank: [span for timeline in timelines for span in timeline.spans]
+        """End the ranks and return what each did for the requests."""
+        spans = {
+            rank: [s for t in timelines for s in t.spans if s.request != _WARM_UP]
             for rank, timelines in self._fleet.stop().items()
         }
+        return from_first_byte(spans)
+
+
+def _quartiles(values: list[float]) -> tuple[float | None, float | None]:
+    if len(values) < 2:
+        return None, None
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high

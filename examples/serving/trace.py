@@ -10,9 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from serving.messages import Job, Span
 
 LANES = ("compute", "kv send", "kv receive")
+
+
+def from_first_byte(spans: Mapping[int, Sequence[Span]]) -> dict[int, list[Span]]:
+    """Cuts off the time in which a receiver only waited for a layer to be sent."""
+    sent: dict[tuple[str, str], float] = {}
+    for of_rank in spans.values():
+        for span in of_rank:
+            if span.lane == "kv send":
+                key = (span.request, span.name)
+                sent[key] = min(span.start_s, sent.get(key, span.start_s))
+
+    def cut(span: Span) -> Span:
+        if span.lane != "kv receive":
+            return span
+        first_s = sent.get((span.request, span.name), span.start_s)
+        return msgspec.structs.replace(span, start_s=min(span.end_s, max(span.start_s, first_s)))
+
+    return {rank: [cut(s) for s in of_rank] for rank, of_rank in spans.items()}
 
 
 def write_trace(path: Path, job: Job, spans: Mapping[int, Sequence[Span]]) -> None:
@@ -31,9 +51,7 @@ def write_trace(path: Path, job: Job, spans: Mapping[int, Sequence[Span]]) -> No
         events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": order})
         for tid in sorted({LANES.index(s.lane) for s in spans.get(rank, ())}):
             name = {"name": LANES[tid]}
-            events.append(
-                {"ph": "M", "name": "thread_name", "pid": rank, "tid": tid, "args": name}
-            )
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": tid, "args": name})
     for rank, of_rank in spans.items():
         for span in of_rank:
             args: dict[str, Any] = {"request": span.request}

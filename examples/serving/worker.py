@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from llama_tp import LlamaTP
 from paged_kv import HeadMove, plan_head_moves
-from serving.messages import Command, Job, Ready, Span
 
 from sagellm.comm.collective_ops import create_comm_backend
 from sagellm.comm.kv_transfer import KVTransferChannel, KVTransferSettings
 from sagellm.core.protocols import CommBackendProtocol, DistributedRuntimeError
+from serving.messages import Command, Job, Ready, Span
 
 if TYPE_CHECKING:
     from serving.rank import Parent

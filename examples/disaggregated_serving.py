@@ -51,8 +51,8 @@ from sagellm.core.protocols import CommError, ConfigError
 from sagellm.core.protocols.selection import backend_registry
 
 _PAGE_TOKENS = 16
-_START_S = 60.0
-_MEASURE_TOKENS, _MEASURE_ROUNDS = 512, 25
+_START_S = 180.0
+_MEASURE_TOKENS, _MEASURE_ROUNDS = 512, 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ending_on_signals():
             return _run(args, console)
-    except ConfigError as e:
-        console.print(f"[bold red]error[/bold red] {escape(str(e))}", highlight=False)
-        return 2
     except CommError as e:
-        console.print(f"[bold red]error[/bold red] [{e.code}] {escape(str(e))}", highlight=False)
-        return 3
+        said = escape(f"[{e.code}] {e}")
+        console.print(f"[bold red]error[/bold red] {said}", highlight=False, soft_wrap=True)
+        return 2 if isinstance(e, ConfigError) else 3
     except KeyboardInterrupt:
         console.print("interrupted: every rank has been ended")
         return 130
@@ -110,21 +108,22 @@ def _ending_on_signals() -> Iterator[None]:
 def _run(args: argparse.Namespace, console: Console) -> int:
     begin_s = time.monotonic()
     job, prompts = _prepare(args)
+    model = LlamaTP(args.checkpoint)
     topology = TopologyManager().detect()
     show_topology(console, topology)
     requests = [Request(p.title, p.tokens) for p in prompts]
     longest = max((p.tokens for p in prompts), key=len)
-    steps = LlamaConfig.load(args.checkpoint).num_layers + args.max_new_tokens
+    steps = model.config.num_layers + args.max_new_tokens
     progress = Progress(console, job.world_size, {r.id: steps for r in requests})
     with progress, Fleet(job) as fleet:
         router = Router(fleet, progress)
-        expected = _single_process(args.checkpoint, prompts, args.max_new_tokens)
+        expected = _single_process(model, prompts, args.max_new_tokens)
         router.wait_until_ready(_START_S)
+        show_ranks(console, job, router.ready)
         router.warm_up(longest[:_PAGE_TOKENS])
         router.serve(requests, args.max_new_tokens)
         overlap = router.measure_overlap(longest[:_MEASURE_TOKENS], _MEASURE_ROUNDS)
         spans = router.stop()
-    show_ranks(console, job, router.ready)
     show_requests(console, job, requests, expected)
     show_overlap(console, overlap)
 
@@ -164,7 +163,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Job, list[Prompt]]:
     blocks = [-(-n // _PAGE_TOKENS) for n in lengths]
     world_size = args.tp_prefill + args.tp_decode
     job = Job(
-        checkpoint=str(args.checkpoint.resolve()),
+        checkpoint=str(args.checkpoint.absolute()),
         tp_prefill=args.tp_prefill,
         tp_decode=args.tp_decode,
         backend=args.backend,
@@ -181,12 +180,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Job, list[Prompt]]:
 
 
 def _single_process(
-    checkpoint: Path, prompts: Sequence[Prompt], max_new_tokens: int
+    model: LlamaTP, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[list[int]]:
     """What one process makes of the prompts: what the ranks' tokens must equal."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the ranks are starting meanwhile
-    model = LlamaTP(checkpoint)
     made = []
     for prompt in prompts:
         cache = model.new_cache(-(-(len(prompt.tokens) + max_new_tokens) // _PAGE_TOKENS))

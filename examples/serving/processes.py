@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's __all__ lacks it
 
 from sagellm.core.protocols import CommError, CommTimeoutError
 from sagellm.core.protocols.ports import SagePorts
@@ -98,7 +98,7 @@ class Fleet:
         self._stopping = False
         listener = SagePorts().listen("store", host="127.0.0.1")
         port = listener.getsockname()[1]
-        self._store: dist.TCPStore | None = dist.TCPStore(
+        self._store: TCPStore | None = TCPStore(
             "127.0.0.1",
             port,
             is_master=True,

@@ -13,7 +13,6 @@ from rich.progress import (
     Progress as Bars,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
 )
 
 
@@ -32,18 +31,17 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=40),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             console=console,
             transient=True,
+            refresh_per_second=5,
             disable=not console.is_terminal,
         )
         self._start = self._bars.add_task("starting ranks", total=ranks)
         self._measure: TaskID | None = None
         self._requests = {
-            name: self._bars.add_task(f"request {name}", total=count, start=False)
+            name: self._bars.add_task(f"request {name}", total=count)
             for name, count in steps.items()
         }
-        self._begun: set[str] = set()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -63,12 +61,8 @@ class Progress:
 
     def advanced(self, request: str) -> None:
         """A request is a step further."""
-        if request not in self._requests:
-            return
-        if request not in self._begun:
-            self._begun.add(request)
-            self._bars.start_task(self._requests[request])
-        self._bars.advance(self._requests[request])
+        if request in self._requests:  # a warm-up is not shown
+            self._bars.advance(self._requests[request])
 
     def measured(self, done: int, total: int) -> None:
         """So many rounds of the measurement of overlap are over."""

@@ -39,7 +39,7 @@ def show_topology(console: Console, topology: TopologyInfo) -> None:
         device="left", kind="left", what="left", NUMA="right", CPUs="left", links="left",
     )  # fmt: skip
     for device in topology.devices[:_MOST_ROWS]:
-        kinds = {}
+        kinds: dict[str, int] = {}
         for link in topology.links:
             if device.id in (link.a, link.b):
                 kinds[link.kind] = kinds.get(link.kind, 0) + link.count

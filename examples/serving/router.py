@@ -149,7 +149,7 @@ class Router:
         by_id = {r.id: r for r in requests}
         waiting = list(requests)
         self._send(waiting, max_new_tokens)
-        while any(len(r.decoded) < self._job.tp_decode for r in requests):
+        while not all(self._done(r) for r in requests):
             rank, event = self._fleet.next(self._job.deadline_s * 2, "requests to be served")
             if isinstance(event, LayerSent):
                 if rank == 0:
@@ -166,6 +166,12 @@ class Router:
                     self._progress.advanced(event.id)
             elif isinstance(event, Decoded):
                 self._decoded(by_id[event.id], rank, event)
+
+    def _done(self, request: Request) -> bool:
+        return (
+            len(request.prefilled) == self._job.tp_prefill
+            and len(request.decoded) == self._job.tp_decode
+        )
 
     def _send(self, waiting: list[Request], max_new_tokens: int) -> None:
         if not waiting:

@@ -12,7 +12,7 @@ from serving.trace import LANES
 Scale = Callable[[float], float]
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3f8f5f", "#8a5fb0", "#c2476a", "#2f8f9d", "#7a7f35", "#7d5a45")
-_LEFT, _RIGHT, _TOP = 196, 24, 96
+_LEFT, _RIGHT, _TOP = 224, 24, 96
 _WIDTH = 1200
 _ROW, _GAP, _BETWEEN_RANKS = 26, 5, 14
 _INK, _FAINT, _GRID = "#1f2933", "#66727f", "#e3e7eb"
@@ -64,7 +64,7 @@ def write_timeline(
         *_axis(total_s, rows_end, x, begin_s),
     ]
     body = "\n".join([*head, *parts])
-    path.writesvg_text(
+    path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" font-family="system-ui, sans-serif" font-size="13">\n'
         f'<rect width="100%" height="100%" fill="#ffffff"/>\n{body}\n</svg>\n'

@@ -15,7 +15,12 @@ _WIDTH = 1000
 _CARD_W, _CARD_H, _CARD_GAP = 300, 62, 16
 _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#66727f"
 _KIND_COLOUR = {"gpu": "#3f8f5f", "npu": "#8a5fb0", "nic": "#2f8f9d"}
-_KINDS = {"pci_switch": "PCI switch", "fabric_switch": "fabric switch", "cxl_mem": "CXL memory"}
+_KINDS = {
+    "pci_root": "PCI root",
+    "pci_switch": "PCI switch",
+    "fabric_switch": "fabric switch",
+    "cxl_mem": "CXL memory",
+}
 _CHIP_W, _CHIP_H, _CHIP_GAP = 212, 44, 12
 
 
@@ -121,6 +126,7 @@ def _machine(parts: list[str], top: float, topology: TopologyInfo) -> float:
         if device.kind == "numa":
             continue
         home = by_number.get(str(device.numa_nodes[0])) if device.numa_nodes else None
+        home = home or _above(device.id, topology, homes)
         (inside[home] if home else loose).append(device)
     for home, devices in inside.items():
         cpus = homes[home].cpulist
@@ -139,6 +145,22 @@ def _machine(parts: list[str], top: float, topology: TopologyInfo) -> float:
         parts.append(svg_text(40, top + 14, line, fill=_GREY, size=12))
         top += 20
     return top
+
+
+def _above(device_id: str, topology: TopologyInfo, homes: Mapping[str, Device]) -> str | None:
+    """The NUMA node that a device hangs under, however many bridges are between."""
+    seen, edge = {device_id}, [device_id]
+    while edge:
+        at = edge.pop()
+        if at in homes:
+            return at
+        for link in topology.links:
+            if link.kind in ("pcie", "host_bridge") and at in (link.a, link.b):
+                other = link.b if link.a == at else link.a
+                if other not in seen:
+                    seen.add(other)
+                    edge.append(other)
+    return None
 
 
 def _shelf(parts: list[str], top: float, title: str, devices: Sequence[Device]) -> float:

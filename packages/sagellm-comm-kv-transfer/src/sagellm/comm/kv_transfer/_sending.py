@@ -183,6 +183,9 @@ class Sending:
 
     def _start(self, p: Push, link: Link, error: CommError | None) -> None:
         if p.error is not None:
+            if error is None:  # it failed before they met: the receiver may be waiting for it
+                failure = wire.KeyFail(p.key.id, p.key.attempt, code_of(p.error), str(p.error))
+                link.send(failure)
             return
         if error is not None:
             self.fail(p, error)

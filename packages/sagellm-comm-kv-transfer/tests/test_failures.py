@@ -101,7 +101,7 @@ def test_a_channel_that_closes_fails_what_it_carries(pair):
 
     out.close()
 
-    with pytest.raises(KVTransferError, match="node 0 has closed|was closed"):
+    with pytest.raises(KVTransferError, match=r"node 0 has closed|was closed"):
         r.wait(10)
     assert stream.transfer.done()
     with pytest.raises(PeerLostError, match="closed"):
@@ -284,7 +284,7 @@ def test_a_silent_data_connection_fails_by_its_deadline(channel, proxy, layout, 
     assert reached.wait(10)
     started = time.monotonic()
     for handle in (r, t):
-        with pytest.raises(KVTransferError, match="within 0.5 s"):
+        with pytest.raises(KVTransferError, match=r"within 0\.5 s"):
             handle.wait(10)
     release.set()
 

@@ -68,8 +68,9 @@ def push_through_store(rank, size, path):
             return all(torch.equal(data[n][into], want[n][ids]) for n in want)
 
 
-def test_two_ranks_meet_through_the_default_store(rank_pool):
-    assert rank_pool.run(push_through_store, rank_pool.store_path()) == [True, True]
+def test_two_ranks_meet_through_the_default_store(rank_pools):
+    pool = rank_pools(4)
+    assert pool.submit(push_through_store, pool.store_path(), ranks=2).wait(30) == [True, True]
 
 
 def without_a_group(rank, size, port):
@@ -92,12 +93,14 @@ def without_a_group(rank, size, port):
             del os.environ[name]
 
 
-def test_torchrun_environment_is_enough(rank_pool):
+def test_torchrun_environment_is_enough(rank_pools):
     from sagellm.core.protocols.ports import SagePorts
 
     port = SagePorts().reserve("store").release()
 
-    assert rank_pool.run(without_a_group, port) == [(0, [0, 2, 4, 6, 8]), (1, list(range(5)))]
+    job = rank_pools(4).submit(without_a_group, port, ranks=2)
+
+    assert job.wait(30) == [(0, [0, 2, 4, 6, 8]), (1, list(range(5)))]
 
 
 def die_in_the_middle(rank, size, path):
@@ -133,8 +136,8 @@ def die_in_the_middle(rank, size, path):
 
 
 def test_every_survivor_learns_of_a_killed_prefill_rank(rank_pools):
-    pool = rank_pools(3)
-    job = pool.submit(die_in_the_middle, pool.store_path())
+    pool = rank_pools(4)
+    job = pool.submit(die_in_the_middle, pool.store_path(), ranks=3)
 
     outcomes = job.outcomes(60)
 
@@ -168,8 +171,9 @@ def die_receiving(rank, size, path):
     return None
 
 
-def test_a_sender_learns_of_a_killed_decode_rank(rank_pool):
-    job = rank_pool.submit(die_receiving, rank_pool.store_path())
+def test_a_sender_learns_of_a_killed_decode_rank(rank_pools):
+    pool = rank_pools(4)
+    job = pool.submit(die_receiving, pool.store_path(), ranks=2)
 
     outcomes = job.outcomes(60)
 
@@ -182,11 +186,12 @@ def test_a_sender_learns_of_a_killed_decode_rank(rank_pool):
 @pytest.mark.parametrize("tp_decode", [1, 2])
 @pytest.mark.parametrize("tp_prefill", [1, 2])
 def test_prefill_ranks_feed_decode_ranks(rank_pools, tp_prefill, tp_decode):
-    pool = rank_pools(3 if tp_prefill + tp_decode == 3 else 2 if tp_prefill + tp_decode == 2 else 4)
+    pool = rank_pools(4)
+    ranks = tp_prefill + tp_decode
 
-    results = pool.run(disaggregated, pool.store_path(), tp_prefill, tp_decode, timeout_s=60)
+    job = pool.submit(disaggregated, pool.store_path(), tp_prefill, tp_decode, ranks=ranks)
 
-    assert all(results)
+    assert job.wait(60) == [True] * ranks
 
 
 def disaggregated(rank, size, path, tp_prefill, tp_decode):

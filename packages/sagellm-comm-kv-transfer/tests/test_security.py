@@ -64,7 +64,7 @@ def test_another_key_is_refused_by_both_sides(channel):
 def test_an_impostor_that_answers_is_not_believed(channel):
     """A listener without the key cannot make a caller send it anything."""
     fake = socket.create_server(("127.0.0.1", 0))
-    address = "127.0.0.1:%d" % fake.getsockname()[1]
+    address = f"127.0.0.1:{fake.getsockname()[1]}"
     c = channel(
         node_id=0, peers={1: address}, key=KEY, settings=KVTransferSettings(handshake_timeout_s=2)
     )

@@ -1,3 +1,6 @@
 """Fixtures of the kit, tested by using them."""
 
-pytest_plugins = ["sagellm.core.protocols.testing.pytest_plugin"]
+from sagellm.core.protocols.testing.pytest_plugin import (
+    rank_pool as rank_pool,
+    rank_pools as rank_pools,
+)

@@ -1,6 +1,7 @@
-"""Pytest fixtures over `RankPool`; a `conftest.py` asks for them with one line.
+"""Pytest fixtures over `RankPool`, for a `conftest.py` to import.
 
-pytest_plugins = ["sagellm.core.protocols.testing.pytest_plugin"]
+from sagellm.core.protocols.testing.pytest_plugin import rank_pool as rank_pool
+from sagellm.core.protocols.testing.pytest_plugin import rank_pools as rank_pools
 """
 
 from __future__ import annotations

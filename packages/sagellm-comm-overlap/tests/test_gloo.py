@@ -133,7 +133,9 @@ def agreeing(rank, size, store, case):
         device_types=("cpu",),
         c10d_name="gloo",
         priority=0,
-        capabilities=Capabilities(dtypes=frozenset({"int64"})),
+        capabilities=Capabilities(
+            ops=frozenset({"all_gather", "broadcast"}), dtypes=frozenset({"int64"})
+        ),
         probe=lambda: Probe(True, "always"),
         load=lambda: ProcessGroupBackend,
     )
@@ -219,4 +221,3 @@ def test_a_peer_that_dies_fails_the_run_at_once(rank_pool):
     assert kind != "CommTimeoutError"
     assert "'doomed[0]' (id 1) on lane 'comm'" in notes[0]
     assert "exited with code 3" in outcomes[1].error
-

@@ -19,7 +19,11 @@ from sagellm.core.protocols import (
 
 def test_it_is_what_the_protocol_says(manager):
     assert isinstance(manager, OverlapManagerProtocol)
-    assert OverlapManager().schedule(lambda: 1, lambda: 2, pairing="none")
+
+    with OverlapManager() as plain:
+        handle = plain.schedule(lambda: 1, lambda: 2)
+
+    assert handle.done()
 
 
 def test_it_takes_a_mock_of_a_backend(make_manager):

@@ -1,5 +1,6 @@
 """Trace files and timelines are well-formed and say what ran."""
 
+import itertools
 import json
 import xml.etree.ElementTree as ET
 
@@ -41,7 +42,7 @@ def check_chrome(document):
             assert event["bp"] == "e"
     for thread in spans.values():
         thread.sort()
-        assert all(b[0] >= a[1] - 1e-6 for a, b in zip(thread, thread[1:], strict=False))
+        assert all(b[0] >= a[1] - 1e-6 for a, b in itertools.pairwise(thread))
     assert all(phases == ["s", "f"] for phases in flows.values())
     return spans, flows
 
@@ -75,7 +76,9 @@ def test_traces_of_ranks_merge_on_one_clock(tmp_path):
     document = json.loads(merge_chrome_traces(tmp_path / "all.json", [late, early]).read_text())
 
     spans, _ = check_chrome(document)
-    starts = {pid: min(s for (p, _), rows in spans.items() if p == pid for s, _ in rows) for pid in (0, 1)}
+    starts = {
+        pid: min(s for (p, _), rows in spans.items() if p == pid for s, _ in rows) for pid in (0, 1)
+    }
     assert starts == {0: 0.0, 1: pytest.approx(5e5)}
 
 
@@ -131,7 +134,13 @@ def test_a_timeline_draws_every_task_once_with_its_lane():
 @pytest.mark.parametrize("count", [0, 1, 200])
 def test_a_timeline_of_any_size_is_well_formed(count):
     run = [
-        Interval(i, f"task with a long name {i}", f"rank{i % 3}/c{'ompute' if i % 2 else 'omm'}", i / 7, i / 7 + 1)
+        Interval(
+            i,
+            f"task with a long name {i}",
+            f"rank{i % 3}/c{'ompute' if i % 2 else 'omm'}",
+            i / 7,
+            i / 7 + 1,
+        )
         for i in range(count)
     ]
 

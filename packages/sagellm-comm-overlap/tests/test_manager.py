@@ -129,7 +129,7 @@ def test_explain_tells_order_gain_and_candidates(manager):
 
     text = manager.explain(manager.compile(graph))
 
-    assert text.startswith("overlapped: johnson order is the shortest of 4 simulated; digest ")
+    assert text.startswith("overlapped: johnson order is the best of 4 simulated; digest ")
     assert "predicted 7000.000 ms (41.7% saved), serial 12000.000 ms" in text
     assert "candidate user: 11000.000 ms" in text
     assert "compute (compute): mlp1, mlp5" in text

@@ -30,6 +30,16 @@ def test_the_best_of_several_orders_is_kept():
     assert not plan.serial
 
 
+def test_the_order_given_is_kept_where_another_gains_next_to_nothing():
+    graph = pairs([(5.01, 5.0), (5.0, 5.02)])
+
+    plan = compile_graph(graph.tasks)
+
+    assert min(plan.candidates.values()) < plan.candidates["user"]
+    assert plan.rule == "user"
+    assert plan.order["compute"] == (0, 2)
+
+
 def test_given_costs_beat_declared_ones():
     graph = pairs([(5.0, 1.0), (1.0, 5.0)])
 

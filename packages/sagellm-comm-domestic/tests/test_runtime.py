@@ -8,7 +8,7 @@ from sagellm.core.protocols import BackendUnavailableError, ConfigError
 
 NO_CANN = """
     def _autoload(): pass
-    raise ImportError("libhccl.so: cannot open shared object file: No such file or directory", name="_C")
+    raise ImportError("libhccl.so: cannot open shared object file: No such file", name="_C")
 """
 ASK = """
     import sys

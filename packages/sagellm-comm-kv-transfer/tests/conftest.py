@@ -95,7 +95,7 @@ class Proxy:
         self.target = target
         self.flip = lambda position, data: data
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets = [self._listener]
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -81,7 +81,7 @@ def test_a_fetch_nobody_offers_ends_with_its_deadline(pair):
     _, _, into, _ = pair()
     f = into.fetch(TransferKey("o"), 0, [1], deadline_s=0.2)
 
-    with pytest.raises(KVTransferError, match="within 0.2 s"):
+    with pytest.raises(KVTransferError, match=r"within 0\.2 s"):
         f.wait(10)
 
     assert f.exception().invalid_blocks == (1,)
@@ -91,7 +91,7 @@ def test_wrong_fetches_are_refused_by_the_offering_side(pair):
     out, _, into, _ = pair()
     out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
 
-    with pytest.raises(KVTransferError, match="fetches .*blocks of"):
+    with pytest.raises(KVTransferError, match=r"fetches .*blocks of"):
         into.fetch(TransferKey("o", 1), 0, [1]).wait(10)
     with pytest.raises(KVTransferError, match="not offered"):
         into.fetch(TransferKey("o", 2), 0, [1], src_blocks=[3]).wait(10)

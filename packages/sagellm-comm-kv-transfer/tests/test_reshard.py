@@ -40,9 +40,7 @@ def test_every_decode_rank_gets_its_heads_from_all_prefill_ranks(
         c.register(layout(HEADS, target_tp, rank), got[-1])
     key = TransferKey("r")
 
-    received = [
-        c.receive(key, [5, 0, 3], source_node=range(source_tp)) for c in targets
-    ]
+    received = [c.receive(key, [5, 0, 3], source_node=range(source_tp)) for c in targets]
     streams = [s.begin(key, t.node_id, [1, 2, 4]) for s in sources for t in targets]
     for layer in range(3):
         for stream in streams:

@@ -149,6 +149,11 @@ class TopologyGraph:
             return Path(a, b, None, None)
         return self._walk(a, b, {k: ((0, 0, 0, 0.0), v[2]) for k, v in best.items()}, None)
 
+    def links_of(self, device_id: str) -> tuple[Link, ...]:
+        """Every link that ends at the device."""
+        tables = (self._fabric, self._host, self._networks)
+        return tuple(link for table in tables for _, link in table.get(device_id, ()))
+
     def same_host(self, device: Device) -> Iterable[Device]:
         """Devices of the host that `device` is in, itself included."""
         return self._hosts.get(device.node, ())

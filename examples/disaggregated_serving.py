@@ -47,7 +47,7 @@ from serving.trace import write_trace
 from sagellm.comm.kv_transfer import create_codec
 from sagellm.comm.kv_transfer.transports import load_transport
 from sagellm.comm.topology import TopologyManager
-from sagellm.core.protocols import CommError, ConfigError
+from sagellm.core.protocols import BackendUnavailableError, CommError, ConfigError
 from sagellm.core.protocols.selection import backend_registry
 
 _PAGE_TOKENS = 16
@@ -150,7 +150,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Job, list[Prompt]]:
     if layer is not None and not 0 <= layer < config.num_layers:
         raise ConfigError(f"--sabotage-layer {layer} is not in 0..{config.num_layers - 1}")
     if args.backend != "auto":
-        backend_registry().load(args.backend)
+        _check_backend(args.backend)
     create_codec(args.codec)
     load_transport(args.transport)
     prompts, _ = load_prompts(args.checkpoint, args.prompt)
@@ -177,6 +177,17 @@ def _prepare(args: argparse.Namespace) -> tuple[Job, list[Prompt]]:
         sabotage_layer=layer,
     )
     return job, prompts
+
+
+def _check_backend(name: str) -> None:
+    spec = backend_registry().load(name)
+    if "cpu" not in spec.device_types:
+        raise ConfigError(
+            f"backend {name!r} serves {', '.join(spec.device_types)}; the demo computes on the CPU"
+        )
+    probe = spec.probe()
+    if not probe.available:
+        raise BackendUnavailableError(f"backend {name!r}: {probe.reason}; {spec.install_hint}")
 
 
 def _single_process(

@@ -12,7 +12,7 @@ from paged_kv import HeadMove, plan_head_moves
 
 from sagellm.comm.collective_ops import create_comm_backend
 from sagellm.comm.kv_transfer import KVTransferChannel, KVTransferSettings
-from sagellm.core.protocols import CommBackendProtocol, DistributedRuntimeError
+from sagellm.core.protocols import CommBackendProtocol, ConfigError, DistributedRuntimeError
 from serving.messages import Command, Job, Ready, Span
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ class Worker(ABC):
         self.spans: list[Span] = []
         # tensors live on the CPU here, so `auto` is asked for the CPU's best
         self.world = create_comm_backend(job.backend, device="cpu", timeout_s=job.deadline_s)
+        if self.world.size != job.world_size:
+            raise ConfigError(
+                f"backend {job.backend!r} gives a world of {self.world.size} to one of "
+                f"{job.world_size} processes: it does not join processes; use auto or gloo"
+            )
         prefill = self.world.split(job.prefill_ranks, "prefill")
         decode = self.world.split(job.decode_ranks, "decode")
         group = prefill if job.role(rank) == "prefill" else decode

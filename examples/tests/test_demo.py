@@ -30,6 +30,7 @@ DEMO = Path(disaggregated_serving.__file__)
 PROMPTS = ("def read(self, size=-1):\n    ", "The compiler checks that every " * 12)
 DEADLINE_S = 100.0
 LEARNS_WITHIN_S = 2.0
+ORPHANS_END_WITHIN_S = 5.0
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -173,6 +174,7 @@ def test_zeroing_a_layer_changes_the_tokens_and_the_exit_status(demo):
         (["--tp-prefill", "3"], ["tp_size=3", "use one of 1, 2, 4"]),
         (["--tp-decode", "0"], ["tp_size=0"]),
         (["--backend", "ncll"], ["ncll", "gloo", "nccl"]),
+        (["--backend", "nccl"], ["nccl", "cuda", "CPU"]),
         (["--codec", "zip"], ["zip", "lz4", "none", "zstd"]),
         (["--transport", "pigeon"], ["pigeon", "tcp"]),
         (["--sabotage-layer", "8"], ["8", "0..7"]),
@@ -221,6 +223,41 @@ def test_a_truncated_file_is_named(demo, checkpoint):
     assert "truncated" in output
 
 
+def test_a_port_in_use_is_named(demo, told, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("SAGELLM_COMM_PORTS_FIXED__STORE", str(port))
+
+        status, _, output = demo()
+
+    assert status == 3
+    assert "[resource_exhausted]" in output
+    assert str(port) in output
+    assert told == []
+
+
+def test_a_peer_that_stops_answering_is_named_at_the_deadline():
+    job = Job(str(TINY_LLAMA), tp_prefill=1, tp_decode=1, deadline_s=2.0)
+    with Fleet(job) as fleet:
+        router = Router(fleet, Progress(Console(quiet=True), 2, {}))
+        router.wait_until_ready(DEADLINE_S)
+        os.kill(router.ready[1].pid, signal.SIGSTOP)
+        fleet.tell([0], Prefill("unheard", list(range(32))))
+
+        with pytest.raises(RankLostError) as caught:
+            listen_until_failure(fleet)
+
+    assert caught.value.failed.keys() == {0}
+    assert caught.value.failed[0].code in ("comm_timeout", "kv_transfer_failed")
+    assert "did not reach rank 1" in caught.value.failed[0].message
+    assert "rank 1 (decode) was still running and has been ended" in str(caught.value)
+
+
+def listen_until_failure(fleet):
+    while True:
+        fleet.next(DEADLINE_S, "a failure")
+
+
 @pytest.fixture
 def serving():
     """A job of 2 x 2 ranks that is ready, its fleet and its router."""
@@ -262,8 +299,15 @@ def test_every_rank_learns_of_a_rank_killed_mid_transfer(serving, victim):
 
 
 @linux
-@pytest.mark.parametrize("moment", ["Topology", "Ranks"])
-def test_ctrl_c_leaves_no_process_port_or_segment(tmp_path, moment):
+@pytest.mark.parametrize(
+    ("moment", "number", "status"),
+    [
+        ("Topology", signal.SIGTERM, 130),
+        ("Ranks", signal.SIGINT, 130),
+        ("Ranks", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_an_interrupt_leaves_no_process_port_or_segment(tmp_path, moment, number, status):
     (tmp_path / "model").symlink_to(TINY_LLAMA)
     segments = set(os.listdir("/dev/shm"))
     demo = subprocess.Popen(
@@ -279,10 +323,14 @@ def test_ctrl_c_leaves_no_process_port_or_segment(tmp_path, moment):
                 break
         ports = {p for pid in processes_of(tmp_path) for p in listening(pid)}
 
-        demo.send_signal(signal.SIGINT)
+        demo.send_signal(number)
 
         output = demo.stdout.read()
-        assert demo.wait(DEADLINE_S) == 130, output
+        assert demo.wait(DEADLINE_S) == status, output
+    if number == signal.SIGKILL:  # nobody is left to wait for the ranks, which end by themselves
+        end_s = time.monotonic() + ORPHANS_END_WITHIN_S
+        while processes_of(tmp_path) and time.monotonic() < end_s:
+            os.sched_yield()
     assert processes_of(tmp_path) == []
     if moment == "Ranks":
         assert len(ports) >= 4, "the store's and a channel's per rank"

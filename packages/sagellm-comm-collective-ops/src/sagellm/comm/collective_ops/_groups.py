@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sagellm.core.protocols import BackendSpec, CommTimeoutError, ConfigError
-from sagellm.core.protocols.process_group import group_facts, group_libraries
+from sagellm.core.protocols.process_group import group_facts, group_libraries, make_group
 
 __all__ = ["GroupSource", "find_source", "group_for"]
 
@@ -108,10 +108,8 @@ def group_for(
         if source.group is not None:
             if _serves(source.group, spec.c10d_name, device):
                 return source.group, False
-            ranks = dist.get_process_group_ranks(source.group)
-            made = dist.new_group(
-                ranks, timeout=deadline, backend=spec.c10d_name, use_local_synchronization=True
-            )
+            everyone = range(source.size)
+            made = make_group(source.group, everyone, spec.c10d_name, timeout_s, spec.name)
             return cast("dist.ProcessGroup", made), True
         if source.store is None:
             return None, False

@@ -136,6 +136,7 @@ class MockGroup:
         self._children: dict[tuple[int, tuple[int, ...]], MockGroup] = {}
         self._splits = [0] * self.size
         self._failure: Exception | None = None
+        self._missing: list[int] = []  # who had not come when the group failed
 
     def issue(self, rank: int, call: RawCall) -> MockWork:
         """Start a call; a delayed rank's contribution arrives later."""
@@ -243,7 +244,7 @@ class MockGroup:
         with self._lock:
             waiting = [m for m in self._rounds.values() if rank in m.works]
             if not waiting:
-                return []
+                return self._missing
             return [r for r in range(self.size) if r not in waiting[0].works]
 
     def lose(self, global_rank: int) -> None:
@@ -267,6 +268,10 @@ class MockGroup:
         with self._lock:
             if self._failure is None:
                 self._failure = error
+                first = min(self._rounds, default=None)
+                if first is not None:
+                    there = self._rounds[first].works
+                    self._missing = [r for r in range(self.size) if r not in there]
             works = [w for m in self._rounds.values() for w in m.works.values()]
             works += [w for queue in self._receivers.values() for w in queue]
             self._rounds.clear()

@@ -47,6 +47,9 @@ _GLOO_NAMES = {
 }
 """torch >= 2.13 calls the first names on a group; its gloo backend has the second."""
 
+_ASKED = frozenset({"send", "recv", "reduce_scatter"})
+"""Works of gloo whose `is_completed` stays False until somebody waits."""
+
 
 class _Work(c10d.Work):
     """Gloo's work; its tensors alias the emulated ones, so nothing is copied back."""
@@ -65,14 +68,14 @@ class _Work(c10d.Work):
         return bool(self._inner.is_completed())
 
 
-class _PointToPointWork(_Work):
-    """Gloo learns that a send or receive is over only inside `wait`: a thread asks."""
+class _AskedWork(_Work):
+    """Gloo learns that some works are over only inside `wait`, as no device does: a thread asks."""
 
     def __init__(self, inner: _Torch) -> None:
         super().__init__(inner)
         self._over = threading.Event()
         self._error: Exception | None = None
-        threading.Thread(target=self._block, name="emulated-p2p", daemon=True).start()
+        threading.Thread(target=self._block, name="emulated-device", daemon=True).start()
 
     def _block(self) -> None:
         try:
@@ -123,6 +126,7 @@ class EmulatedGroup(c10d.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks this overload
         self._gloo: _Torch = c10d.ProcessGroupGloo(store, rank, size, timeout)
         self._batch: list[_Work] | None = None
+        self._store, self._name = store, ""
         self.options = options
         self.calls: list[str] = []
 
@@ -135,6 +139,17 @@ class EmulatedGroup(c10d.ProcessGroup):
 
     def _get_backend(self, device: torch.device) -> _Torch:
         return self
+
+    # torch keeps these in the C++ library of a group, which a Python group does not have.
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_name(self) -> _Torch:
+        return self._name
+
+    def get_group_store(self) -> _Torch:
+        return self._store
 
     def get_hccl_comm_name(self, rank: int, init_comm: bool = True) -> str:
         return f"emulated_{self.row.c10d_name}_{id(self):x}"
@@ -161,7 +176,7 @@ class EmulatedGroup(c10d.ProcessGroup):
         _refuse(self.row, _METHODS[method], args)
         start = getattr(self._gloo, _GLOO_NAMES.get(method, method))
         inner = start(*pytree.tree_map(raw_of, args))
-        work = _PointToPointWork(inner) if method in ("send", "recv") else _Work(inner)
+        work = _AskedWork(inner) if _METHODS[method] in _ASKED else _Work(inner)
         if self._batch is not None:
             self._batch.append(work)
         return work

@@ -67,6 +67,10 @@ def _on_cpu(device: str, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # 
     kwargs.pop("pin_memory", None)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shells = {id(x.raw): x for x in leaves if isinstance(x, EmulatedTensor)}
+    if any(
+        isinstance(x, torch.Tensor) and raw_of(x) is x and x.device.type == device for x in leaves
+    ):
+        raise NotImplementedError(f"{op} made a tensor that the emulated device does not hold")
     raw_args, raw_kwargs = pytree.tree_unflatten([raw_of(x) for x in leaves], spec)
     out = op(*raw_args, **raw_kwargs)
     for shell in shells.values():
@@ -85,6 +89,9 @@ def install_kernels(device: str) -> object:
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         aten.impl(name, _kernel(device, op), "PrivateUse1")
+    # Autograd makes such a view a copy of the tensor object, which would lose the shell.
+    for key in ("PrivateUse1", "AutogradPrivateUse1"):
+        aten.impl("view.dtype", _kernel(device, torch.ops.aten.view.dtype), key)
     aten.impl("_copy_from", _copy_from, "PrivateUse1")
     aten.impl("_local_scalar_dense", lambda x: x.raw.item(), "PrivateUse1")
     return (fallback, aten)

@@ -131,7 +131,7 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
 
     @property
     def library_group(self) -> Any:  # noqa: ANN401  # a class of the vendor's own
-        """The vendor's object beneath the torch group, for its own methods; None in a world of one."""
+        """The vendor's object beneath the torch group; None in a world of one."""
         import torch
 
         group: Any = self.process_group  # torch's stub lacks _get_backend

@@ -90,16 +90,17 @@ class Dialler:
         """
         pause = 0.01
         while not self._stop.is_set():
-            address = self._address_of(self._target)
-            if address is not None:
-                try:
+            address = None
+            try:
+                address = self._address_of(self._target)
+                if address is not None:
                     return self._attempt(address)
-                except (PeerLostError, TimeoutError, OSError) as e:
-                    if isinstance(e, CommError) and not isinstance(
-                        e, (PeerLostError, CommTimeoutError)
-                    ):
-                        raise
-                    self.why = f"{address}: {e}"
+            except (PeerLostError, TimeoutError, OSError) as e:
+                if isinstance(e, CommError) and not isinstance(
+                    e, (PeerLostError, CommTimeoutError)
+                ):
+                    raise
+                self.why = f"{address}: {e}" if address else str(e)
             if time.monotonic() >= self.until:
                 raise CommTimeoutError(f"node {self._target} never came ({self.why})")
             self._stop.wait(min(pause, max(0.0, self.until - time.monotonic())))

@@ -12,6 +12,7 @@ from sagellm.core.protocols import (
     CommError,
     Completion,
     ConfigError,
+    DistributedRuntimeError,
     KVConnection,
     KVLayout,
     KVTransferError,
@@ -66,6 +67,7 @@ class Engine:
         port: int,
         advertise: str,
     ) -> None:
+        listener = listen(host, port)  # first: it is what may fail
         self.discovery = discovery
         self.node_id = discovery.node_id
         self.settings = settings
@@ -83,7 +85,6 @@ class Engine:
         self._causes: Counter[str] = Counter()
         self._past = Counter[str]()
         self._closed = False
-        listener = listen(host, port)
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
         self._door = Doorkeeper(
@@ -184,6 +185,11 @@ class Engine:
         except CommError as e:
             error = e
             self.loop.call(lambda: link.lose(error))
+            return
+        except Exception as e:
+            logger.exception("a bug in a dialling thread")
+            bug = DistributedRuntimeError(f"node {link.peer}: {type(e).__name__}: {e}")
+            self.loop.call(lambda: link.lose(bug))
             return
         try:
             pool = self.pool

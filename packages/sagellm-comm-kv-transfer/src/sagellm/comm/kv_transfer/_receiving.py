@@ -9,108 +9,39 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from sagellm.core.protocols import (
-    CacheGroup,
     CommError,
     CommTimeoutError,
     ConfigError,
     IntegrityError,
     KVBlock,
-    KVLayout,
     ResourceError,
     TransferKey,
     TransferState,
 )
 
 from . import wire
-from ._bounce import Destination, block_ids, bounce_for_layout, bounce_for_tensors
 from ._flows import Inflow
+from ._granting import Granter
 from ._link import Link
-from ._loop import Timer
+from ._receive import Receive, Source
 from ._records import Memory, code_of
 from .frames import Header
-from .memory import Extent
-from .plan import Part, check_layouts, coverage_gap, held_part, shared_parts
-from .pool import BlockTable, PoolExtent, RegisteredPool, as_block_table
+from .plan import check_layouts, coverage_gap, shared_parts
+from .pool import BlockTable, PoolExtent
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
     from ._engine import Engine
 
-__all__ = ["Receive", "Receiving"]
+__all__ = ["Receiving"]
 
 logger = logging.getLogger(__name__)
-
-
-class Source:
-    """One sender of a receive."""
-
-    def __init__(
-        self, link: Link, inflow: Inflow, parts: Mapping[str, Part], *, sealed: bool
-    ) -> None:
-        self.link = link
-        self.inflow = inflow
-        self.parts = parts
-        self.sealed = sealed
-        self.released = False
-
-
-class Receive:
-    """One transfer into this node.
-
-    Args:
-        handle: What the caller holds.
-        blocks: Destinations in the pool; None leaves them to the sender, or to bounce buffers.
-        senders: The nodes it comes from; None takes any.
-        named: Whether the caller gave the key.
-
-    """
-
-    def __init__(
-        self,
-        handle: TransferHandle,
-        blocks: BlockTable | None,
-        senders: frozenset[int] | None,
-        *,
-        pool: RegisteredPool | None,
-        named: bool = True,
-    ) -> None:
-        self.handle = handle
-        self.blocks = blocks
-        self.senders = senders
-        self.pool = pool
-        self.named = named
-        self.fetch_from: int | None = None
-        self.fetch_layers: Sequence[int] | None = None
-        self.sources: list[Source] = []
-        self.wanted: dict[str, Part] = {}
-        self.open_groups: set[str] = set()
-        self.destination: Destination | None = None
-        self.error: CommError | None = None
-        self.landed = False
-        self.finished = False
-        self.timer: Timer | None = None
-
-    @property
-    def key(self) -> TransferKey:
-        """Its key."""
-        return self.handle.key
-
-    def fingerprint(self) -> int | None:
-        """Tells destinations apart; None when there are none."""
-        if self.blocks is None:
-            return None
-        return hash(tuple((n, ids.tobytes()) for n, ids in sorted(self.blocks.items())))
-
-    def destination_ids(self) -> tuple[int, ...]:
-        """Blocks of our pool that it writes."""
-        tables = self.blocks or {}
-        return tuple(sorted({i for ids in tables.values() for i in ids.tolist()}))
 
 
 class _End(NamedTuple):
@@ -136,7 +67,7 @@ class Receiving:
         self._parked: dict[tuple[Link, int], wire.Offer] = {}
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
         self._ended: Memory[TransferKey, _End] = Memory(engine.settings.max_remembered)
-        self._bounce_bytes = 0
+        self._granter = Granter(lambda: engine.pool, engine.settings.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
 
     def in_flight(self) -> list[TransferHandle]:
@@ -405,7 +336,7 @@ class Receiving:
             return
         # the offer is answered from here on, whichever way this goes
         try:
-            joined = self._plan(r, link, offer)
+            joined = self._granter.plan(r, link, offer)
         except CommError as e:
             link.send(wire.Fail(offer.tid, code_of(e), str(e)))
             self.fail(r, e)
@@ -421,78 +352,6 @@ class Receiving:
         r.handle.step(TransferState.ACCEPTED)
         link.send(wire.Grant(offer.tid, dict(parts)))
         self._maybe_land(r)
-
-    def _plan(
-        self, r: Receive, link: Link, offer: wire.Offer
-    ) -> tuple[Extent, dict[str, Part]] | None:
-        """Where a sender's bytes go; None when there is no room just now."""
-        engine = self._engine
-        if offer.tensors is not None:
-            if r.blocks is not None:
-                raise ConfigError("plain tensors were sent, which have no place in blocks")
-            if r.sources:
-                raise ConfigError("plain tensors under one key come from one node")
-            made = bounce_for_tensors(offer.tensors, offer.page_bytes, self._room())
-            if made is None:
-                return None
-            self._use(r, made)
-            return made.extent_for({}), {}
-        if r.destination is None and r.blocks is None:
-            ours = engine.pool.layout if engine.pool is not None else link.layout
-            if ours is None or link.layout is None:
-                raise ConfigError(f"node {link.peer} sends blocks and has no pool registered")
-            check_layouts(ours, link.layout)
-            if offer.dst_blocks is not None:
-                self._adopt(r, offer.dst_blocks)
-            else:
-                made = bounce_for_layout(ours, offer.counts, self._room())
-                if made is None:
-                    return None
-                self._use(r, made)
-        if r.destination is None:
-            assert r.pool is not None, "destinations are pool blocks"
-            assert r.blocks is not None, "destinations are pool blocks"
-            r.destination = Destination(r.pool, r.blocks, 0)
-        layout = r.destination.layout
-        if link.layout is None:
-            raise ConfigError(f"node {link.peer} sends blocks and has no pool registered")
-        check_layouts(layout, link.layout)
-        counts = r.destination.counts
-        sent = {n: offer.counts.get(n, 0) for n in counts}
-        if sent != counts:
-            raise ConfigError(f"node {link.peer} sends {sent} blocks into {counts} destinations")
-        if offer.dst_blocks is not None and r.blocks is not None:
-            named = block_ids(offer.dst_blocks)
-            if any((named.get(n, ids[:0]).tolist() != ids.tolist()) for n, ids in r.blocks.items()):
-                raise ConfigError("the sender named other destinations than the receiver")
-        return self._grant(r, link, layout)
-
-    def _grant(self, r: Receive, link: Link, layout: KVLayout) -> tuple[Extent, dict[str, Part]]:
-        """What this sender has and nobody was granted before."""
-        assert r.destination is not None, "planned before"
-        assert link.layout is not None, "planned before"
-        parts = {}
-        for name, part in shared_parts(layout, link.layout).items():
-            group = next(g for g in layout.groups if g.name == name)
-            r.wanted.setdefault(name, held_part(group, part.axis))
-            granted = [p for s in r.sources if (p := s.parts.get(name)) is not None]
-            gaps = coverage_gap(part, granted)
-            if len(gaps) > 1:
-                raise ConfigError(f"group {name!r}: senders overlap in more than one interval")
-            if gaps:
-                parts[name] = Part(part.axis, *gaps[0])
-        for group in layout.groups:  # a group of which this sender has nothing is still wanted
-            r.wanted.setdefault(group.name, held_part(group, _axis_of(group)))
-        return r.destination.extent_for(parts), parts
-
-    def _adopt(self, r: Receive, raw: Mapping[str, bytes]) -> None:
-        """Take the destinations that the sender knows; they are checked like our own."""
-        pool = self._engine.pool
-        if pool is None:
-            raise ConfigError("destination blocks were named, and no pool is registered")
-        blocks = as_block_table(pool, block_ids(raw), unique=True, what="dst_blocks")
-        pool.lease(r, f"{r.key.id}/{r.key.attempt}", blocks)
-        r.pool, r.blocks = pool, blocks
 
     def _enter(self, r: Receive, source: Source) -> None:
         r.sources.append(source)
@@ -612,26 +471,12 @@ class Receiving:
             self._next.remove(r)
         self._fetches.discard(r)
 
-    def _room(self) -> tuple[int, int]:
-        """Bytes of bounce buffers that are free now, and that there are at all."""
-        limit = self._engine.settings.max_bounce_bytes
-        return limit - self._bounce_bytes, limit
-
-    def _use(self, r: Receive, made: Destination) -> None:
-        r.destination = made
-        self._bounce_bytes += made.bounce_bytes
-
     def _free(self, r: Receive) -> None:
         """Give back leases and room; then let those start that waited for it."""
         if r.pool is not None:
             r.pool.release(r)
-        if r.destination is not None and r.destination.bounce_bytes:
-            self._bounce_bytes -= r.destination.bounce_bytes
+        if self._granter.give_back(r):
             starved, self._starved = self._starved, []
             for waiting, link, offer in starved:
                 if waiting.error is None:
                     self._join(waiting, link, offer)
-
-
-def _axis_of(group: CacheGroup) -> str:
-    return group.shard.axis if group.shard is not None and group.shard.size > 1 else ""

@@ -6,7 +6,7 @@ parts of it are in place, so that a failure anywhere reaches every side of the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +18,7 @@ from sagellm.core.protocols import (
     ConfigError,
     DistributedRuntimeError,
     IntegrityError,
-    KVBlock,
     KVLayout,
-    ReadyEvent,
     ResourceError,
     TransferKey,
     TransferState,
@@ -28,105 +26,19 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._bounce import block_ids
-from ._flows import Outflow, Span
+from ._flows import Span
 from ._link import Link
-from ._loop import Timer
+from ._push import Offered, Push
 from ._records import Memory, code_of
 from .memory import TensorExtent
 from .plan import Part, held_part, inner_axes
-from .pool import BlockTable, PoolExtent, RegisteredPool
+from .pool import BlockTable, PoolExtent
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
     from ._engine import Engine
 
-__all__ = ["Offered", "Push", "Sending"]
-
-
-class Push:
-    """One transfer out of this node, to one peer.
-
-    Args:
-        handle: What the caller holds.
-        target: Node that it goes to.
-        pool: Whose blocks; None for plain tensors.
-        blocks: Ids per group.
-        tensors: Plain tensors, contiguous.
-        dst_blocks: Destinations, when known.
-        sealed: Whether all layers are queued; a stream is not.
-
-    """
-
-    def __init__(
-        self,
-        handle: TransferHandle,
-        target: int,
-        *,
-        pool: RegisteredPool | None = None,
-        blocks: BlockTable | None = None,
-        tensors: Sequence[KVBlock] | None = None,
-        dst_blocks: BlockTable | None = None,
-        sealed: bool = True,
-    ) -> None:
-        self.handle = handle
-        self.target = target
-        self.pool = pool
-        self.blocks = blocks or {}
-        self.tensors = tensors
-        self.dst_blocks = dst_blocks
-        self.sealed = sealed
-        self.num_tokens = 0
-        self.offered: Offered | None = None
-        self.full_fetch: dict[str, Part] = {}
-        self.link: Link | None = None
-        self.tid = 0
-        self.flow = Outflow(handle, 0)
-        self.error: CommError | None = None
-        self.landed = False
-        self.finished = False
-        self.nacked = 0
-        self.timer: Timer | None = None
-
-    @property
-    def key(self) -> TransferKey:
-        """Its key."""
-        return self.handle.key
-
-    def all_spans(self, after: ReadyEvent | None = None) -> list[Span]:
-        """Everything it has, layer by layer."""
-        if self.pool is None:
-            return [Span(0, 0, 1 << 40, after)]
-        groups = [g.name for g in self.pool.layout.groups for _ in g.layers]
-        return [Span(i, 0, len(self.blocks[n]), after) for i, n in enumerate(groups)]
-
-    def queue(self, spans: Iterable[Span]) -> None:
-        """Send these when they are ready and granted; from any thread."""
-        self.flow.queue(spans)
-        link = self.link
-        if link is not None and self.flow.extent is not None:
-            link.writer.add(self.flow)
-
-
-class Offered:
-    """Blocks that peers may fetch."""
-
-    def __init__(
-        self,
-        handle: TransferHandle,
-        pool: RegisteredPool,
-        blocks: BlockTable,
-        num_tokens: int,
-        after: ReadyEvent | None,
-    ) -> None:
-        self.handle = handle
-        self.pool = pool
-        self.blocks = blocks
-        self.num_tokens = num_tokens
-        self.after = after
-        self.timer: Timer | None = None
-        self.served: set[Push] = set()
-        self.ending: CommError | None = None
-        self.reads: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+__all__ = ["Sending"]
 
 
 class Sending:
@@ -183,6 +95,9 @@ class Sending:
 
     def _start(self, p: Push, link: Link, error: CommError | None) -> None:
         if p.error is not None:
+            if error is None:  # it failed before they met: the receiver may be waiting for it
+                failure = wire.KeyFail(p.key.id, p.key.attempt, code_of(p.error), str(p.error))
+                link.send(failure)
             return
         if error is not None:
             self.fail(p, error)

@@ -16,7 +16,6 @@ from sagellm.core.protocols import (
     CommTimeoutError,
     Completion,
     ConfigError,
-    KVBlock,
     KVLayout,
     KVTransferChannelProtocol,
     KVTransferError,
@@ -30,11 +29,12 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.ports import PortSettings
 
+from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
 from ._link import Link
-from ._receiving import Receive
+from ._push import Offered, Push
+from ._receive import Receive
 from ._records import CANCELLED
-from ._sending import Offered, Push
 from .compression import load_codec_spec
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
@@ -251,7 +251,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
         It lands once the parts that came cover everything the blocks hold.
         """
-        _check_deadline(deadline_s)
+        check_deadline(deadline_s)
         pool = self._engine.pool
         table = None
         if blocks is not None:
@@ -260,7 +260,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if source_node is not None:
             many = [source_node] if isinstance(source_node, int) else source_node
             senders = frozenset(many)
-        name = _checked(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
+        name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
         r = Receive(handle, table, senders, pool=leased, named=key is not None)
@@ -283,11 +283,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
         It lands, and ends, once every part has been fetched whole by the nodes that hold it.
         Fetches with `src_blocks` or `layers` leave it standing.
         """
-        _check_deadline(ttl_s)
+        check_deadline(ttl_s)
         table = self._own_blocks(blocks)
         if table is None:
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
-        handle = TransferHandle(_checked(key), "send", ttl_s, self._cancel)
+        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel)
         handle.num_tokens = num_tokens
         offered = Offered(handle, self._pool(), table, num_tokens, after)
         handle.owner = offered
@@ -305,14 +305,14 @@ class KVTransferChannel(KVTransferChannelProtocol):
         deadline_s: float = 30.0,
     ) -> TransferHandle:
         """Pull offered blocks into ours."""
-        _check_deadline(deadline_s)
+        check_deadline(deadline_s)
         engine, pool = self._engine, self._pool()
         table = as_block_table(pool, blocks, unique=True)
         count = len(pool.layout.layers)
         if layers is not None and any(not 0 <= i < count for i in layers):
             raise ConfigError(f"layers {list(layers)} are not all in 0..{count - 1}")
         wanted = None if src_blocks is None else pool.as_foreign_table(src_blocks)
-        handle = TransferHandle(_checked(key), "receive", deadline_s, self._cancel)
+        handle = TransferHandle(checked_key(key), "receive", deadline_s, self._cancel)
         r = Receive(handle, table, None, pool=pool)
         handle.owner = r
 
@@ -407,9 +407,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Ids per group; None when `blocks` are plain tensors."""
         if isinstance(blocks, Mapping):
             return as_block_table(self._pool(), blocks, unique=False)
-        if _is_tensor(blocks) or (len(blocks) and _is_block(blocks[0])):
+        if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
             return None
-        return as_block_table(self._pool(), blocks, unique=False)  # type: ignore[arg-type]  # ids
+        return as_block_table(self._pool(), blocks, unique=False)  # type: ignore[arg-type]
 
     def _push(
         self,
@@ -421,14 +421,16 @@ class KVTransferChannel(KVTransferChannelProtocol):
         *,
         sealed: bool,
     ) -> Push:
-        _check_deadline(deadline_s)
-        name = _checked(key) if key is not None else TransferKey(f"{self.node_id}-{uuid.uuid4()}")
+        check_deadline(deadline_s)
+        name = (
+            checked_key(key) if key is not None else TransferKey(f"{self.node_id}-{uuid.uuid4()}")
+        )
         handle = TransferHandle(name, "send", deadline_s, self._cancel)
         table = self._own_blocks(blocks)
         if table is None:
             if dst_blocks is not None:
                 raise ConfigError("dst_blocks need blocks of a pool, not plain tensors")
-            push = Push(handle, target_node, tensors=_wrap(blocks), sealed=sealed)
+            push = Push(handle, target_node, tensors=wrap(blocks), sealed=sealed)
         else:
             pool = self._pool()
             named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
@@ -457,49 +459,3 @@ class KVTransferChannel(KVTransferChannelProtocol):
                 engine.sending.fail_offer(owner, error)
 
         return engine.loop.call(end)
-
-
-def _check_deadline(deadline_s: float) -> None:
-    if not 0 < deadline_s < 1e9:
-        raise ConfigError(f"a deadline of {deadline_s} s makes no sense")
-
-
-def _checked(key: TransferKey) -> TransferKey:
-    if (
-        not isinstance(key, tuple)
-        or len(key) != 2
-        or not isinstance(key[0], str)
-        or not isinstance(key[1], int)
-        or not 0 < len(key[0]) <= 512
-    ):
-        raise ConfigError(f"{key!r} is no TransferKey(id, attempt) with an id of 1..512 characters")
-    return TransferKey(*key)
-
-
-def _is_tensor(value: object) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
-
-
-def _is_block(value: object) -> bool:
-    return isinstance(value, KVBlock) or _is_tensor(value)
-
-
-def _wrap(blocks: object) -> list[KVBlock]:
-    """Plain tensors as blocks that can be read in place."""
-    import torch
-
-    given = [blocks] if isinstance(blocks, torch.Tensor) else list(blocks)  # type: ignore[call-overload]  # a sequence, by the caller's type
-    wrapped = []
-    for position, item in enumerate(given):
-        block = item if isinstance(item, KVBlock) else KVBlock(item, -1, position)
-        if not isinstance(block.tensor, torch.Tensor):
-            raise ConfigError(f"item {position} is {type(item).__name__}, not a tensor or KVBlock")
-        if block.tensor.device.type != "cpu":
-            raise UnsupportedOperationError(
-                f"item {position} is on {block.tensor.device}: the tcp transport moves host memory"
-            )
-        tensor = block.tensor.detach()
-        wrapped.append(KVBlock(tensor.contiguous(), block.layer, block.index))
-    return wrapped

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagellm.core.protocols import ConfigError
+from sagellm.core.protocols import ConfigError, PeerLostError
 
 from .auth import as_key, read_key_file
 from .transports.tcp import parse_address
@@ -147,6 +147,7 @@ class StoreDiscovery(Discovery):
     def __init__(
         self, store: Store, rank: int, world_size: int, *, key: bytes | None = None
     ) -> None:
+        self._given = store  # the first rank's may be the server itself: it lives as long as we
         try:  # a connection of its own: a caller that waits in the store must not block us
             self._store = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
         except (AttributeError, RuntimeError):  # older torch, or a store that cannot
@@ -161,10 +162,13 @@ class StoreDiscovery(Discovery):
     def lookup(self, node_id: int) -> str | None:
         """Address that the rank has published."""
         name = f"{self._PREFIX}/node/{node_id}"
-        with self._lock:
-            if not self._store.check([name]):
-                return None
-            return bytes(self._store.get(name)).decode() or None
+        try:
+            with self._lock:
+                if not self._store.check([name]):
+                    return None
+                return bytes(self._store.get(name)).decode() or None
+        except RuntimeError as e:  # torch's DistError
+            raise PeerLostError(f"torch's store does not answer: {e}", rank=node_id) from e
 
     def others(self) -> list[int]:
         """All ranks."""

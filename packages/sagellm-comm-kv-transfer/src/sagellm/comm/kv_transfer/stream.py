@@ -15,7 +15,7 @@ from .transfer import TransferHandle
 
 if TYPE_CHECKING:
     from ._engine import Engine
-    from ._sending import Push
+    from ._push import Push
 
 __all__ = ["Stream"]
 

@@ -33,8 +33,11 @@ __all__ = [
     "TopologyManagerProtocol",
 ]
 
-DeviceKind = Literal["gpu", "npu", "nic", "numa", "pci_switch", "fabric_switch", "cxl_mem"]
-"""What a vertex of the graph is. `numa` stands for the CPUs and memory of one NUMA node."""
+DeviceKind = Literal[
+    "gpu", "npu", "nic", "numa", "pci_root", "pci_switch", "fabric_switch", "cxl_mem",
+]  # fmt: skip
+"""What a vertex of the graph is. `numa` stands for the CPUs and memory of one NUMA node,
+`pci_root` for one host bridge, `fabric_switch` for accelerator fabrics and networks."""
 
 LinkKind = Literal[
     "nvlink", "xgmi", "hccs", "sio", "ub", "mlulink", "metaxlink", "mtlink", "ixlink", "xpulink",

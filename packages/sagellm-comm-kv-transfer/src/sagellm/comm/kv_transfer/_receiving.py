@@ -309,6 +309,8 @@ class Receiving:
             who = f"node {', '.join(map(str, absent))}, which never came"
         elif not came:
             who = "any node: nobody sent it"
+        elif unsealed := sorted({s.link.peer for s in r.sources if not s.sealed}):
+            who = f"node {', '.join(map(str, unsealed))} to seal its stream"
         else:
             who = f"node {', '.join(map(str, sorted(came)))}; {r.handle.progress}"
         self.fail(

@@ -49,7 +49,7 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     codec: str = "none"
     transport: str = "tcp"
     checksum: bool = True
-    chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = MIB
+    chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 4 * MIB
     page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB
     socket_buffer_bytes: Count = MIB
     handshake_timeout_s: Seconds = 5.0

@@ -226,6 +226,7 @@ def case_large_kv_blocks_travel_one_by_one(b):
         got = b.recv_kv_blocks(1)
         same(got[0].tensor, block)
         same(got[1].tensor, block.t())
+        assert b.get_stats().ops["recv_kv_blocks"].bytes >= 2 * block.nbytes
 
 
 # -- forms --------------------------------------------------------------------------------

@@ -160,10 +160,10 @@ def test_deadline_names_the_rank_that_never_came(gloo_pools):
 
 
 def test_killed_rank_is_named_to_every_survivor_within_two_seconds(fresh_pool):
-    pool = fresh_pool(3)
-    first, dead, last = pool.run(second_rank_is_killed)
-    assert dead is None
-    for seconds, kind, text, rank, again, total in (first, last):
+    first, dead, last = fresh_pool(3).outcomes(second_rank_is_killed)
+    assert "SIGKILL" in dead.error
+    assert not first.error + last.error
+    for seconds, kind, text, rank, again, total in (first.result, last.result):
         assert (kind, rank, seconds < 2) == ("PeerLostError", 1, True), text
         assert "lost rank 1" in text
         assert again == "PeerLostError"
@@ -171,9 +171,10 @@ def test_killed_rank_is_named_to_every_survivor_within_two_seconds(fresh_pool):
 
 
 def test_killed_sender_fails_receivers_of_blocks_and_those_behind_them(fresh_pool):
-    first, dead, last = fresh_pool(3).run(second_rank_is_killed_while_receiving)
-    assert dead is None
-    for seconds, kind, text, _ in (first, last):
+    first, dead, last = fresh_pool(3).outcomes(second_rank_is_killed_while_receiving)
+    assert "SIGKILL" in dead.error
+    assert not first.error + last.error
+    for seconds, kind, text, _ in (first.result, last.result):
         assert (kind, seconds < 2) == ("PeerLostError", True), text
 
 

@@ -174,4 +174,4 @@ def test_a_lost_rank_is_named(own_pool):
     kind, text = answers[0]["result"]
     assert answers[1] is None
     assert kind == "PeerLostError"
-    assert "1" in text
+    assert "lost rank 1" in text

@@ -8,7 +8,7 @@ from sagellm.core.protocols import BackendUnavailableError, ConfigError
 
 NO_CANN = """
     def _autoload(): pass
-    raise ImportError("libhccl.so: cannot open shared object file: No such file or directory", name="_C")
+    raise ImportError("libhccl.so: cannot open shared object file: No such file", name="_C")
 """
 ASK = """
     import sys
@@ -121,7 +121,11 @@ def test_a_process_holds_one_vendor_and_a_world_of_one_needs_no_group(python, pl
         row = emulate("mccl", devices=2)
         backend = create_domestic_backend("mccl", device="musa:1", self_test=True)
         x = torch.ones(3, device="musa")
+        from sagellm.core.protocols.selection import select_backend
+        chosen = select_backend(setting="auto")
         answer({
+            "auto": [chosen.spec.name, chosen.device_type, chosen.spec.load().__name__],
+            "rejected": chosen.rejected["hccl"],
             "group": backend.process_group is None,
             "device": str(backend.device),
             "sum": backend.all_reduce(x).cpu().tolist(),
@@ -137,6 +141,8 @@ def test_a_process_holds_one_vendor_and_a_world_of_one_needs_no_group(python, pl
     """
     seen = python(program, path=plugin("torch_mlu", ""))
 
+    assert seen["auto"] == ["mccl", "musa", "DomesticBackend"]
+    assert "torch_npu is not installed" in seen["rejected"]
     assert seen["group"]
     assert seen["device"] == "musa:1"
     assert seen["sum"] == [1.0, 1.0, 1.0]

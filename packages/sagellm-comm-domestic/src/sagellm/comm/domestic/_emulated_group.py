@@ -145,7 +145,7 @@ class EmulatedGroup(c10d.ProcessGroup):
         self._name = name
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> _Torch:
         return self._name
 
     def get_group_store(self) -> _Torch:

@@ -137,7 +137,8 @@ def _make(row: VendorSpec, options: Mapping[str, object], timeout_s: float, call
             f"no {row.backend_map} group within {timeout_s} s: {type(e).__name__}: {e}; "
             f"variables of {row.library} that are set: {env}"
         )
-        late = "timed out" in str(e).lower() or "timeout" in type(e).__name__.lower()
+        said = str(e).lower()
+        late = any(mark in said for mark in ("timed out", "wait timeout", "timeout after"))
         raise (CommTimeoutError if late else DistributedRuntimeError)(text) from e
 
 

@@ -7,4 +7,4 @@ from typing import Any, TypeAlias
 __all__ = ["Foreign"]
 
 Foreign: TypeAlias = Any
-"""What a task takes or returns, a handle of some library, or a stream or event of a device module."""
+"""What a task takes or returns, a library's handle, a stream or event of a device module."""

@@ -54,7 +54,8 @@ def resolve(
     """
     if isinstance(value, (list, tuple)):
         deadline = time.monotonic() + timeout_s
-        return type(value)([resolve(one, deadline - time.monotonic()) for one in value])
+        results = [resolve(one, deadline - time.monotonic()) for one in value]
+        return results if isinstance(value, list) else tuple(results)
     timeout_s = max(timeout_s, 0.001)
     if isinstance(value, Future):
         return _concurrent(value, timeout_s)

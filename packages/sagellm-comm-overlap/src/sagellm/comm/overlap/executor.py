@@ -281,8 +281,8 @@ class LaneExecutor:
                 waiting = run.unfinished()
             raise CommTimeoutError(
                 f"task {spec.name!r} on lane {spec.lane!r} was not done {run.timeout_s:.3g} s "
-                f"after it was issued; unfinished: {waiting}. Its buffers may still be written: give up "
-                "the group before using them"
+                f"after it was issued; unfinished: {waiting}. Its buffers may still be "
+                "written: give up the group before using them"
             ) from error
 
     def _finished(

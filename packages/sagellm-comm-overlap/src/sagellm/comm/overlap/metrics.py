@@ -50,7 +50,7 @@ def intersection_s(first: Sequence[Span], second: Sequence[Span]) -> float:
     """How long two lists of disjoint, sorted spans are both inside one.
 
     >>> intersection_s([(0, 2), (3, 5)], [(1, 4)])
-    2
+    2.0
     """
     i = j = 0
     total = 0.0

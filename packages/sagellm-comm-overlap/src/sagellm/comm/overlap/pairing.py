@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
-from sagellm.core.protocols import ConfigError, Pairing, Task
+from sagellm.core.protocols import ConfigError, Pairing, Task, TaskId
 
 from .scheduler import TaskGraph
 
@@ -40,16 +40,22 @@ def pair_up(
             f"pairing 'zip' needs lists of one length, got {len(computes)} compute and "
             f"{len(comms)} communication tasks; use pairing='none' for independent lists"
         )
-    for at, (fn, needs) in enumerate(computes):
-        if needs:
-            raise ConfigError(f"compute task {at} needs {needs} arguments: give it as (fn, args)")
-        graph.compute(fn, name=_name(fn, "compute", at))
-    for at, (fn, needs) in enumerate(comms):
-        if needs > int(zipped):
-            raise ConfigError(f"comm task {at} needs {needs} arguments: give it as (fn, args)")
-        task = graph.comm(fn, *((at,) if needs else ()), name=_name(fn, "comm", at))
-        if zipped and not needs:
-            graph.after(task, at)
+    for kind, listed, given in (("compute", computes, 0), ("comm", comms, int(zipped))):
+        for at, (_, needs) in enumerate(listed):
+            if needs > given:
+                raise ConfigError(
+                    f"{kind} task {at} needs {needs} arguments: give it as (fn, args)"
+                )
+    for at in range(max(len(computes), len(comms))):
+        made: tuple[TaskId, ...] = ()
+        if at < len(computes):
+            fn, _ = computes[at]
+            made = (graph.compute(fn, name=_name(fn, "compute", at)),)
+        if at < len(comms):
+            fn, needs = comms[at]
+            task = graph.comm(fn, *(made if needs else ()), name=_name(fn, "comm", at))
+            if zipped and not needs:
+                graph.after(task, *made)
 
 
 def _is_task(task: object) -> TypeGuard[Task]:

@@ -1,0 +1,3 @@
+"""Benchmarks of this package; each runs with `python -m` and takes `--quick`."""
+
+__all__: list[str] = []

@@ -1,0 +1,181 @@
+"""Runs the detectors that are installed and collects what each of them says.
+
+Detectors are plug-ins of entry-point group `sagellm.comm.topology.detectors`; this package ships
+its own through the same door. Each runs in a daemon thread of its own, so that one that hangs is
+left behind at the deadline; one that raises becomes a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sagellm.core.protocols import (
+    CommandResult,
+    DetectionContext,
+    DetectorSpec,
+    TopologyFragment,
+)
+from sagellm.core.protocols.registry import Registry
+
+from . import _nvml, _sysfs_net, _sysfs_numa, _sysfs_pci
+from ._sysfs import Tree
+
+__all__ = ["GROUP", "Detection", "installed_detectors", "make_context", "run_detectors"]
+
+GROUP = "sagellm.comm.topology.detectors"
+
+_BUILT_IN = (_sysfs_pci.SPEC, _sysfs_numa.SPEC, _sysfs_net.SPEC, _nvml.SPEC)
+_registry: Registry[DetectorSpec] = Registry(GROUP)
+for _spec in _BUILT_IN:
+    _registry.add(_spec.name, _spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What the detectors gave.
+
+    Attributes:
+        fragments: Precedence and fragment of every detector that answered in time.
+        warnings: Detectors that failed, hung or could not be imported.
+
+    """
+
+    fragments: tuple[tuple[int, TopologyFragment], ...]
+    warnings: tuple[str, ...]
+
+
+def installed_detectors() -> tuple[DetectorSpec, ...]:
+    """The detectors of this environment, ours and plug-ins, by name."""
+    return tuple(spec for _, spec in sorted(_registry.load_all().items()))
+
+
+def make_context(
+    *,
+    root: Path | str = "/",
+    environ: Mapping[str, str] | None = None,
+    run: Callable[[Sequence[str], float], CommandResult] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    deadline_s: float = 1.0,
+    allow_commands: bool = False,
+) -> DetectionContext:
+    """A context that looks at this machine, but for what is given.
+
+    Args:
+        root: Where `/sys` and `/proc` are looked for; a recorded tree stands in for a machine.
+        environ: Environment variables; None is this process's, copied now.
+        run: Runs command-line tools; None runs them on this machine.
+        clock: Monotonic seconds.
+        deadline_s: Seconds from now.
+        allow_commands: Whether command-line tools may run.
+
+    """
+    return DetectionContext(
+        root=Path(root),
+        environ=dict(os.environ) if environ is None else environ,
+        run=run or _run_command,
+        clock=clock,
+        deadline_s=clock() + deadline_s,
+        allow_commands=allow_commands,
+    )
+
+
+def run_detectors(specs: Iterable[DetectorSpec], ctx: DetectionContext) -> Detection:
+    """What the detectors say, within the context's deadline. Never raises.
+
+    Detectors that name vendors run after the others, and only where one of these vendors'
+    PCI devices was seen, or where the PCI tree could not be read at all.
+    """
+    chosen = sorted(specs, key=lambda s: s.name)
+    fragments, warnings = _run_together([s for s in chosen if not s.vendors], ctx)
+    seen = _vendors((f for _, f in fragments), Tree(ctx.root))
+    wanted = [s for s in chosen if s.vendors and (seen is None or not seen.isdisjoint(s.vendors))]
+    more, more_warnings = _run_together(wanted, ctx)
+    return Detection((*fragments, *more), (*warnings, *more_warnings))
+
+
+# Containers may hide the PCI tree and still hand a device over.
+_DEVICE_FILES = {
+    "/dev/nvidiactl": "0x10de",
+    "/dev/dxg": "0x10de",
+    "/dev/kfd": "0x1002",
+    "/dev/davinci_manager": "0x19e5",
+    "/dev/cambricon_ctl": "0xcabc",
+}
+
+
+def _vendors(fragments: Iterable[TopologyFragment], tree: Tree) -> set[str] | None:
+    """PCI vendors on this machine; None when nothing tells."""
+    seen = {vendor for path, vendor in _DEVICE_FILES.items() if tree.exists(path)}
+    for fragment in fragments:
+        for device in fragment.devices:
+            listed = device.attrs.get("pci_vendors") or device.attrs.get("pci_vendor") or ""
+            seen.update(v for v in listed.split(",") if v)
+    return seen or None
+
+
+@dataclass(slots=True)
+class _Run:
+    """One detector at work in its thread."""
+
+    spec: DetectorSpec
+    done: threading.Event
+    fragment: TopologyFragment | None = None
+    failure: str | None = None
+
+
+def _run_together(
+    specs: Sequence[DetectorSpec], ctx: DetectionContext
+) -> tuple[list[tuple[int, TopologyFragment]], list[str]]:
+    runs = [_Run(spec, threading.Event()) for spec in specs]
+    for run in runs:
+        threading.Thread(
+            target=_work, args=(run, ctx), name=f"topology-{run.spec.name}", daemon=True
+        ).start()
+    fragments: list[tuple[int, TopologyFragment]] = []
+    warnings: list[str] = []
+    for run in runs:
+        if not run.done.wait(max(0.0, ctx.deadline_s - ctx.clock())):
+            warnings.append(f"{run.spec.name} did not answer before the deadline; left out")
+        elif run.fragment is not None:
+            fragments.append((run.spec.precedence, run.fragment))
+        else:
+            warnings.append(f"{run.spec.name} failed: {run.failure}")
+    return fragments, warnings
+
+
+def _work(run: _Run, ctx: DetectionContext) -> None:
+    started_s = ctx.clock()
+    try:
+        fragment = run.spec.load().detect(ctx)
+        run.fragment = replace(fragment, elapsed_s=ctx.clock() - started_s)
+    except Exception as e:  # a plug-in's bug must not take the topology with it
+        run.failure = f"{type(e).__name__}: {e}"
+    finally:
+        run.done.set()
+
+
+def _run_command(command: Sequence[str], timeout_s: float) -> CommandResult:
+    """Run a tool with no input and the C locale; text only."""
+    import subprocess  # costs milliseconds, and the default path runs no command
+
+    try:
+        done = subprocess.run(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired as e:
+        raise TimeoutError(f"{command[0]} did not answer within {timeout_s} s") from e
+    return CommandResult(
+        done.returncode,
+        done.stdout.decode("utf-8", "replace"),
+        done.stderr.decode("utf-8", "replace"),
+    )

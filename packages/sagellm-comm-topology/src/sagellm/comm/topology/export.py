@@ -1,0 +1,95 @@
+"""A topology as JSON that other programs can read, and as the matrix that people know."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sagellm.core.protocols import Device, IntegrityError, TopologyInfo
+
+from .graph import TopologyGraph
+
+__all__ = ["SCHEMA", "column_labels", "from_json", "pair_label", "to_json", "to_matrix"]
+
+SCHEMA = "sagellm.topology/1"
+"""Schema of the JSON; readers ignore fields they do not know."""
+
+_LANE_NAMES = {
+    "nvlink": "NV", "xgmi": "XGMI", "hccs": "HCCS", "sio": "SIO", "ub": "UB", "mlulink": "MLU",
+    "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XPU",
+}  # fmt: skip
+_MAX_JSON_BYTES = 256 << 20
+
+
+class _Document(msgspec.Struct):
+    """The JSON file: the schema's name and the topology."""
+
+    topology: TopologyInfo
+    schema: str = SCHEMA
+
+
+def to_json(info: TopologyInfo) -> str:
+    """The topology as indented JSON; None stays null."""
+    text = msgspec.json.encode({"schema": SCHEMA, "topology": info})
+    return msgspec.json.format(text, indent=1).decode()
+
+
+def from_json(text: str | bytes) -> TopologyInfo:
+    """The topology that `to_json` wrote.
+
+    Raises:
+        IntegrityError: It is no such JSON, of another schema, or larger than 256 MiB.
+
+    """
+    if len(text) > _MAX_JSON_BYTES:
+        raise IntegrityError(f"topology of {len(text)} bytes, more than {_MAX_JSON_BYTES}")
+    try:
+        document = msgspec.json.decode(text, type=_Document)
+    except msgspec.MsgspecError as e:
+        raise IntegrityError(f"not a topology: {e}") from e
+    if document.schema != SCHEMA:
+        raise IntegrityError(f"topology of schema {document.schema!r}; this reads {SCHEMA}")
+    return document.topology
+
+
+def to_matrix(info: TopologyInfo) -> str:
+    """Accelerators and NICs against each other, tab-separated, as `nvidia-smi topo -m` prints.
+
+    Unknown paths, CPUs and NUMA nodes are `?`.
+    """
+    graph = TopologyGraph(info)
+    nics = [d for d in info.devices if d.kind == "nic"]
+    shown = [*info.accelerators, *nics]
+    labels = column_labels(shown)
+    lines = ["\t".join(["", *labels, "CPU Affinity", "NUMA Affinity"])]
+    for row, device in enumerate(shown):
+        cells = [pair_label(graph, device, other) for other in shown]
+        numa = ",".join(map(str, device.numa_nodes)) or "?"
+        lines.append("\t".join([labels[row], *cells, device.cpulist or "?", numa]))
+    if nics:
+        lines += ["", "NIC Legend:"]
+        first = len(info.accelerators)
+        for i, nic in enumerate(nics):
+            name = nic.attrs.get("ib") or nic.attrs.get("netdev") or nic.id
+            lines.append(f"  {labels[first + i]}: {name}")
+    return "\n".join(lines) + "\n"
+
+
+def column_labels(devices: list[Device]) -> list[str]:
+    """GPU0, NPU0, NIC0, … in the given order."""
+    counts: dict[str, int] = {}
+    labels = []
+    for device in devices:
+        number = counts.get(device.kind, 0)
+        counts[device.kind] = number + 1
+        labels.append(f"{device.kind.upper()}{number}")
+    return labels
+
+
+def pair_label(graph: TopologyGraph, a: Device, b: Device) -> str:
+    """`X`, `NV18`, `PIX`, … or `?` for a pair of devices."""
+    if a.id == b.id:
+        return "X"
+    path = graph.path(a.id, b.id)
+    if path.kind == "LINK":
+        return f"{_LANE_NAMES.get(path.links[0].kind, 'LINK')}{min(x.count for x in path.links)}"
+    return path.kind or "?"

@@ -1,0 +1,228 @@
+"""One topology out of many fragments: by bus address, then UUID, then name.
+
+On conflict the source of higher precedence wins and the conflict is a warning. What no source
+knows stays unknown, but for what a rule concludes; its links say "inferred".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sagellm.core.protocols import Device, Link, SwitchDomain, TopologyFragment, TopologyInfo
+
+from ._fingerprint import fingerprint
+from ._sysfs import normal_bdf
+
+__all__ = ["merge"]
+
+_FIRST_KNOWN = ("vendor", "model", "uuid", "cpulist", "index", "memory_bytes")
+_MUST_AGREE = ("kind", "uuid", "numa_nodes")
+
+
+def merge(
+    fragments: Sequence[tuple[int, TopologyFragment]],
+    *,
+    warnings: Sequence[str] = (),
+    hostname: str = "",
+) -> TopologyInfo:
+    """The topology that the fragments describe together.
+
+    Args:
+        fragments: Precedence and fragment; on conflict the higher precedence wins.
+        warnings: What went wrong before, put in front of the fragments' own.
+        hostname: Name of the host, for display only.
+
+    """
+    ordered = sorted(fragments, key=lambda f: (-f[0], f[1].source))
+    notes = [*warnings]
+    for _, fragment in ordered:
+        notes += [f"{fragment.source}: {w}" for w in fragment.warnings]
+    devices, names = _merge_devices([f for _, f in ordered], notes)
+    links = _merge_links([f for _, f in ordered], devices, names, notes)
+    domains = _merge_domains([f for _, f in ordered], devices, names, notes)
+    _materialise(domains, devices, links)
+    _join_roots(devices, links)
+    chosen = tuple(sorted(devices.values(), key=_order))
+    edges = tuple(sorted(links.values(), key=lambda link: (link.a, link.b, link.kind)))
+    info = TopologyInfo(
+        devices=chosen,
+        links=edges,
+        domains=tuple(domains),
+        warnings=tuple(dict.fromkeys(notes)),
+        provenance={f.source: f.elapsed_s for _, f in ordered},
+        hostname=hostname,
+    )
+    return replace(info, fingerprint=fingerprint(info))
+
+
+def _order(device: Device) -> tuple[bool, bool, int, str]:
+    accelerator = device.kind in ("gpu", "npu")
+    index = device.index if accelerator else None
+    return not accelerator, index is None, index or 0, device.id
+
+
+def _merge_devices(
+    fragments: Sequence[TopologyFragment], notes: list[str]
+) -> tuple[dict[str, Device], dict[str, str]]:
+    """Devices by final id, and every name that a source used to its final id."""
+    devices: dict[str, Device] = {}
+    names: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for fragment in fragments:
+        for device in fragment.devices:
+            bdf = normal_bdf(device.bdf) if device.bdf else None
+            keys = [k for k in (bdf, device.uuid, device.id) if k]
+            known = next((names[k] for k in keys if k in names), None)
+            if known is None:
+                final = bdf or device.id
+                devices[final] = replace(device, id=final, bdf=bdf)
+                sources[final] = fragment.source
+            else:
+                final = known
+                pair = (sources[final], fragment.source)
+                devices[final] = _combine(devices[final], device, bdf, pair, notes)
+            names.update((k, final) for k in keys)
+    return devices, names
+
+
+def _combine(
+    first: Device, second: Device, bdf: str | None, sources: tuple[str, str], notes: list[str]
+) -> Device:
+    """`first` comes from the source of higher precedence; `second` fills its gaps."""
+    for name in _MUST_AGREE:
+        a, b = getattr(first, name), getattr(second, name)
+        if name == "numa_nodes" and (set(a) <= set(b) or set(b) <= set(a)):
+            continue  # one source is merely coarser, or does not know
+        if a is not None and b is not None and a != b:
+            notes.append(
+                f"{first.id}: {name} is {a} by {sources[0]} but {b} by {sources[1]}; "
+                f"{sources[0]} is believed"
+            )
+    filled = {name: getattr(second, name) for name in _FIRST_KNOWN if getattr(first, name) is None}
+    return replace(
+        first,
+        **filled,
+        bdf=first.bdf or bdf,
+        numa_nodes=first.numa_nodes or second.numa_nodes,
+        attrs={**second.attrs, **first.attrs},
+    )
+
+
+def _merge_links(
+    fragments: Sequence[TopologyFragment],
+    devices: dict[str, Device],
+    names: dict[str, str],
+    notes: list[str],
+) -> dict[tuple[str, str, str], Link]:
+    links: dict[tuple[str, str, str], Link] = {}
+    for fragment in fragments:
+        for link in fragment.links:
+            a, b = names.get(link.a, link.a), names.get(link.b, link.b)
+            absent = [end for end in (a, b) if end not in devices]
+            if absent or a == b:
+                if absent and not absent[0].startswith("numa:"):
+                    notes.append(
+                        f"{fragment.source}: {link.kind} link to unknown {absent[0]} left out"
+                    )
+                continue
+            a, b = sorted((a, b))
+            known = links.get((a, b, link.kind))
+            if known is None:
+                links[a, b, link.kind] = replace(link, a=a, b=b)
+                continue
+            if known.count != link.count and known.source != link.source:
+                notes.append(
+                    f"{a} - {b}: {known.count} {link.kind} by {known.source} but {link.count} "
+                    f"by {link.source}; {known.source} is believed"
+                )
+            links[a, b, link.kind] = replace(
+                known,
+                bandwidth_bytes_per_s=known.bandwidth_bytes_per_s or link.bandwidth_bytes_per_s,
+                latency_s=known.latency_s or link.latency_s,
+            )
+    return links
+
+
+def _merge_domains(
+    fragments: Sequence[TopologyFragment],
+    devices: dict[str, Device],
+    names: dict[str, str],
+    notes: list[str],
+) -> list[SwitchDomain]:
+    domains: dict[str, SwitchDomain] = {}
+    for fragment in fragments:
+        for domain in fragment.domains:
+            members = tuple(names.get(m, m) for m in domain.members)
+            absent = [m for m in members if m not in devices]
+            if absent:
+                notes.append(f"{fragment.source}: {domain.id} names unknown member {absent[0]}")
+                members = tuple(m for m in members if m in devices)
+            domains.setdefault(domain.id, replace(domain, members=members))
+    return sorted(domains.values(), key=lambda d: d.id)
+
+
+def _materialise(
+    domains: list[SwitchDomain],
+    devices: dict[str, Device],
+    links: dict[tuple[str, str, str], Link],
+) -> None:
+    """Give every domain the vertex and edges that paths need, where no source gave them."""
+    for domain in domains:
+        if any(
+            link.kind == domain.kind and domain.id in (a, b) for (a, b, _), link in links.items()
+        ):
+            continue
+        switches = {d.id for d in devices.values() if d.kind == "fabric_switch"}
+        joined = {
+            end
+            for (a, b, kind) in links
+            if kind == domain.kind and (a in switches or b in switches)
+            for end in (a, b)
+        }
+        missing = [m for m in domain.members if m not in joined]
+        if not missing:
+            continue
+        devices.setdefault(domain.id, Device(domain.id, "fabric_switch"))
+        for member in missing:
+            a, b = sorted((member, domain.id))
+            links[a, b, domain.kind] = Link(
+                a,
+                b,
+                domain.kind,
+                bandwidth_bytes_per_s=domain.port_bandwidth_bytes_per_s,
+                source="domain",
+                confidence="inferred",
+            )
+
+
+def _join_roots(devices: dict[str, Device], links: dict[tuple[str, str, str], Link]) -> None:
+    """Join a host bridge of unknown NUMA node where a rule leaves one answer.
+
+    Either a driver told the node of a device beneath it, or the machine has a single node.
+    Devices themselves keep their node unknown: only the edge says "inferred".
+    """
+    joined = {end for (a, b, kind) in links if kind == "host_bridge" for end in (a, b)}
+    roots = [d.id for d in devices.values() if d.kind == "pci_root" and d.id not in joined]
+    if not roots:
+        return
+    beneath: dict[str, list[str]] = {}
+    for a, b, kind in links:
+        if kind == "pcie":
+            beneath.setdefault(a, []).append(b)
+            beneath.setdefault(b, []).append(a)
+    nodes = [d.id for d in devices.values() if d.kind == "numa"]
+    for root in roots:
+        seen, todo = {root}, [root]
+        while todo:
+            fresh = [n for n in beneath.get(todo.pop(), ()) if n not in seen]
+            seen.update(fresh)
+            todo += fresh
+        told = {f"numa:{n}" for v in seen for n in devices[v].numa_nodes[:1]} & set(nodes)
+        if not told and len(nodes) == 1:
+            told = {nodes[0]}
+        for node in sorted(told):
+            a, b = sorted((root, node))
+            links[a, b, "host_bridge"] = Link(
+                a, b, "host_bridge", source="inference", confidence="inferred"
+            )

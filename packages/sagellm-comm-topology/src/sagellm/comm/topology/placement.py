@@ -1,0 +1,235 @@
+"""Who runs where: nearest devices, affinities, rings and the placement of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sagellm.core.protocols import Affinity, ConfigError, Device, DeviceKind
+
+from .graph import PATH_CLASSES, Quality, TopologyGraph
+
+__all__ = ["affinity", "nearest", "rank_map", "ring"]
+
+_SEARCH_STEPS = 20_000
+_SWAP_LIMIT = 64  # members up to which a ring is improved pair by pair: the work is cubic
+
+_Rate = Callable[[str, str], Quality]
+
+
+def nearest(graph: TopologyGraph, device_id: str, kind: DeviceKind) -> Device | None:
+    """The other device of that kind and host with the best known path, or None.
+
+    Ties go to a port that is up, to the widest port, then to the smallest id.
+    """
+    device = graph.device(device_id)
+    unknown = len(PATH_CLASSES)
+    rated = [
+        (rate[0], *_port(other), rate[1:], other.id, other)
+        for other in graph.same_host(device)
+        if other.kind == kind and other.id != device_id
+        if (rate := graph.quality(device_id, other.id))[0] < unknown
+    ]
+    return min(rated, key=lambda r: r[:-1])[-1] if rated else None
+
+
+def _port(device: Device) -> tuple[bool, int]:
+    down = device.attrs.get("operstate") == "down" or device.attrs.get("ib_state") == "DOWN"
+    return down, -int(device.attrs.get("port_bytes_per_s", 0))
+
+
+def affinity(graph: TopologyGraph, device_id: str) -> Affinity:
+    """CPUs and NUMA nodes local to a device; a node without CPUs gives way to its nearest."""
+    device = graph.device(device_id)
+    nodes = {
+        d.numa_nodes[0]: d for d in graph.same_host(device) if d.kind == "numa" and d.numa_nodes
+    }
+    chosen: list[int] = []
+    for number in device.numa_nodes:
+        node = nodes.get(number)
+        near: int | None = number
+        if node is not None and node.attrs.get("cpuless"):
+            near = _nearest_with_cpus(node, nodes)
+        if near is not None and near not in chosen:
+            chosen.append(near)
+    moved = tuple(chosen) != device.numa_nodes
+    lists = [nodes[n].cpulist for n in chosen if n in nodes and nodes[n].cpulist]
+    cpulist = device.cpulist if device.cpulist and not moved else ",".join(x for x in lists if x)
+    return Affinity(tuple(chosen), cpulist or None)
+
+
+def _nearest_with_cpus(node: Device, nodes: dict[int, Device]) -> int | None:
+    """The node with CPUs at the least distance; None without distances."""
+    distances = [int(x) for x in node.attrs.get("distances", "").split(",") if x.isdigit()]
+    numbers = sorted(nodes)
+    if len(distances) != len(numbers):
+        return None
+    ranked = sorted(
+        (d, n) for d, n in zip(distances, numbers, strict=True) if not nodes[n].attrs.get("cpuless")
+    )
+    return ranked[0][1] if ranked else None
+
+
+def rank_map(graph: TopologyGraph, tp: int, pp: int, dp: int, ep: int) -> tuple[str, ...]:
+    """Device id for each rank; groups of tp, then of ep, pp and dp on the best links left."""
+    for name, degree in (("tp", tp), ("pp", pp), ("dp", dp), ("ep", ep)):
+        if degree < 1:
+            raise ConfigError(f"{name} must be at least 1, not {degree}")
+    devices = [
+        d
+        for d in graph.info.accelerators
+        if graph.info.num_nodes > 1 or d.visible_index is not None
+    ]
+    wanted = tp * pp * dp * ep
+    if wanted > len(devices):
+        raise ConfigError(
+            f"tp {tp} * pp {pp} * dp {dp} * ep {ep} = {wanted} ranks, but only {len(devices)} "
+            f"accelerators are {'known' if graph.info.num_nodes > 1 else 'visible'}"
+        )
+    groups = _pack(graph, devices, tp)[: wanted // tp]
+    for degree in (ep, pp):  # dp takes what is left, in order
+        groups = _cluster(groups, degree, lambda a, b: graph.quality(a[0], b[0]))
+    return tuple(d for group in groups for d in group)
+
+
+def _pack(graph: TopologyGraph, devices: Sequence[Device], size: int) -> list[tuple[str, ...]]:
+    """Groups of `size` within single hosts while that works, the rest across hosts."""
+    hosts: dict[int, list[tuple[str, ...]]] = {}
+    for device in devices:
+        hosts.setdefault(device.node, []).append((device.id,))
+    whole: list[tuple[str, ...]] = []
+    rest: list[tuple[str, ...]] = []
+    for members in hosts.values():
+        grouped = _cluster(members, size, lambda a, b: graph.quality(a[0], b[0]))
+        whole += [g for g in grouped if len(g) == size]
+        rest += [(d,) for g in grouped if len(g) < size for d in g]
+    for i in range(0, len(rest) - size + 1, size):
+        whole.append(tuple(d for g in rest[i : i + size] for d in g))
+    return whole
+
+
+def _cluster(
+    items: Sequence[tuple[str, ...]],
+    size: int,
+    rate: Callable[[tuple[str, ...], tuple[str, ...]], Quality],
+) -> list[tuple[str, ...]]:
+    """Join items into groups of `size`, each begun with the item whose best partners are best.
+
+    The worst pair of a group decides: a collective is as fast as its slowest link. Ties keep
+    the given order, so equal topologies give equal groups.
+    """
+    if size == 1 or len(items) <= 1:
+        return list(items)
+    left = list(items)
+    groups: list[tuple[str, ...]] = []
+    while len(left) >= size:
+        candidates = [
+            _grow(i, left, size, rate) for i in range(len(left) if len(left) <= 16 else 1)
+        ]
+        _, chosen = min(candidates, key=lambda c: (c[0], c[1]))
+        groups.append(tuple(d for i in chosen for d in left[i]))
+        left = [item for i, item in enumerate(left) if i not in chosen]
+    if left:
+        groups.append(tuple(d for item in left for d in item))
+    return groups
+
+
+def _grow(
+    start: int,
+    items: Sequence[tuple[str, ...]],
+    size: int,
+    rate: Callable[[tuple[str, ...], tuple[str, ...]], Quality],
+) -> tuple[Quality, tuple[int, ...]]:
+    """The worst pair and the members of the group that greedy growth from `start` gives."""
+    chosen, worst = [start], (-1, float("-inf"), 0)
+    reach: dict[int, Quality] = {
+        i: rate(items[start], items[i]) for i in range(len(items)) if i != start
+    }
+    while len(chosen) < size:
+        best = min(reach, key=lambda i: (reach[i], i))
+        worst = max(worst, reach.pop(best))
+        chosen.append(best)
+        for i in reach:
+            reach[i] = max(reach[i], rate(items[best], items[i]))
+    return worst, tuple(sorted(chosen))
+
+
+def ring(graph: TopologyGraph, group: Sequence[str]) -> tuple[str, ...]:
+    """The members of `group` in ring order, the first one first."""
+    members = list(group)
+    if len(set(members)) != len(members):
+        raise ConfigError(f"a device comes twice in the ring: {', '.join(members)}")
+    for member in members:
+        graph.device(member)
+    if len(members) <= 3:
+        return tuple(members)  # every order of three is the same ring
+    rates: dict[tuple[str, str], Quality] = {}
+
+    def rate(a: str, b: str) -> Quality:
+        key = (a, b) if a < b else (b, a)
+        if key not in rates:
+            # Hops do not narrow a ring, and would only make its levels many.
+            rates[key] = (*graph.quality(*key)[:2], 0)
+        return rates[key]
+
+    found = _greedy(members, rate)
+    if len(members) > _SWAP_LIMIT:
+        return found
+    found = _improve(found, rate)
+    bottleneck = max(rate(a, b) for a, b in _pairs(found))
+    for level in sorted({rate(a, b) for a in members for b in members if a < b}):
+        if level >= bottleneck:
+            break
+        better = _cycle(members, rate, level)
+        if better:
+            return better
+    return found
+
+
+def _pairs(order: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(order, [*order[1:], order[0]], strict=True))
+
+
+def _greedy(members: Sequence[str], rate: _Rate) -> tuple[str, ...]:
+    order, left = [members[0]], list(members[1:])
+    while left:
+        best = min(left, key=lambda m: (rate(order[-1], m), members.index(m)))
+        left.remove(best)
+        order.append(best)
+    return tuple(order)
+
+
+def _improve(order: tuple[str, ...], rate: _Rate) -> tuple[str, ...]:
+    """Undo crossings (2-opt) as long as the worse of two edges gets better."""
+    ring_, n, again = list(order), len(order), True
+    while again:
+        again = False
+        for i in range(n - 1):
+            for j in range(i + 2, n - (i == 0)):
+                a, b, c, d = ring_[i], ring_[i + 1], ring_[j], ring_[(j + 1) % n]
+                before = sorted((rate(a, b), rate(c, d)), reverse=True)
+                if sorted((rate(a, c), rate(b, d)), reverse=True) < before:
+                    ring_[i + 1 : j + 1] = ring_[i + 1 : j + 1][::-1]
+                    again = True
+    return tuple(ring_)
+
+
+def _cycle(members: Sequence[str], rate: _Rate, level: Quality) -> tuple[str, ...] | None:
+    """A ring over pairs of at least that quality, found in a bounded number of steps, or None."""
+    near = {a: [b for b in members if b != a and rate(a, b) <= level] for a in members}
+    if any(len(n) < 2 for n in near.values()):
+        return None
+    order, used, steps = [members[0]], {members[0]}, 0
+    choices = [iter(sorted(near[members[0]], key=lambda m: len(near[m])))]
+    while choices and steps < _SEARCH_STEPS:
+        steps += 1
+        if len(order) == len(members) and members[0] in near[order[-1]]:
+            return tuple(order)
+        step = next((m for m in choices[-1] if m not in used), None)
+        if step is None:
+            choices.pop()
+            used.discard(order.pop())
+            continue
+        order.append(step)
+        used.add(step)
+        choices.append(iter(sorted(near[step], key=lambda m: len(near[m]))))
+    return None

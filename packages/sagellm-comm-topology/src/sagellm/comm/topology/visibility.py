@@ -1,0 +1,109 @@
+"""Which accelerators this process sees, and by which number.
+
+`CUDA_VISIBLE_DEVICES` and its cousins hold driver indices, UUIDs (or their beginnings) or MIG ids,
+in the order in which the process numbers them. As CUDA does, the first entry that names nothing
+ends the list, and a device named twice empties it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sagellm.core.protocols import Device, TopologyInfo
+
+from ._vendors import VISIBLE_VARIABLES
+
+__all__ = ["apply_visibility"]
+
+
+def apply_visibility(info: TopologyInfo, environ: Mapping[str, str]) -> TopologyInfo:
+    """The same topology with `visible_index` set for what this process sees.
+
+    Args:
+        info: A host's topology; devices hidden by the environment stay in it.
+        environ: The environment to honour.
+
+    """
+    numbers: dict[str, int] = {}
+    warnings: list[str] = []
+    vendors = dict.fromkeys(d.vendor for d in info.accelerators)
+    for vendor in vendors:
+        mine = [
+            d
+            for d in info.accelerators
+            if d.vendor == vendor and not d.attrs.get("driver", "").startswith("vfio")
+        ]
+        seen, notes = _visible(vendor or "", mine, environ)
+        warnings += notes
+        numbers.update({d.id: i for i, d in reversed(list(enumerate(seen)))})
+    if not info.accelerators:
+        return info
+    devices = tuple(
+        replace(d, visible_index=numbers.get(d.id)) if d.kind in ("gpu", "npu") else d
+        for d in info.devices
+    )
+    return replace(info, devices=devices, warnings=(*info.warnings, *warnings))
+
+
+def _visible(
+    vendor: str, devices: Sequence[Device], environ: Mapping[str, str]
+) -> tuple[list[Device], list[str]]:
+    notes: list[str] = []
+    if any(d.index is None for d in devices):
+        notes.append(
+            f"{vendor or 'unknown'} driver indices are unknown; devices are numbered by bus address"
+        )
+    # ROCm hides twice: what ROCR leaves is what HIP numbers.
+    if vendor in ("amd", "hygon") and "ROCR_VISIBLE_DEVICES" in environ:
+        devices = _choose("ROCR_VISIBLE_DEVICES", environ, devices, notes)
+    name = next((v for v in VISIBLE_VARIABLES.get(vendor, ()) if v in environ), None)
+    if name is None:
+        return list(devices), notes
+    models = {d.model for d in devices}
+    if vendor == "nvidia" and len(models) > 1 and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        notes.append(
+            "GPUs of several models: CUDA numbers the fastest first unless "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID is set, so that visible indices may differ"
+        )
+    return _choose(name, environ, devices, notes), notes
+
+
+def _choose(
+    name: str, environ: Mapping[str, str], devices: Sequence[Device], notes: list[str]
+) -> list[Device]:
+    chosen: list[Device] = []
+    entries: set[str] = set()
+    for raw in environ[name].split(","):
+        entry = raw.strip()
+        found = _named(entry, devices)
+        if found is None:
+            if entry not in ("", "-1", "NoDevFiles"):
+                notes.append(f"{name} names {entry!r}, which is not here; it ends the list")
+            break
+        if entry in entries:
+            notes.append(f"{name} names {entry!r} twice; nothing is visible")
+            return []
+        entries.add(entry)
+        chosen.append(found)
+    return chosen
+
+
+def _named(entry: str, devices: Sequence[Device]) -> Device | None:
+    """The device an entry means: index, UUID prefix without doubt, or the parent of a MIG id."""
+    if entry.isdigit():
+        # `devices` are in driver order, so the position stands in for an unknown index.
+        indices = {d.index: d for d in devices if d.index is not None}
+        if len(indices) == len(devices):
+            return indices.get(int(entry))
+        return devices[int(entry)] if int(entry) < len(devices) else None
+    if entry.startswith("MIG-"):
+        for d in devices:
+            parts = d.attrs.get("mig", "").split(",")
+            if entry in parts or (d.uuid and entry.startswith(f"MIG-{d.uuid}/")):
+                return d
+        return None
+    if len(entry) < 5:  # shorter than `GPU-x`
+        return None
+    matching = [d for d in devices if d.uuid and d.uuid.startswith(entry)]
+    return matching[0] if len(matching) == 1 else None

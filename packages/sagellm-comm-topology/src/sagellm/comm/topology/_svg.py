@@ -209,8 +209,8 @@ def _groups(
 
     trees: dict[str | None, list[_Node]] = {}
     roots = [d for d in devices.values() if d.kind == "pci_root"]
-    for root in roots:
-        trees.setdefault(home.get(root.id), []).append(grow(root, None))
+    for top in roots:
+        trees.setdefault(home.get(top.id), []).append(grow(top, None))
     for device in devices.values():
         fabric_only = device.kind == "fabric_switch" and device.bdf is None
         if device.id in used or device.kind == "numa" or fabric_only:
@@ -469,7 +469,7 @@ def _about_link(link: Link) -> str:
 
 def _short(name: str) -> str:
     """An id without its host and without the domain 0000."""
-    return name.rpartition("/")[2].removeprefix("0000:").removeprefix("pci")
+    return name.rpartition("/")[2].removeprefix("pci").removeprefix("0000:")
 
 
 def _clip(words: str, width: float) -> str:

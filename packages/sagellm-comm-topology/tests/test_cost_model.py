@@ -57,12 +57,10 @@ def test_trees_win_small_and_rings_win_large():
     assert large in ("ring", "hierarchical", "halving_doubling")
 
 
-def test_hierarchy_wins_where_hosts_are_joined_by_a_thin_network(tmp_path, look, store):
+def test_hierarchy_wins_where_hosts_are_joined_by_a_thin_network(hgx):
     from sagellm.comm.topology._gather import join_hosts
-    from sagellm.comm.topology.benchmarks.fake_machine import draw_hgx
 
-    one = look(draw_hgx(tmp_path / "h", functions=60)).detect()
-    info = join_hosts([one, one])
+    info = join_hosts([hgx.detect()] * 2)
     model = CostModel(info)
     ids = [d.id for d in info.accelerators]
 
@@ -138,8 +136,9 @@ def test_selection_is_pure_and_survives_the_wire():
         assert model.select(table, "all_reduce", nbytes, 4) == CostModel().select(
             other, "all_reduce", nbytes, 4
         )
-    assert model.select(table, "all_reduce", 4**6, 4)[0] == "tree"
-    assert model.select(table, "all_reduce", 4**13, 4)[0] == "ring"
+    # Formulas of other algorithms take part, but tree and ring keep their measured order.
+    assert model.select(table, "all_reduce", 4**6, 4)[0] != "ring"
+    assert model.select(table, "all_reduce", 4**13, 4)[0] not in ("tree", "direct")
 
 
 def _plain(table):

@@ -64,7 +64,7 @@ def test_islands_are_what_links_of_a_kind_connect():
 
 
 def test_unknown_id_names_the_nearest(hgx):
-    with pytest.raises(ConfigError, match="0000:13:00.0"):
+    with pytest.raises(ConfigError, match=r"0000:13:00\.0"):
         hgx.path("0000:13:00.1", "numa:0")
 
 

@@ -34,7 +34,7 @@ def test_unknown_fields_are_ignored_and_other_schemas_are_not_read():
     future["topology"]["colour"] = "blue"
 
     assert from_json(json.dumps(future)) == TopologyInfo()
-    with pytest.raises(IntegrityError, match="sagellm.topology/9"):
+    with pytest.raises(IntegrityError, match=r"sagellm\.topology/9"):
         from_json('{"schema": "sagellm.topology/9", "topology": {}}')
     with pytest.raises(IntegrityError):
         from_json("[1, 2]")

@@ -54,6 +54,9 @@ def classify(error: BaseException) -> str:
     return DistributedRuntimeError.code
 
 
+_ASKED_ABOUT = (CommTimeoutError.code, PeerLostError.code, DistributedRuntimeError.code)
+
+
 class FailureBoard:
     """What each rank of one group posted about its failure, in the group's store."""
 
@@ -73,6 +76,8 @@ class FailureBoard:
 
     def verdict(self, describe: str, code: str, error: Exception) -> Exception:
         """The error to raise: names the ranks that did not post, or the first that did."""
+        if isinstance(error, CommError) and code not in _ASKED_ABOUT:
+            return error  # already says what happened: a mismatch, a broken message
         posts = self._collect()
         if posts is None:
             return _named(code, f"{describe}: {error}", None)

@@ -9,7 +9,9 @@ and are the only ones before. Calls go to the group's own methods, not to
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import cast
 
@@ -28,6 +30,7 @@ __all__ = [
     "group_facts",
     "group_libraries",
     "issue",
+    "make_group",
     "span",
     "world_is_initialized",
 ]
@@ -172,8 +175,11 @@ def abort_group(group: TorchObject, device: torch.device, rank: int, size: int) 
         backend = group._get_backend(device)
     kind = type(backend).__name__
     if device.type == "cpu" and kind in ("ProcessGroupGloo", "_ProcessGroupWrapper"):
-        with contextlib.suppress(RuntimeError):
-            group.recv([torch.empty(1)], (rank + 1) % size, _POISON_TAG).wait(span(0.001))
+        for peer in range(size):
+            # A peer that is gone already fails at once and closes nothing: go on to the next.
+            with contextlib.suppress(RuntimeError):
+                if peer != rank:
+                    group.recv([torch.empty(1)], peer, _POISON_TAG).wait(span(0.001))
         return
     for target in (backend, group):
         for name in ("abort", "_abort", "_shutdown"):
@@ -205,6 +211,37 @@ def group_facts(group: TorchObject) -> tuple[str, tuple[int, ...], TorchObject]:
             lookup = distributed.distributed_c10d._get_process_group_store
             store = lookup(group)  # type: ignore[no-untyped-call,unused-ignore]  # torch's own helper
     return name, ranks, store
+
+
+def make_group(
+    parent: TorchObject, ranks: Sequence[int], backend: str, timeout_s: float, desc: str
+) -> TorchObject:
+    """A torch process group over `ranks` of `parent` in that order; only they make this call.
+
+    torch's own `new_group` names a group by the number of groups alive in the process, so that
+    ranks with different histories wait for each other under different names, and a name used
+    again meets the addresses its first bearer left in the store. Names here are counted in the
+    parent's store, by each member for itself, and are never used twice.
+    """
+    distributed_c10d: TorchObject = torch.distributed.distributed_c10d
+    name, members, store = group_facts(parent)
+    chosen = [members[rank] for rank in ranks]
+    if store is None:
+        store = distributed_c10d._get_default_store()
+    key = hashlib.sha256(repr(tuple(chosen)).encode()).hexdigest()[:16]
+    turn = store.add(f"sagellm/split/{key}/{members[parent.rank()]}", 1)
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(chosen),
+        chosen.index(members[parent.rank()]),
+        chosen,
+        distributed_c10d.Backend(backend),
+        store,
+        f"{name}/{key}/{turn}",
+        timeout=span(timeout_s),
+        group_desc=desc,
+    )
+    distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(chosen)}
+    return group
 
 
 def group_libraries(group: TorchObject | None) -> dict[str, str]:

@@ -68,6 +68,12 @@ class CallCounters:
             index = int(math.log2(max(seconds, 1e-8) * 1e8) * _PER_OCTAVE)
             counter.buckets[min(index, _BUCKETS - 1)] += 1
 
+    def learned(self, op: str, nbytes: int) -> None:
+        """Add bytes that were not known when the call was issued; before `finished`."""
+        with self._lock:
+            self._ops[op].bytes += nbytes
+            self._ops[op].timed += nbytes
+
     def failed(self, op: str) -> None:
         """Count a call that ended with an error."""
         with self._lock:

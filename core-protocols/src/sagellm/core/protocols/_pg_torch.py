@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from ._pg_failure import FailureBoard, classify
-from ._pg_shim import abort_group, group_facts, issue, span, world_is_initialized
+from ._pg_shim import (
+    abort_group,
+    group_facts,
+    group_libraries,
+    issue,
+    make_group,
+    span,
+    world_is_initialized,
+)
 from ._pg_transport import RawCall, RawWork, TorchObject, Transport
 from ._pg_watchdog import Watchdog
 from .errors import CommError, CommTimeoutError, ConfigError, UnsupportedOperationError
@@ -123,47 +131,18 @@ class TorchTransport(Transport):
                 f"group {self._name} is outside torch.distributed's default world; call "
                 f"torch.distributed.init_process_group first, then split"
             )
-        members = [self._global_ranks[rank] for rank in ranks]
         if self._rank not in ranks:
             return None
-        options: dict[str, Any] = {}
-        if members != sorted(members):
-            if "sort_ranks" not in torch.distributed.new_group.__annotations__ | _parameters():
-                raise UnsupportedOperationError(
-                    f"torch {torch.__version__} orders the ranks of a group itself; "
-                    f"pass them rising, got {list(ranks)}"
-                )
-            options["sort_ranks"] = False
+        library = group_libraries(self.group).get(self._device.type, "")
         try:
-            group = torch.distributed.new_group(
-                members,
-                timeout=span(timeout_s),
-                backend=_backend_name(self.group),
-                use_local_synchronization=True,
-                group_desc=name,
-                **options,
-            )
+            group = make_group(self.group, ranks, library, timeout_s, name)
         except CommError:
             raise
-        except Exception as e:  # torch reports rendezvous failures in several classes
-            text = (
-                f"group {name!r} over global ranks {members} was not formed in {timeout_s} s: {e}"
-            )
+        except Exception as e:  # torch reports a rank that never came in several classes
+            members = [self._global_ranks[rank] for rank in ranks]
+            text = f"group {name!r} of global ranks {members} not formed in {timeout_s} s: {e}"
             raise CommTimeoutError(text) from e
         return TorchTransport(group, self._device, timeout_s, owned=True)
-
-
-def _parameters() -> dict[str, Any]:
-    import inspect
-
-    return dict(inspect.signature(torch.distributed.new_group).parameters)
-
-
-def _backend_name(group: TorchObject) -> str | None:
-    try:
-        return str(torch.distributed.get_backend(group))
-    except (ValueError, RuntimeError):
-        return None
 
 
 class TorchWork(RawWork):

@@ -524,7 +524,7 @@ class KVTransferChannelProtocol(ABC):
         key: TransferKey | None,
         blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         *,
-        source_node: int | None = None,
+        source_node: int | Sequence[int] | None = None,
         deadline_s: float = 30.0,
     ) -> Transfer:
         """Accept a push.
@@ -533,7 +533,10 @@ class KVTransferChannelProtocol(ABC):
             key: Which transfer; None takes the next one that no `receive` has named.
             blocks: Destination ids in our pool; None receives into bounded bounce buffers
                 that the `Transfer` owns.
-            source_node: Only from this node; None takes any.
+            source_node: Only from this node, or from these, each of which holds a part of the
+                sharded axis; losing a named one fails the transfer even before its push has
+                begun. None takes any. Named or not, the transfer has landed once the parts
+                that came cover everything the blocks hold.
             deadline_s: It must have landed by then.
 
         """
@@ -577,8 +580,15 @@ class KVTransferChannelProtocol(ABC):
         """
 
     @abstractmethod
-    def begin(self, key: TransferKey, target_node: int, blocks: Blocks) -> KVStream:
-        """Start a push whose layers follow one by one."""
+    def begin(
+        self,
+        key: TransferKey,
+        target_node: int,
+        blocks: Blocks,
+        *,
+        deadline_s: float = 30.0,
+    ) -> KVStream:
+        """Start a push whose layers follow one by one and have all landed by the deadline."""
 
     @abstractmethod
     def poll(self, max_n: int | None = None) -> list[Completion]:

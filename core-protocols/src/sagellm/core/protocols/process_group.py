@@ -12,6 +12,7 @@ import torch
 
 from ._pg_agree import CheckedTransport, fingerprint, mismatch
 from ._pg_ops import TensorBackend
+from ._pg_shim import group_facts, group_libraries, make_group
 from ._pg_solo import SoloTransport
 from ._pg_torch import TorchTransport
 from ._pg_transport import RawCall, RawWork, TorchObject, Transport
@@ -28,6 +29,9 @@ __all__ = [
     "Transport",
     "completed_future",
     "fingerprint",
+    "group_facts",
+    "group_libraries",
+    "make_group",
     "mismatch",
 ]
 

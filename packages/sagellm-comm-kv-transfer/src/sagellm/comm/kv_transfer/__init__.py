@@ -1,5 +1,25 @@
 """Moves KV-cache blocks between processes: checked, bounded and authenticated."""
 
 from ._version import __version__ as __version__
+from .channel import KVTransferChannel as KVTransferChannel
+from .compression import (
+    Lz4Codec as Lz4Codec,
+    NoneCodec as NoneCodec,
+    ZstdCodec as ZstdCodec,
+    create_codec as create_codec,
+)
+from .settings import KVTransferSettings as KVTransferSettings
+from .state import TRANSITIONS as TRANSITIONS
+from .transports import TcpTransport as TcpTransport
 
-__all__ = ["__version__"]
+__all__ = [
+    "TRANSITIONS",
+    "KVTransferChannel",
+    "KVTransferSettings",
+    "Lz4Codec",
+    "NoneCodec",
+    "TcpTransport",
+    "ZstdCodec",
+    "__version__",
+    "create_codec",
+]

@@ -1,0 +1,478 @@
+"""The adapter to torch process groups: gloo ranks as threads, each with real sockets."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+torch = pytest.importorskip("torch")
+dist = pytest.importorskip("torch.distributed")
+
+from sagellm.core.protocols import (  # noqa: E402
+    BackendSpec,
+    Capabilities,
+    CollectiveMismatchError,
+    CommTimeoutError,
+    CompletedWork,
+    ConfigError,
+    DistributedRuntimeError,
+    IntegrityError,
+    KVBlock,
+    Lowering,
+    PeerLostError,
+    Probe,
+    ResourceError,
+    UnsupportedOperationError,
+)
+from sagellm.core.protocols._pg_failure import FailureBoard, classify  # noqa: E402
+from sagellm.core.protocols._pg_kv import _PREFIX, KV_TAG, encode  # noqa: E402
+from sagellm.core.protocols._pg_lowering import CALL_RULES  # noqa: E402
+from sagellm.core.protocols._pg_stats import CallCounters, busbw_factor  # noqa: E402
+from sagellm.core.protocols._pg_torch import DeviceWork  # noqa: E402
+from sagellm.core.protocols._pg_watchdog import Watchdog  # noqa: E402
+from sagellm.core.protocols.process_group import (  # noqa: E402
+    ProcessGroupBackend,
+    RawCall,
+    completed_future,
+    fingerprint,
+)
+
+OPS = frozenset(
+    "all_gather all_gather_into_tensor all_reduce all_to_all all_to_all_single barrier broadcast "
+    "gather recv reduce reduce_scatter reduce_scatter_tensor scatter send".split()
+)
+SPEC = BackendSpec(
+    name="gloo",
+    device_types=("cpu",),
+    c10d_name="gloo",
+    priority=1,
+    capabilities=Capabilities(
+        ops=OPS,
+        reduce_ops=frozenset({"sum", "min", "max", "product"}),
+        dtypes=frozenset({"float32", "float64", "int32", "int64"}),
+        move_dtypes=frozenset({"float32", "int64", "int32", "bool", "uint8"}),
+    ),
+    probe=lambda: Probe(True, "a test"),
+    load=lambda: ProcessGroupBackend,
+    lowering=(
+        Lowering("avg", "avg_as_sum_div", "no avg"),
+        Lowering("bool", "via_int32", "no bool"),
+        Lowering("uint8", "via_int32", "no uint8"),
+        Lowering("bfloat16", "via_float32", "no bfloat16"),
+        Lowering("band", "refuse", "the library says: cannot use ReduceOp.BAND"),
+    ),
+)
+
+
+class Ranks:
+    """`size` gloo groups of this process, over one store; `run` calls `fn` on all at once."""
+
+    def __init__(self, size):
+        self.size = size
+        self.pool = ThreadPoolExecutor(size)
+        self.store = dist.HashStore()
+        self.turn = 0
+
+    def groups(self):
+        self.turn += 1
+        prefix = dist.PrefixStore(f"turn{self.turn}", self.store)
+
+        def make(rank):
+            group = dist.ProcessGroup(prefix, rank, self.size)
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+            options._timeout = timedelta(seconds=10)
+            gloo = dist.ProcessGroupGloo(prefix, rank, self.size, options)
+            kind = dist.ProcessGroup.BackendType.GLOO
+            group._register_backend(torch.device("cpu"), kind, gloo)
+            group._set_default_backend(kind)
+            return group
+
+        return list(self.pool.map(make, range(self.size)))
+
+    def backends(self, spec=SPEC, **arguments):
+        return [ProcessGroupBackend(spec, g, timeout_s=5, **arguments) for g in self.groups()]
+
+    def run(self, fn, backends=None, **arguments):
+        backends = self.backends(**arguments) if backends is None else backends
+        return [f.result(30) for f in [self.pool.submit(fn, b) for b in backends]]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    made = {}
+
+    def get(size):
+        return made.setdefault(size, Ranks(size))
+
+    yield get
+    for found in made.values():
+        found.pool.shutdown()
+
+
+def same(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+# -- lowering -----------------------------------------------------------------------------
+
+
+def test_reductions_the_library_lacks_are_lowered_and_counted(ranks):
+    def body(b):
+        same(b.all_reduce(torch.full((3,), b.rank + 1.0), "avg"), torch.full((3,), 1.5))
+        flags = torch.tensor([b.rank == 0, False, True])
+        same(b.all_reduce(flags), torch.tensor([True, False, True]))
+        same(b.reduce_scatter([torch.full((2,), 200, dtype=torch.uint8)] * 2)[0].item(), 144)
+        half = b.all_reduce(torch.ones(2, dtype=torch.bfloat16), "avg", async_op=True).wait()
+        assert half.dtype == torch.bfloat16
+        stats = b.get_stats().ops
+        return stats["all_reduce"].lowered, stats["reduce_scatter"].lowered
+
+    assert ranks(2).run(body) == [(4, 1)] * 2
+
+
+def test_what_no_rule_covers_is_refused_by_name_before_sending(ranks):
+    def body(b):
+        with pytest.raises(UnsupportedOperationError, match="gloo has no band: the library says"):
+            b.all_reduce(torch.ones(2, dtype=torch.int32), "band")
+        with pytest.raises(UnsupportedOperationError, match="gloo has no bor"):
+            b.all_reduce(torch.ones(2, dtype=torch.int32), "bor")
+        with pytest.raises(UnsupportedOperationError, match="gloo has no int8"):
+            b.all_reduce(torch.ones(2, dtype=torch.int8))
+        with pytest.raises(UnsupportedOperationError, match="gloo has no float64"):
+            b.broadcast(torch.ones(2, dtype=torch.float64), 0)
+        return b.all_reduce(torch.ones(1)).item()
+
+    assert ranks(2).run(body) == [2.0, 2.0]
+
+
+LOWERED_OPS = {
+    "all_gather": "list_all_gather_by_broadcast",
+    "all_to_all_single": "all_to_all_by_all_gather",
+    "barrier": "barrier_by_all_reduce",
+    "gather": "gather_by_all_gather",
+    "reduce": "reduce_by_all_reduce",
+    "reduce_scatter": "reduce_scatter_by_all_reduce",
+    "scatter": "scatter_by_broadcast",
+}
+
+
+def test_whole_operations_are_lowered(ranks):
+    assert set(LOWERED_OPS.values()) == set(CALL_RULES)
+    poor = replace(
+        SPEC,
+        capabilities=replace(SPEC.capabilities, ops=OPS - set(LOWERED_OPS)),
+        lowering=tuple(Lowering(op, rule, "a test") for op, rule in LOWERED_OPS.items()),
+    )
+
+    def body(b):
+        x = torch.arange(2.0) + 10 * b.rank
+        everyone = [torch.arange(2.0) + 10 * r for r in range(3)]
+        for got, wanted in zip(b.all_gather(x), everyone, strict=True):
+            same(got, wanted)
+        out = torch.empty(3)
+        same(
+            b.all_to_all_single(out, torch.arange(3.0) + 10 * b.rank),
+            torch.tensor([0.0, 10.0, 20.0]) + b.rank,
+        )
+        assert b.barrier() is None
+        got = b.gather(x, 2)
+        assert (got is None) == (b.rank != 2)
+        if got:
+            same(torch.stack(got), torch.stack(everyone))
+        same(b.scatter(torch.empty(2), everyone if b.rank == 1 else None, 1), x)
+        y = x.clone()
+        b.reduce(y, 0)
+        same(y, sum(everyone) if b.rank == 0 else x)
+        same(b.reduce_scatter([x, x, x]), sum(everyone))
+        with pytest.raises(UnsupportedOperationError, match="needs even splits"):
+            b.all_to_all_single(torch.empty(3), torch.ones(3), [1, 1, 1], [1, 1, 1])
+        assert b.explain("gather", 8).algorithm == "gather_by_all_gather"
+        return b.get_stats().ops["gather"].lowered
+
+    assert ranks(3).run(body, spec=poor) == [1] * 3
+
+
+def test_unknown_rule_is_refused(ranks):
+    odd = replace(
+        SPEC,
+        capabilities=replace(SPEC.capabilities, ops=OPS - {"gather"}),
+        lowering=(Lowering("gather", "by_magic", "a test"),),
+    )
+    with pytest.raises(UnsupportedOperationError, match="'by_magic', which is not one of"):
+        ranks(2).run(lambda b: b.gather(torch.ones(1), 0), spec=odd)
+
+
+# -- failure ------------------------------------------------------------------------------
+
+
+def test_deadline_names_op_sequence_group_ranks_bytes_and_who_is_missing(ranks):
+    backends = ranks(2).backends()
+    backends[0].timeout_s = 0.3
+    with pytest.raises(CommTimeoutError) as caught:
+        backends[0].all_reduce(torch.ones(4))
+    text = str(caught.value)
+    for part in (
+        "all_reduce sum #0 of group",
+        "rank 0 of 2, 16 bytes float32",
+        "rank 1 (global 1)",
+    ):
+        assert part in text
+    with pytest.raises(PeerLostError, match="rank 0 left the group: comm_timeout") as lost:
+        backends[1].all_reduce(torch.ones(4))
+    assert lost.value.rank == 0
+    with pytest.raises(PeerLostError, match="the group is dead since"):
+        backends[1].barrier()
+    assert backends[1].get_stats().ops["all_reduce"].errors == 1
+
+
+def test_abort_frees_a_thread_that_waits_and_its_peer(ranks):
+    backends = ranks(2).backends()
+    works = [b.recv(torch.ones(2), 1 - b.rank, async_op=True) for b in backends]
+    waiters = [ranks(2).pool.submit(work.exception) for work in works]
+    assert [w.result(10) for w in waiters] == [None, None]
+    waiting = ranks(2).pool.submit(works[1].wait)
+
+    backends[0].abort("enough")
+
+    with pytest.raises(PeerLostError, match="aborted: enough"):
+        waiting.result(10)
+    with pytest.raises(DistributedRuntimeError, match="enough"):
+        works[0].wait()
+    with pytest.raises(DistributedRuntimeError, match="enough"):
+        backends[0].barrier()
+
+
+def test_hook_error_reaches_the_caller_and_aborts(ranks):
+    backends = ranks(2).backends()
+
+    def after(call, seconds, error):
+        raise ZeroDivisionError("a bug")
+
+    backends[0].add_hook(after=after)
+
+    def body(b):
+        try:
+            b.all_reduce(torch.ones(1))
+            b.all_reduce(torch.ones(1))
+        except (ZeroDivisionError, PeerLostError) as e:
+            return type(e)
+        return None
+
+    assert ranks(2).run(body, backends) == [ZeroDivisionError, PeerLostError]
+
+
+def test_take_over_stands_for_the_call(ranks):
+    (backend,) = [ProcessGroupBackend(SPEC, None)]
+    x, y = torch.ones(1), torch.zeros(1)
+    remove = backend.add_hook(take_over=lambda call: CompletedWork(y))
+    backend.all_reduce(x)
+    remove()
+    assert backend.get_stats().ops["all_reduce"].calls == 1
+
+
+def test_checked_calls_name_both(ranks):
+    def body(b):
+        try:
+            b.broadcast(torch.ones(1), 1) if b.rank else b.barrier()
+        except CollectiveMismatchError as e:
+            return e.calls
+        return None
+
+    calls = {0: "#0 barrier", 1: "#0 broadcast float32 4 bytes root 1"}
+    assert ranks(2).run(body, options={"check_calls": True}) == [calls, calls]
+
+
+def test_fingerprint_ignores_what_may_differ():
+    x = torch.ones(4)
+    even = RawCall("all_to_all", [x], [x])
+    assert fingerprint(even) == "all_to_all float32 16 bytes"
+    assert "uneven" in fingerprint(RawCall("all_to_all", [x], [x], in_splits=[4], out_splits=[4]))
+    root = RawCall("scatter", [x, x], [x], peer=0)
+    assert fingerprint(root) == fingerprint(RawCall("scatter", [], [x], peer=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("Connection closed by peer [127.0.0.1]:9", "peer_lost"),
+        ("Broken pipe", "peer_lost"),
+        ("Application timeout caused pair closure", "peer_lost"),
+        ("Timed out waiting 1ms for recv operation to complete", "comm_timeout"),
+        ("Invalid scalar type", "distributed_runtime_error"),
+    ],
+)
+def test_library_texts_are_told_apart(text, code):
+    assert classify(RuntimeError(text)) == code
+
+
+def test_board_without_store_still_names_the_kind():
+    board = FailureBoard(None, 0, (0, 1))
+    board.post("peer_lost", "x")
+    error = board.verdict("barrier", "peer_lost", RuntimeError("Broken pipe"))
+    assert isinstance(error, PeerLostError)
+    assert error.rank is None
+
+
+def test_board_whose_store_is_gone_does_not_hang():
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("connection was reset")
+
+        check = set
+
+    board = FailureBoard(Gone(), 0, (4, 5))
+    board.post("comm_timeout", "x")
+    error = board.verdict("barrier", "comm_timeout", RuntimeError("Timed out"))
+    assert isinstance(error, CommTimeoutError)
+
+
+# -- KV blocks ----------------------------------------------------------------------------
+
+
+def test_kv_header_is_bounded(monkeypatch):
+    from sagellm.core.protocols import _pg_kv
+
+    monkeypatch.setattr(_pg_kv, "_MAX_BLOCKS", 1)
+    with pytest.raises(ResourceError, match="2 blocks in one call, at most 1"):
+        encode([KVBlock(torch.ones(1))] * 2)
+    monkeypatch.setattr(_pg_kv, "MAX_KV_BYTES", 2)
+    with pytest.raises(ResourceError, match="4 bytes of KV in one call, at most 2"):
+        encode([KVBlock(torch.ones(1))])
+
+
+def kv_message(header, nbytes=0):
+    return [_PREFIX.pack(b"sgKV", 1, 0, len(header), nbytes), header]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([_PREFIX.pack(b"oops", 1, 0, 4, 0)], "not KV blocks of version 1"),
+        ([_PREFIX.pack(b"sgKV", 9, 0, 4, 0)], "version 9"),
+        ([_PREFIX.pack(b"sgKV", 1, 0, 1 << 40, 0)], "are beyond"),
+        (kv_message(b"\xc1\xc1\xc1"), "header cannot be read"),
+        (kv_message(b"\x91\x91\x94\x91\x02\xa6system\x00\x00"), "'system' is no dtype"),
+        (kv_message(b"\x91\x91\x94\x91\xff\xa7float32\x00\x00"), "is not possible"),
+        (kv_message(b"\x91\x91\x94\x91\x02\xa7float32\x00\x00", 3), "announced 3"),
+    ],
+)
+def test_kv_receiver_refuses_rubbish(ranks, messages, text):
+    backends = ranks(2).backends()
+
+    def body(b):
+        if b.rank == 0:
+            for message in messages:
+                data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+                b.process_group.send([data], 1, KV_TAG).wait()
+            return None
+        with pytest.raises(IntegrityError, match=text):
+            b.recv_kv_blocks(0)
+        with pytest.raises(IntegrityError, match="the group is dead"):
+            b.barrier()
+        return None
+
+    ranks(2).run(body, backends)
+
+
+# -- deadlines on devices, without a device -----------------------------------------------
+
+
+def test_watchdog_reports_the_late_once_and_forgets_the_done():
+    late = threading.Event()
+    seen = []
+
+    def expired():
+        seen.append("late")
+        late.set()
+
+    dog = Watchdog("test", poll_s=0.005)
+    dog.watch(lambda: True, 0.0, lambda: seen.append("never"))
+    dog.watch(lambda: 1 / 0, 0.0, lambda: seen.append("never"))
+    dog.watch(lambda: False, 0.01, expired)
+    assert late.wait(5)
+    dog.close()
+    dog.watch(lambda: False, 0.0, expired)
+    assert seen == ["late"]
+
+
+def test_device_work_orders_the_stream_and_blocks_only_when_asked():
+    class Raw:
+        waits = 0
+        over = False
+
+        def wait(self):
+            self.waits += 1
+
+        def is_completed(self):
+            return self.over
+
+    raw = Raw()
+    work = DeviceWork(raw, torch.device("meta"))
+    assert work.wait(0)
+    assert not work.synchronize(0.001)
+    assert not work.done()
+    raw.over = True
+    assert work.synchronize(1)
+    assert raw.waits == 2
+    work.captured = True
+    with pytest.raises(ConfigError, match="captured"):
+        work.synchronize(1)
+
+
+# -- the rest -----------------------------------------------------------------------------
+
+
+def test_counters_keep_percentiles_within_their_buckets():
+    counters = CallCounters()
+    for us in (10, 10, 10, 1000):
+        counters.started("x")
+        counters.finished("x", 8, 8, us * 1e-6)
+    stats = counters.snapshot()["x"]
+    assert stats.p50_us == pytest.approx(10, rel=0.1)
+    assert stats.p99_us == pytest.approx(1000, rel=0.1)
+    assert counters.bandwidth(2).algbw_bytes_per_s["x"] == pytest.approx(32 / 1030e-6)
+    counters.reset()
+    assert counters.snapshot()["x"].p50_us is None
+
+
+def test_busbw_factors_are_those_of_nccl_tests():
+    factors = {op: busbw_factor(op, 8) for op in ("all_reduce", "reduce_scatter", "broadcast")}
+    assert factors == {"all_reduce": 1.75, "reduce_scatter": 0.875, "broadcast": 1.0}
+
+
+def test_completed_future_holds_result_or_error():
+    assert completed_future(3).wait() == 3
+    with pytest.raises(ConfigError):
+        completed_future(None, ConfigError("x")).wait()
+
+
+def test_options_device_and_deadline_are_checked():
+    with pytest.raises(ConfigError, match="gloo has no option nonsense; known: check_calls"):
+        ProcessGroupBackend(SPEC, None, options={"nonsense": 1})
+    with pytest.raises(ConfigError, match="gloo serves cpu, not meta"):
+        ProcessGroupBackend(SPEC, None, device="meta")
+    with pytest.raises(ConfigError, match="above 0"):
+        ProcessGroupBackend(SPEC, None, timeout_s=0)
+
+
+def test_group_outside_the_default_world_cannot_be_split(ranks):
+    with pytest.raises(UnsupportedOperationError, match="init_process_group first"):
+        ranks(2).backends()[0].split([0])
+
+
+def test_explain_follows_the_cost_model():
+    from unittest.mock import Mock
+
+    from sagellm.core.protocols import CostModelProtocol, CostTable, Estimate
+
+    model = Mock(spec=CostModelProtocol)
+    model.freeze.return_value = CostTable("here", 1, {})
+    model.select.return_value = ("tree", Estimate(7.0, 6.0, 8.0, None, "measured"))
+    choice = ProcessGroupBackend(SPEC, None, cost_model=model).explain("all_reduce", 1024)
+    assert (choice.algorithm, choice.estimate_us) == ("tree", 7.0)
+    assert "cost model here" in choice.reason
+    with pytest.raises(UnsupportedOperationError):
+        ProcessGroupBackend(SPEC, None).explain("teleport", 1)

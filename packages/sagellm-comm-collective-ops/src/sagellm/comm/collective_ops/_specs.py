@@ -1,0 +1,209 @@
+"""Facts about the backends of this package: what entry points give. No torch here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sagellm.core.protocols import (
+    BackendSpec,
+    Capabilities,
+    CommBackendProtocol,
+    Lowering,
+    Probe,
+)
+
+__all__ = ["GLOO", "MOCK", "NCCL", "RCCL"]
+
+_OPS = frozenset(
+    {
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "gather",
+        "recv",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "scatter",
+        "send",
+    }
+)
+_ARITHMETIC = frozenset({"sum", "avg", "min", "max", "product"})
+_BITWISE = frozenset({"band", "bor", "bxor"})
+_DTYPES = frozenset(
+    {"bfloat16", "float16", "float32", "float64", "int8", "uint8", "int32", "int64"}
+)
+_WIDEN = (
+    Lowering("bool", "via_int32", "the library's reduction of bool depends on the release"),
+    Lowering("int16", "via_int32", "the library has no 16-bit integer reduction"),
+)
+_NO_BITWISE = tuple(
+    Lowering(op, "refuse", "the library has no bitwise reductions; reduce on the CPU with gloo")
+    for op in sorted(_BITWISE)
+)
+_NCCL_OPTIONS = {
+    "algorithm": "`auto`, `ring` or `tree`: sets NCCL_ALGO before the communicator is made",
+}
+
+
+def _torch_folder() -> Path | None:
+    """Where torch is installed, without importing it."""
+    try:
+        spec = importlib.util.find_spec("torch")
+    except (ImportError, ValueError):
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _device_build(library: str, wanted: str, other: str, instead: str) -> str | None:
+    """What is wrong with the installed torch for this kind of device; None when nothing is."""
+    folder = _torch_folder()
+    if folder is None:
+        return "torch is not installed; pip install torch"
+    if (folder / "lib" / library).exists():
+        return None
+    if (folder / "lib" / other).exists():
+        return f"this torch has {other} instead of {library}; use {instead}"
+    return (
+        f"this torch is built without {wanted} ({library} is missing); install its {wanted} build"
+    )
+
+
+def _probe_nccl() -> Probe:
+    wrong = _device_build("libtorch_cuda.so", "CUDA", "libtorch_hip.so", "rccl")
+    if wrong is not None:
+        return Probe(False, wrong)
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return Probe(False, "CUDA_VISIBLE_DEVICES hides every device; unset it")
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return Probe(
+            False, "no NVIDIA device node in /dev; install the driver or map the device in"
+        )
+    return Probe(True, "an NVIDIA device and a CUDA build of torch are present")
+
+
+def _probe_rccl() -> Probe:
+    wrong = _device_build("libtorch_hip.so", "ROCm", "libtorch_cuda.so", "nccl")
+    if wrong is not None:
+        return Probe(False, wrong)
+    if not Path("/dev/kfd").exists():
+        return Probe(False, "/dev/kfd is missing; install the AMD driver or map the device in")
+    return Probe(True, "/dev/kfd and a ROCm build of torch are present")
+
+
+def _probe_gloo() -> Probe:
+    if sys.platform == "win32":
+        return Probe(False, "Windows is not supported; use Linux or macOS")
+    if _torch_folder() is None:
+        return Probe(False, "torch is not installed; pip install torch")
+    return Probe(True, "part of every torch build for this system")
+
+
+def _probe_mock() -> Probe:
+    return Probe(True, "threads of this process")
+
+
+def _load_nccl() -> Callable[..., CommBackendProtocol]:
+    from .nccl_backend import NCCLBackend
+
+    return NCCLBackend
+
+
+def _load_rccl() -> Callable[..., CommBackendProtocol]:
+    from .rccl_backend import RCCLBackend
+
+    return RCCLBackend
+
+
+def _load_gloo() -> Callable[..., CommBackendProtocol]:
+    from .gloo_backend import GlooBackend
+
+    return GlooBackend
+
+
+def _load_mock() -> Callable[..., CommBackendProtocol]:
+    from .mock_backend import MockBackend
+
+    return MockBackend
+
+
+NCCL = BackendSpec(
+    name="nccl",
+    device_types=("cuda",),
+    c10d_name="nccl",
+    priority=100,
+    capabilities=Capabilities(
+        ops=_OPS,
+        reduce_ops=_ARITHMETIC,
+        dtypes=_DTYPES,
+        uneven=True,
+        graph_capture=True,
+    ),
+    lowering=(*_WIDEN, *_NO_BITWISE),
+    options=_NCCL_OPTIONS,
+    install_hint="pip install torch (a CUDA build), and an NVIDIA driver",
+    probe=_probe_nccl,
+    load=_load_nccl,
+    vendor="nvidia",
+)
+"""NCCL on NVIDIA devices. Unverified on hardware."""
+
+RCCL = BackendSpec(
+    name="rccl",
+    device_types=("cuda",),
+    c10d_name="nccl",
+    priority=100,
+    capabilities=NCCL.capabilities,
+    lowering=NCCL.lowering,
+    options=_NCCL_OPTIONS,
+    install_hint="pip install torch (a ROCm build), and the AMD driver",
+    probe=_probe_rccl,
+    load=_load_rccl,
+    vendor="amd",
+)
+"""RCCL on AMD devices, which torch calls `cuda` and `nccl`. Unverified on hardware."""
+
+GLOO = BackendSpec(
+    name="gloo",
+    device_types=("cpu",),
+    c10d_name="gloo",
+    priority=10,
+    capabilities=Capabilities(
+        ops=_OPS,
+        reduce_ops=_ARITHMETIC | _BITWISE,
+        dtypes=_DTYPES,
+        uneven=True,
+        verified_on_hardware=True,
+    ),
+    lowering=_WIDEN,
+    install_hint="pip install torch",
+    probe=_probe_gloo,
+    load=_load_gloo,
+)
+"""Gloo on the CPU, over TCP."""
+
+MOCK = BackendSpec(
+    name="mock",
+    device_types=("cpu",),
+    c10d_name=None,
+    priority=-1,
+    capabilities=Capabilities(
+        ops=_OPS,
+        reduce_ops=_ARITHMETIC | _BITWISE,
+        dtypes=_DTYPES | {"int16", "bool"},
+        uneven=True,
+        verified_on_hardware=True,
+    ),
+    install_hint="pip install sagellm-comm-collective-ops",
+    probe=_probe_mock,
+    load=_load_mock,
+)
+"""Ranks as threads of one process: for tests, never chosen by `auto`."""

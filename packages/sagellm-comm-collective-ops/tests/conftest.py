@@ -1,0 +1,88 @@
+"""Ranks for tests: a gloo world over the kit's pool of long-lived processes."""
+
+from datetime import timedelta
+
+import pytest
+
+from sagellm.core.protocols.testing.rank_pool import RankPool
+
+_state = {}
+
+
+def on_backend(rank, size, store, fn, *args):
+    """In a worker: `fn(backend, *args)` with a backend over this process's default group."""
+    import torch.distributed as dist
+
+    from sagellm.comm.collective_ops import GlooBackend
+
+    if "backend" not in _state:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=30),
+        )
+        _state["backend"] = GlooBackend(timeout_s=20)
+    return fn(_state["backend"], *args)
+
+
+class GlooWorld:
+    """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
+
+    def __init__(self, size):
+        self._pool = RankPool(size)
+        self._store = self._pool.store_path()
+
+    def run(self, fn, *args, timeout_s=60.0):
+        return self._pool.run(on_backend, self._store, fn, *args, timeout_s=timeout_s)
+
+    def outcomes(self, fn, *args, timeout_s=60.0):
+        return self._pool.submit(on_backend, self._store, fn, *args).outcomes(timeout_s)
+
+    def close(self):
+        self._pool.close()
+
+
+@pytest.fixture(scope="session")
+def loopback():
+    """Workers inherit the environment that their pool is started in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
+        yield
+
+
+@pytest.fixture(scope="session")
+def gloo_pools(loopback):
+    """Worlds by size, started when first asked for."""
+    worlds = {}
+
+    def get(size):
+        if size not in worlds:
+            worlds[size] = GlooWorld(size)
+        return worlds[size]
+
+    yield get
+    for world in worlds.values():
+        world.close()
+
+
+@pytest.fixture
+def fresh_pool(loopback):
+    """Makes a world that a test may break."""
+    worlds = []
+
+    def make(size):
+        worlds.append(GlooWorld(size))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_world_from_outside(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SAGELLM_COMM_BACKEND"):
+        monkeypatch.delenv(name, raising=False)

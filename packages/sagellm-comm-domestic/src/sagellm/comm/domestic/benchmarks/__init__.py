@@ -1,0 +1,1 @@
+"""Benchmarks of this package; each runs alone with `python -m`."""

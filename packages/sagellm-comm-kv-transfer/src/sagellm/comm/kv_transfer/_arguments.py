@@ -1,0 +1,53 @@
+"""Checks of what callers hand to a channel, made before anything is sent."""
+
+from __future__ import annotations
+
+from sagellm.core.protocols import ConfigError, KVBlock, TransferKey, UnsupportedOperationError
+
+__all__ = ["check_deadline", "checked_key", "is_block", "is_tensor", "wrap"]
+
+
+def check_deadline(deadline_s: float) -> None:
+    if not 0 < deadline_s < 1e9:
+        raise ConfigError(f"a deadline of {deadline_s} s makes no sense")
+
+
+def checked_key(key: TransferKey) -> TransferKey:
+    if (
+        not isinstance(key, tuple)
+        or len(key) != 2
+        or not isinstance(key[0], str)
+        or not isinstance(key[1], int)
+        or not 0 < len(key[0]) <= 512
+    ):
+        raise ConfigError(f"{key!r} is no TransferKey(id, attempt) with an id of 1..512 characters")
+    return TransferKey(*key)
+
+
+def is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def is_block(value: object) -> bool:
+    return isinstance(value, KVBlock) or is_tensor(value)
+
+
+def wrap(blocks: object) -> list[KVBlock]:
+    """Plain tensors as blocks that can be read in place."""
+    import torch
+
+    given = [blocks] if isinstance(blocks, torch.Tensor) else list(blocks)  # type: ignore[call-overload]  # a sequence, by the caller's type
+    wrapped = []
+    for position, item in enumerate(given):
+        block = item if isinstance(item, KVBlock) else KVBlock(item, -1, position)
+        if not isinstance(block.tensor, torch.Tensor):
+            raise ConfigError(f"item {position} is {type(item).__name__}, not a tensor or KVBlock")
+        if block.tensor.device.type != "cpu":
+            raise UnsupportedOperationError(
+                f"item {position} is on {block.tensor.device}: the tcp transport moves host memory"
+            )
+        tensor = block.tensor.detach()
+        wrapped.append(KVBlock(tensor.contiguous(), block.layer, block.index))
+    return wrapped

@@ -1,0 +1,317 @@
+"""The two threads at the ends of a data connection: one writes frames, one reads them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from sagellm.core.protocols import IntegrityError, KVCodec, KVConnection
+
+from ._flows import Chunk, Inflow, Outflow
+from .frames import CODED, HEADER_BYTES, RAW_BIT, Header, block_sums
+from .memory import Extent, Views
+
+__all__ = ["DataReader", "DataWriter", "Traffic"]
+
+_NOT_READY_S = 0.0005
+_SCRATCH_BYTES = 1 << 16
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of one direction of a link; written by one thread."""
+
+    payload: int = 0
+    wire: int = 0
+
+
+class DataWriter:
+    """Sends the chunks of its flows in turn, one frame each.
+
+    Args:
+        chunk_bytes: Payload of a frame at most, unless one block is larger.
+        io_timeout_s: Without progress for so long, the peer is lost.
+
+    """
+
+    def __init__(self, chunk_bytes: int, io_timeout_s: float) -> None:
+        self.traffic = Traffic()
+        self.checksum = True
+        self.codec: KVCodec | None = None
+        self._chunk_bytes = chunk_bytes
+        self._io_timeout_s = io_timeout_s
+        self._changed = threading.Condition()
+        self._flows: deque[Outflow] = deque()
+        self._poked = False
+        self._stopped = False
+
+    def add(self, flow: Outflow) -> None:
+        """Begin to serve a flow that has been granted."""
+        with self._changed:
+            if flow not in self._flows:
+                self._flows.append(flow)
+            self._poked = True
+            self._changed.notify()
+
+    def poke(self) -> None:
+        """Look again: something has been queued."""
+        with self._changed:
+            self._poked = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Let `run` return."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def run(self, conn: KVConnection) -> None:
+        """Send until stopped; raises what the connection raises."""
+        while (work := self._next()) is not None:
+            flow, chunk = work
+            try:
+                self._send(conn, flow, chunk)
+            finally:
+                flow.leave()
+
+    def _next(self) -> tuple[Outflow, Chunk] | None:
+        with self._changed:
+            while not self._stopped:
+                self._poked = False
+                blocked = False
+                for _ in range(len(self._flows)):
+                    flow = self._flows[0]
+                    self._flows.rotate(-1)
+                    chunk = flow.claim(self._chunk_bytes)
+                    if chunk is not None:
+                        return flow, chunk
+                    if flow.waiting:
+                        blocked = True
+                    else:
+                        self._flows.pop()  # comes back with its next span
+                # an event has no descriptor to wait for: look again soon
+                self._changed.wait_for(
+                    lambda: self._poked or self._stopped, _NOT_READY_S if blocked else None
+                )
+            return None
+
+    def _send(self, conn: KVConnection, flow: Outflow, chunk: Chunk) -> None:
+        extent = flow.extent
+        assert extent is not None, "claimed without an extent"
+        layer, first, count = chunk
+        raw = extent.span_bytes(layer, first, count)
+        verify_s = codec_s = 0.0
+        sums = np.zeros(count, dtype="<u8")
+        units: list[Views] = []
+        if self.checksum or self.codec is not None:
+            units = extent.unit_views(layer, first, count)
+        if self.checksum:
+            start = time.perf_counter()
+            sums = block_sums(units, layer, first)
+            verify_s = time.perf_counter() - start
+        if self.codec is None:
+            payload = extent.views(layer, first, count)
+            head = Header(flow.tid, layer, first, count, raw, 0).pack(sums.tobytes())
+        else:
+            start = time.perf_counter()
+            payload, lengths = self._encode(self.codec, extent, layer, units)
+            codec_s = time.perf_counter() - start
+            size = sum(map(len, payload))
+            head = Header(flow.tid, layer, first, count, size, CODED).pack(
+                sums.tobytes() + lengths.tobytes()
+            )
+        runs = len(payload)
+        calls = conn.send([memoryview(head), *payload], self._io_timeout_s)
+        wire = len(head) + sum(map(len, payload))
+        self.traffic.payload += raw
+        self.traffic.wire += wire
+        flow.handle.moved(
+            raw,
+            count,
+            wire_bytes=wire,
+            runs=runs,
+            syscalls=calls,
+            verify_s=verify_s,
+            codec_s=codec_s,
+        )
+
+    @staticmethod
+    def _encode(
+        codec: KVCodec, extent: Extent, layer: int, units: list[Views]
+    ) -> tuple[Views, np.ndarray[tuple[int], np.dtype[np.uint32]]]:
+        dtype = extent.dtype(layer)
+        payload: Views = []
+        lengths = np.empty(len(units), dtype="<u4")
+        for i, views in enumerate(units):
+            block = views[0] if len(views) == 1 else memoryview(b"".join(views))
+            coded = memoryview(codec.encode(block, dtype=dtype))
+            shrank = len(coded) < len(block)
+            payload.append(coded if shrank else block)
+            lengths[i] = len(coded) if shrank else len(block) | RAW_BIT
+        return payload, lengths
+
+
+class DataReader:
+    """Receives frames into the blocks they were granted, and verifies them there.
+
+    Args:
+        flows: Flows of the link by number.
+        on_landed: Told of every frame that was moved: flow, layer, damaged blocks (first time),
+            damaged blocks (again). Called on this thread.
+        io_timeout_s: In the middle of a frame; between frames it waits for ever.
+        scratch_bytes: Coded bytes that are held at once, unless one block is larger.
+
+    """
+
+    def __init__(
+        self,
+        flows: Mapping[int, Inflow],
+        on_landed: Callable[[Inflow, Header, list[int], list[int]], None],
+        *,
+        io_timeout_s: float,
+        scratch_bytes: int,
+    ) -> None:
+        self.traffic = Traffic()
+        self.checksum = True
+        self.codec: KVCodec | None = None
+        self._flows = flows
+        self._on_landed = on_landed
+        self._io_timeout_s = io_timeout_s
+        self._scratch_bytes = scratch_bytes
+        self._trash = memoryview(bytearray(_SCRATCH_BYTES))
+
+    def run(self, conn: KVConnection) -> None:
+        """Receive until the connection ends, by raising what it raises."""
+        head_bytes = memoryview(bytearray(HEADER_BYTES))
+        while True:
+            conn.receive([head_bytes], float("inf"))
+            head = Header.unpack(head_bytes)
+            table = memoryview(bytearray(head.table_bytes))
+            conn.receive([table], self._io_timeout_s)
+            self.traffic.wire += HEADER_BYTES + len(table) + head.payload_bytes
+            flow = self._flows.get(head.tid)
+            if flow is None or not flow.claim(head):
+                self._discard(conn, head.payload_bytes)  # late bytes of a transfer that has ended
+                continue
+            try:
+                fresh, again = self._take(conn, flow, head, table)
+            finally:
+                flow.leave()
+            self._on_landed(flow, head, fresh, again)
+
+    def _take(
+        self, conn: KVConnection, flow: Inflow, head: Header, table: memoryview
+    ) -> tuple[list[int], list[int]]:
+        extent, layer = flow.extent, head.layer
+        raw = extent.span_bytes(layer, head.first, head.count)
+        verify_s = codec_s = 0.0
+        calls, runs = 2, 1
+        if xxhash.xxh3_64_intdigest(table) != head.table_digest:
+            self._discard(conn, head.payload_bytes)
+            bad = list(range(head.count))
+        else:
+            sums = np.frombuffer(table[: head.count * 8], dtype="<u8")
+            units: list[Views] = []
+            if self.checksum or head.flags & CODED:
+                units = extent.unit_views(layer, head.first, head.count)
+            if head.flags & CODED:
+                lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
+                bad, more, codec_s = self._decode(conn, head, lengths, extent, units)
+                calls += more
+                runs = head.count
+            else:
+                if head.payload_bytes != raw:
+                    raise IntegrityError(
+                        f"a frame brings {head.payload_bytes} bytes for blocks of {raw}"
+                    )
+                views = extent.views(layer, head.first, head.count)
+                runs = len(views)
+                calls += conn.receive(views, self._io_timeout_s)
+                bad = []
+            if self.checksum:
+                start = time.perf_counter()
+                wrong = np.flatnonzero(block_sums(units, layer, head.first) != sums)
+                bad = sorted({*bad, *wrong.tolist()})
+                verify_s = time.perf_counter() - start
+        fresh, again = flow.landed(head, bad)
+        good = head.count - len(bad)
+        done = raw if not bad else good * extent.unit_bytes(layer)
+        self.traffic.payload += done
+        flow.handle.moved(
+            done,
+            good,
+            wire_bytes=HEADER_BYTES + len(table) + head.payload_bytes,
+            runs=runs,
+            syscalls=calls,
+            verify_s=verify_s,
+            codec_s=codec_s,
+        )
+        return fresh, again
+
+    def _decode(
+        self,
+        conn: KVConnection,
+        head: Header,
+        lengths: np.ndarray[tuple[int], np.dtype[np.uint32]],
+        extent: Extent,
+        units: list[Views],
+    ) -> tuple[list[int], int, float]:
+        """Blocks that could not be decoded, kernel calls, seconds."""
+        sizes = (lengths & (RAW_BIT - 1)).tolist()
+        plain = (lengths & RAW_BIT).astype(bool).tolist()
+        limit = extent.unit_bytes(head.layer)
+        if self.codec is None and not all(plain):
+            raise IntegrityError("a coded frame on a link without codec")
+        if sum(sizes) != head.payload_bytes or max(sizes) > limit:
+            raise IntegrityError(f"a coded frame whose lengths do not fit blocks of {limit} bytes")
+        bad: list[int] = []
+        calls, codec_s, at = 0, 0.0, 0
+        dtype = extent.dtype(head.layer)
+        while at < head.count:
+            stop, size = at + 1, sizes[at]
+            while stop < head.count and size + sizes[stop] <= self._scratch_bytes:
+                size += sizes[stop]
+                stop += 1
+            scratch = memoryview(bytearray(size))
+            calls += conn.receive([scratch], self._io_timeout_s)
+            start = time.perf_counter()
+            offset = 0
+            for i in range(at, stop):
+                frame = scratch[offset : offset + sizes[i]]
+                offset += sizes[i]
+                try:
+                    self._place(frame, units[i], dtype, plain=plain[i])
+                except IntegrityError:
+                    bad.append(i)
+            codec_s += time.perf_counter() - start
+            at = stop
+        return bad, calls, codec_s
+
+    def _place(self, frame: memoryview, views: Views, dtype: str, *, plain: bool) -> None:
+        size = sum(map(len, views))
+        if plain:
+            if len(frame) != size:
+                raise IntegrityError(f"a raw frame of {len(frame)} bytes for a block of {size}")
+            out = frame
+        else:
+            assert self.codec is not None, "checked with the frame"
+            out = views[0] if len(views) == 1 else memoryview(bytearray(size))
+            self.codec.decode(frame, out, dtype=dtype)
+            if len(views) == 1:
+                return
+        at = 0
+        for view in views:
+            view[:] = out[at : at + len(view)]
+            at += len(view)
+
+    def _discard(self, conn: KVConnection, count: int) -> None:
+        while count:
+            piece = self._trash[: min(count, len(self._trash))]
+            conn.receive([piece], self._io_timeout_s)
+            count -= len(piece)

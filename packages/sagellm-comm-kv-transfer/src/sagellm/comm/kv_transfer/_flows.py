@@ -1,0 +1,198 @@
+"""One transfer over one link, seen from the thread that moves its bytes.
+
+A flow belongs to the event loop; its data thread only claims a piece, moves it, and reports.
+`stop` is the fence: once it has returned True, or `idle` has been called, no thread reads or
+writes the blocks any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from sagellm.core.protocols import IntegrityError, ReadyEvent
+
+from .frames import MAX_UNITS, Header
+from .memory import Extent
+from .transfer import TransferHandle
+
+__all__ = ["Chunk", "Flow", "Inflow", "Outflow", "Span"]
+
+
+class Span(NamedTuple):
+    """Consecutive units of a layer, to be sent once an event has happened."""
+
+    layer: int
+    first: int
+    stop: int
+    after: ReadyEvent | None = None
+
+
+class Chunk(NamedTuple):
+    """Units that go into one frame."""
+
+    layer: int
+    first: int
+    units: int
+
+
+class Flow:
+    """What both directions share: the fence.
+
+    Args:
+        handle: The transfer that it is part of.
+        tid: Its number on the link.
+
+    """
+
+    def __init__(self, handle: TransferHandle, tid: int) -> None:
+        self.handle = handle
+        self.tid = tid
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.idle: Callable[[], object] | None = None
+        self._busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is at the blocks now."""
+        return self._busy
+
+    def stop(self) -> bool:
+        """Let no further piece begin; True when none is under way."""
+        with self.lock:
+            self.stopped = True
+            return not self._busy
+
+    def leave(self) -> None:
+        """End a piece; tells whoever waits behind the fence."""
+        with self.lock:
+            self._busy = False
+            idle = self.idle if self.stopped else None
+        if idle is not None:
+            idle()
+
+
+class Outflow(Flow):
+    """Blocks to be sent.
+
+    Spans may be queued before the receiver has granted anything; they wait for the extent.
+    """
+
+    def __init__(self, handle: TransferHandle, tid: int) -> None:
+        super().__init__(handle, tid)
+        self.extent: Extent | None = None
+        self._pending: deque[Span] = deque()
+
+    def queue(self, spans: Iterable[Span]) -> None:
+        """Add units to send."""
+        with self.lock:
+            self._pending.extend(spans)
+
+    def claim(self, chunk_bytes: int) -> Chunk | None:
+        """The next units to send; None when there are none, or none that are ready."""
+        with self.lock:
+            if self.stopped or self._busy or self.extent is None:
+                return None
+            for _ in range(len(self._pending)):
+                span = self._pending[0]
+                units = self.extent.units(span.layer)
+                stop = min(span.stop, units)
+                if span.first >= stop:
+                    self._pending.popleft()
+                    continue
+                if span.after is not None and not span.after.query():
+                    self._pending.rotate(-1)
+                    continue
+                fit = max(1, chunk_bytes // max(1, self.extent.unit_bytes(span.layer)))
+                count = min(fit, stop - span.first, MAX_UNITS)
+                self._pending.popleft()
+                if span.first + count < stop:
+                    rest = Span(span.layer, span.first + count, stop)
+                    self._pending.appendleft(rest)
+                self._busy = True
+                return Chunk(span.layer, span.first, count)
+            return None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is queued, ready or not."""
+        with self.lock:
+            return bool(self._pending) and not self.stopped and self.extent is not None
+
+
+class Inflow(Flow):
+    """Blocks that a peer may write: exactly these, each once.
+
+    Args:
+        handle: The transfer that it is part of.
+        tid: Its number on the link.
+        extent: Where they go.
+        layers: Layers that come; None means all.
+
+    """
+
+    def __init__(
+        self,
+        handle: TransferHandle,
+        tid: int,
+        extent: Extent,
+        layers: Iterable[int] | None = None,
+    ) -> None:
+        super().__init__(handle, tid)
+        self.extent = extent
+        wanted = range(extent.layers) if layers is None else set(layers)
+        self._missing = [
+            np.ones(extent.units(i) if i in wanted else 0, dtype=bool) for i in range(extent.layers)
+        ]
+        self._left = [len(m) for m in self._missing]
+        self._retried: set[tuple[int, int]] = set()
+        self.total_bytes = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(self._left) if n)
+        self.total_units = sum(self._left)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is in place and verified."""
+        return not any(self._left)
+
+    def layer_complete(self, layer: int) -> bool:
+        """Whether all of a layer is in place and verified."""
+        return not self._left[layer]
+
+    def claim(self, head: Header) -> bool:
+        """Whether a frame may be written now; False when the transfer has ended meanwhile.
+
+        Raises:
+            IntegrityError: It was never granted, or has landed before: the peer breaks the rules.
+
+        """
+        with self.lock:
+            if self.stopped:
+                return False
+            layers = len(self._missing)
+            if head.layer >= layers or head.first + head.count > len(self._missing[head.layer]):
+                raise IntegrityError(
+                    f"the peer sent blocks {head.first}..{head.first + head.count - 1} of layer "
+                    f"{head.layer}, which were not granted"
+                )
+            if not self._missing[head.layer][head.first : head.first + head.count].all():
+                raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
+            self._busy = True
+            return True
+
+    def landed(self, head: Header, bad: list[int]) -> tuple[list[int], list[int]]:
+        """Note a frame's outcome: (damaged for the first time, damaged again)."""
+        with self.lock:
+            good = np.ones(head.count, dtype=bool)
+            good[bad] = False
+            missing = self._missing[head.layer][head.first : head.first + head.count]
+            missing &= ~good
+            self._left[head.layer] -= int(good.sum())
+            again = [i for i in bad if (head.layer, head.first + i) in self._retried]
+            fresh = [i for i in bad if (head.layer, head.first + i) not in self._retried]
+            self._retried.update((head.layer, head.first + i) for i in fresh)
+            return fresh, again

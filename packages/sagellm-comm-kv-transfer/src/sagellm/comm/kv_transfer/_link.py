@@ -1,0 +1,252 @@
+"""One link: a control connection on the event loop, and its data connection's two threads.
+
+The side that opened it (`outgoing`) uses it for its own pushes and fetches; the other side
+answers on it. Two nodes that push to each other have two links.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from sagellm.core.protocols import (
+    CommError,
+    DistributedRuntimeError,
+    KVConnection,
+    KVLayout,
+    LayoutMismatchError,
+    PeerLostError,
+)
+
+from . import wire
+from ._dataplane import DataReader, DataWriter
+from ._dial import Dialler
+from ._flows import Inflow
+from ._loop import READ, WRITE, EventLoop
+from .plan import check_layouts
+
+__all__ = ["Link"]
+
+logger = logging.getLogger(__name__)
+
+
+class Link:
+    """A link; everything without a note happens on the event loop.
+
+    Args:
+        loop: The loop.
+        peer: Node at the other end.
+        outgoing: Whether this side opened it.
+        writer: Sends our blocks.
+        make_reader: Makes the reader, given our inflows.
+        max_backlog_bytes: Control bytes that the peer may leave unread.
+        on_message: Gets every message of the peer.
+        on_lost: Told once that the link is gone.
+
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        peer: int,
+        *,
+        outgoing: bool,
+        writer: DataWriter,
+        make_reader: Callable[[dict[int, Inflow]], DataReader],
+        max_backlog_bytes: int,
+        on_message: Callable[[Link, wire.Session], None],
+        on_lost: Callable[[Link, CommError], None],
+    ) -> None:
+        self.peer = peer
+        self.outgoing = outgoing
+        self.address = ""
+        self.version = 0
+        self.path = "unconnected"
+        self.layout: KVLayout | None = None
+        self.mismatch: LayoutMismatchError | None = None
+        self.error: CommError | None = None
+        self.up = False
+        self.wants_writer = outgoing
+        self.wants_reader = not outgoing
+        self.inflows: dict[int, Inflow] = {}
+        self.waiting: list[Callable[[CommError | None], None]] = []
+        self.dialler: Dialler | None = None
+        self.writer = writer
+        self.reader = make_reader(self.inflows)
+        self.threads: list[threading.Thread] = []
+        self._loop = loop
+        self._sock: socket.socket | None = None
+        self._buffer: wire.FrameBuffer | None = None
+        self._conn: KVConnection | None = None
+        self._out: deque[memoryview] = deque()
+        self._out_bytes = 0
+        self._max_backlog = max_backlog_bytes
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._next_tid = 0
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the data connection is open."""
+        return self._conn is not None
+
+    def new_tid(self) -> int:
+        """A number for a transfer of this (outgoing) link."""
+        self._next_tid += 1
+        return self._next_tid
+
+    def when_up(self, callback: Callable[[CommError | None], None]) -> None:
+        """Call back with None once the link is up, or with why it never will be."""
+        if self.up or self.error is not None:
+            callback(self.error)
+        else:
+            self.waiting.append(callback)
+
+    def compare(self, ours: KVLayout | None) -> None:
+        """Compare the layouts, as far as both are known."""
+        self.mismatch = None
+        if ours is not None and self.layout is not None:
+            try:
+                check_layouts(ours, self.layout)
+            except LayoutMismatchError as e:
+                self.mismatch = e
+
+    def attach(self, sock: socket.socket, buffer: wire.FrameBuffer, rest: list[bytes]) -> None:
+        """Take over the control connection."""
+        self._sock, self._buffer = sock, buffer
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._loop.watch(sock, READ, self._ready)
+        for body in rest:
+            self._receive(body)
+
+    def open_data(self, conn: KVConnection, path: str) -> bool:
+        """Take over the data connection; False when the link is gone already."""
+        if self.error is not None:
+            conn.abort()
+            conn.close()
+            return False
+        self._conn, self.path, self.up = conn, path, True
+        return True
+
+    def settle(self) -> None:
+        """Tell those that wait for the link."""
+        waiting, self.waiting = self.waiting, []
+        for callback in waiting:
+            callback(self.error)
+
+    def send(self, message: wire.Session) -> None:
+        """Queue a message; a peer that does not read loses the link."""
+        if self._sock is None or self.error is not None:
+            return
+        data = wire.encode(message)
+        if self._out_bytes + len(data) > self._max_backlog:
+            self.lose(PeerLostError(f"node {self.peer} does not read its messages", rank=self.peer))
+            return
+        self._out.append(memoryview(data))
+        self._out_bytes += len(data)
+        self._flush()
+
+    def lose(self, error: CommError) -> None:
+        """End the link; everything on it fails. Idempotent."""
+        if self.error is not None:
+            return
+        self.error, self.up = error, False
+        if self.dialler is not None:
+            self.dialler.stop()
+        self.writer.stop()
+        if self._conn is not None:
+            self._conn.abort()
+        if self._sock is not None:
+            self._loop.unwatch(self._sock)
+            self._sock.close()
+        self._out.clear()
+        self._on_lost(self, error)
+        self.settle()
+
+    def run_data(self, body: Callable[[KVConnection], None]) -> None:
+        """Run one direction of the data connection; on its own thread."""
+        conn = self._conn
+        assert conn is not None, "the data connection was opened before its threads"
+        try:
+            body(conn)
+        except CommError as e:
+            error = PeerLostError(f"node {self.peer}: {e}", rank=self.peer)
+            lost = e if not isinstance(e, PeerLostError) else error
+            self._loop.call(lambda: self.lose(lost))
+        except Exception as e:
+            logger.exception("a bug in a data thread")
+            bug = DistributedRuntimeError(f"node {self.peer}: {type(e).__name__}: {e}")
+            self._loop.call(lambda: self.lose(bug))
+
+    def abort_data(self) -> None:
+        """Break the data connection, so that no thread stays in the middle of a frame."""
+        if self._conn is not None:
+            self._conn.abort()
+
+    def release(self, timeout_s: float) -> None:
+        """Join the threads and free the connection; off the loop, after `lose`."""
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+        if self._conn is not None:
+            self._conn.close()
+
+    # -- the control socket -----------------------------------------------------------------
+
+    def _ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & READ and self.error is None:
+            self._read()
+
+    def _read(self) -> None:
+        assert self._sock is not None, "watched without a socket"
+        assert self._buffer is not None, "watched without a buffer"
+        try:
+            data = self._sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError as e:
+            self.lose(PeerLostError(f"node {self.peer} is gone: {e}", rank=self.peer))
+            return
+        if not data:
+            self.lose(PeerLostError(f"node {self.peer} is gone", rank=self.peer))
+            return
+        try:
+            for body in self._buffer.feed(data):
+                self._receive(body)
+                if self.error is not None:
+                    return
+        except CommError as e:
+            self.lose(e)
+
+    def _receive(self, body: bytes) -> None:
+        message = wire.decode(body)
+        if not isinstance(message, wire.Session):
+            raise DistributedRuntimeError(
+                f"node {self.peer} sent {type(message).__name__} after the handshake"
+            )
+        self._on_message(self, message)
+
+    def _flush(self) -> None:
+        sock = self._sock
+        assert sock is not None, "flushed without a socket"
+        try:
+            while self._out:
+                sent = sock.send(self._out[0])
+                self._out_bytes -= sent
+                if sent < len(self._out[0]):
+                    self._out[0] = self._out[0][sent:]
+                else:
+                    self._out.popleft()
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            self.lose(PeerLostError(f"node {self.peer} is gone: {e}", rank=self.peer))
+            return
+        self._loop.watch(sock, READ | WRITE if self._out else READ, self._ready)

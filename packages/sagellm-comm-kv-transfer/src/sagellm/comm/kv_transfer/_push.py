@@ -1,0 +1,104 @@
+"""What this node knows of one transfer that it sends, and of one offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sagellm.core.protocols import CommError, KVBlock, ReadyEvent, TransferKey
+
+from ._flows import Outflow, Span
+from ._link import Link
+from ._loop import Timer
+from .plan import Part
+from .pool import BlockTable, RegisteredPool
+from .transfer import TransferHandle
+
+__all__ = ["Offered", "Push"]
+
+
+class Push:
+    """One transfer out of this node, to one peer.
+
+    Args:
+        handle: What the caller holds.
+        target: Node that it goes to.
+        pool: Whose blocks; None for plain tensors.
+        blocks: Ids per group.
+        tensors: Plain tensors, contiguous.
+        dst_blocks: Destinations, when known.
+        sealed: Whether all layers are queued; a stream is not.
+
+    """
+
+    def __init__(
+        self,
+        handle: TransferHandle,
+        target: int,
+        *,
+        pool: RegisteredPool | None = None,
+        blocks: BlockTable | None = None,
+        tensors: Sequence[KVBlock] | None = None,
+        dst_blocks: BlockTable | None = None,
+        sealed: bool = True,
+    ) -> None:
+        self.handle = handle
+        self.target = target
+        self.pool = pool
+        self.blocks = blocks or {}
+        self.tensors = tensors
+        self.dst_blocks = dst_blocks
+        self.sealed = sealed
+        self.num_tokens = 0
+        self.offered: Offered | None = None
+        self.full_fetch: dict[str, Part] = {}
+        self.link: Link | None = None
+        self.tid = 0
+        self.flow = Outflow(handle, 0)
+        self.error: CommError | None = None
+        self.landed = False
+        self.finished = False
+        self.nacked = 0
+        self.timer: Timer | None = None
+
+    @property
+    def key(self) -> TransferKey:
+        """Its key."""
+        return self.handle.key
+
+    def all_spans(self, after: ReadyEvent | None = None) -> list[Span]:
+        """Everything it has, layer by layer."""
+        if self.pool is None:
+            return [Span(0, 0, 1 << 40, after)]
+        groups = [g.name for g in self.pool.layout.groups for _ in g.layers]
+        return [Span(i, 0, len(self.blocks[n]), after) for i, n in enumerate(groups)]
+
+    def queue(self, spans: Iterable[Span]) -> None:
+        """Send these when they are ready and granted; from any thread."""
+        self.flow.queue(spans)
+        link = self.link
+        if link is not None and self.flow.extent is not None:
+            link.writer.add(self.flow)
+
+
+class Offered:
+    """Blocks that peers may fetch."""
+
+    def __init__(
+        self,
+        handle: TransferHandle,
+        pool: RegisteredPool,
+        blocks: BlockTable,
+        num_tokens: int,
+        after: ReadyEvent | None,
+    ) -> None:
+        self.handle = handle
+        self.pool = pool
+        self.blocks = blocks
+        self.num_tokens = num_tokens
+        self.after = after
+        self.timer: Timer | None = None
+        self.served: set[Push] = set()
+        self.ending: CommError | None = None
+        self.reads: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}

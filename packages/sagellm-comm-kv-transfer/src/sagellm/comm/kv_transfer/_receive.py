@@ -1,0 +1,83 @@
+"""What this node knows of one transfer that it receives, and of each of its senders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sagellm.core.protocols import CommError, TransferKey
+
+from ._bounce import Destination
+from ._flows import Inflow
+from ._link import Link
+from ._loop import Timer
+from .plan import Part
+from .pool import BlockTable, RegisteredPool
+from .transfer import TransferHandle
+
+__all__ = ["Receive", "Source"]
+
+
+class Source:
+    """One sender of a receive."""
+
+    def __init__(
+        self, link: Link, inflow: Inflow, parts: Mapping[str, Part], *, sealed: bool
+    ) -> None:
+        self.link = link
+        self.inflow = inflow
+        self.parts = parts
+        self.sealed = sealed
+        self.released = False
+
+
+class Receive:
+    """One transfer into this node.
+
+    Args:
+        handle: What the caller holds.
+        blocks: Destinations in the pool; None leaves them to the sender, or to bounce buffers.
+        senders: The nodes it comes from; None takes any.
+        named: Whether the caller gave the key.
+
+    """
+
+    def __init__(
+        self,
+        handle: TransferHandle,
+        blocks: BlockTable | None,
+        senders: frozenset[int] | None,
+        *,
+        pool: RegisteredPool | None,
+        named: bool = True,
+    ) -> None:
+        self.handle = handle
+        self.blocks = blocks
+        self.senders = senders
+        self.pool = pool
+        self.named = named
+        self.fetch_from: int | None = None
+        self.fetch_layers: Sequence[int] | None = None
+        self.sources: list[Source] = []
+        self.wanted: dict[str, Part] = {}
+        self.open_groups: set[str] = set()
+        self.destination: Destination | None = None
+        self.error: CommError | None = None
+        self.landed = False
+        self.finished = False
+        self.timer: Timer | None = None
+
+    @property
+    def key(self) -> TransferKey:
+        """Its key."""
+        return self.handle.key
+
+    def fingerprint(self) -> int | None:
+        """Tells destinations apart; None when there are none."""
+        if self.blocks is None:
+            return None
+        return hash(tuple((n, ids.tobytes()) for n, ids in sorted(self.blocks.items())))
+
+    def destination_ids(self) -> tuple[int, ...]:
+        """Blocks of our pool that it writes."""
+        tables = self.blocks or {}
+        return tuple(sorted({i for ids in tables.values() for i in ids.tolist()}))

@@ -1,0 +1,95 @@
+"""What the channel remembers of transfers: those that run, and how the others ended."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from typing import Generic, TypeVar
+
+from sagellm.core.protocols import CommError, Completion, KVTransferError, error_from_code
+
+__all__ = ["CANCELLED", "CompletionQueue", "Memory", "code_of", "error_of"]
+
+CANCELLED = "cancelled"
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def code_of(error: BaseException) -> str:
+    """What names an error on the wire."""
+    if isinstance(error, KVTransferError):
+        return error.cause
+    return error.code if isinstance(error, CommError) else KVTransferError.code
+
+
+def error_of(code: str, message: str) -> CommError:
+    """The error that a peer named."""
+    if code in (CANCELLED, KVTransferError.code):
+        return KVTransferError(message, cause=code)
+    return error_from_code(code, message)
+
+
+class Memory(Generic[K, V]):
+    """A bounded map that forgets what was put in first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        while len(self._items) > self._limit:
+            self._items.popitem(last=False)
+
+    def get(self, key: K) -> V | None:
+        """What was put in; None when nothing was, or it is forgotten."""
+        return self._items.get(key)
+
+    def forget(self, key: K) -> None:
+        """Take it out."""
+        self._items.pop(key, None)
+
+
+class CompletionQueue:
+    """Completions until `poll` takes them, with a descriptor that tells of them. Thread-safe.
+
+    Args:
+        limit: More than these are never kept; the oldest goes.
+
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._items: deque[Completion] = deque(maxlen=limit)
+        self._lock = threading.Lock()
+        self._read_fd, self._write_fd = os.pipe()
+        self._closed = False
+
+    def put(self, completion: Completion) -> None:
+        """Add one."""
+        with self._lock:
+            if not self._items and not self._closed:
+                os.write(self._write_fd, b"x")
+            self._items.append(completion)
+
+    def take(self, max_n: int | None) -> list[Completion]:
+        """Those not taken before."""
+        with self._lock:
+            count = len(self._items) if max_n is None else min(max_n, len(self._items))
+            taken = [self._items.popleft() for _ in range(count)]
+            if taken and not self._items and not self._closed:
+                os.read(self._read_fd, 1)
+            return taken
+
+    def fileno(self) -> int:
+        """Readable while there is something to take."""
+        return self._read_fd
+
+    def close(self) -> None:
+        """Release the descriptor; what is queued can still be taken. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._read_fd)
+                os.close(self._write_fd)

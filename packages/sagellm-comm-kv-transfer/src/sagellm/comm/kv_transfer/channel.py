@@ -1,0 +1,461 @@
+"""The channel: one object per node, over which KV blocks are pushed and pulled."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sagellm.core.protocols import (
+    BlockIds,
+    Blocks,
+    CommError,
+    CommTimeoutError,
+    Completion,
+    ConfigError,
+    KVLayout,
+    KVTransferChannelProtocol,
+    KVTransferError,
+    PeerInfo,
+    Pool,
+    ReadyEvent,
+    ResourceError,
+    TransferKey,
+    TransferStats,
+    UnsupportedOperationError,
+)
+from sagellm.core.protocols.ports import PortSettings
+
+from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
+from ._engine import Engine
+from ._link import Link
+from ._push import Offered, Push
+from ._receive import Receive
+from ._records import CANCELLED
+from .compression import load_codec_spec
+from .discovery import discover
+from .pool import BlockTable, RegisteredPool, as_block_table
+from .settings import KVTransferSettings
+from .stream import Stream
+from .transfer import TransferHandle
+from .transports import load_transport
+from .transports.tcp import parse_address
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["KVTransferChannel"]
+
+_ANY_HOST = ("0.0.0.0", "::", "")
+
+
+class KVTransferChannel(KVTransferChannelProtocol):
+    """Moves KV blocks between this node and others over TCP.
+
+    Without arguments it finds its own place: under torchrun, or with an initialised default
+    group, the node id is the global rank and peers are found through the torch store; else it
+    takes the lowest free id among the channels of this process. It listens on loopback unless
+    `host` says otherwise, and every connection proves the shared key.
+
+    The key authenticates and does not encrypt.
+
+    Args:
+        node_id: Id of this node; None as above.
+        peers: `{id: "host:port"}` or a JSON file with it, instead of discovery. An entry for
+            this node is where it listens. Needs `node_id` and a key.
+        store: torch store to find peers through, instead of the default group's.
+        key: Secret that all nodes share, at least 16 bytes.
+        key_file: File with the key, readable by its owner only.
+        host: Address to listen on; None takes the configured one, loopback by default.
+        port: Port to listen on; 0 takes the configured one, or the kernel's choice.
+        advertise: Host that peers are told; needed when `host` is a wildcard.
+        settings: Bounds and choices; None takes the configured ones.
+        codec: Codec of what this node sends, over the one in `settings`.
+
+    Raises:
+        ConfigError: The node id is taken, or the arguments do not fit.
+        ResourceError: The port is in use.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        node_id: int | None = None,
+        peers: Mapping[int, str] | str | os.PathLike[str] | None = None,
+        store: Store | None = None,
+        key: bytes | str | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+        host: str | None = None,
+        port: int = 0,
+        advertise: str | None = None,
+        settings: KVTransferSettings | None = None,
+        codec: str | None = None,
+    ) -> None:
+        chosen = settings or KVTransferSettings.load()
+        if codec is not None:
+            chosen = chosen.model_copy(update={"codec": codec})
+        if key is None and key_file is None:
+            key_file = chosen.key_file
+            key = chosen.key.get_secret_value() if chosen.key is not None else None
+        if peers is None:
+            peers = chosen.peers_file
+        load_codec_spec(chosen.codec)
+        make_transport = load_transport(chosen.transport)
+        discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
+        try:
+            expected = discovery.listen_at()
+            if expected is not None:
+                host, port = host or expected[0], port or expected[1]
+            host = host or PortSettings.load().host
+            if host in _ANY_HOST and advertise is None:
+                raise ConfigError(f"host={host!r} needs advertise=, the name peers reach it by")
+            shown = advertise or host
+            transport = make_transport(
+                host=host,
+                advertise=shown,
+                socket_buffer_bytes=chosen.socket_buffer_bytes,
+                handshake_timeout_s=chosen.handshake_timeout_s,
+            )
+            try:
+                self._engine = Engine(
+                    discovery, chosen, transport, host=host, port=port, advertise=shown
+                )
+            except BaseException:
+                transport.close()
+                raise
+        except BaseException:
+            discovery.withdraw()
+            raise
+        discovery.publish(self._engine.address)
+
+    def __repr__(self) -> str:
+        return f"<KVTransferChannel node {self.node_id} at {self.address}>"
+
+    @property
+    def node_id(self) -> int:
+        """This node's id."""
+        return self._engine.node_id
+
+    @property
+    def address(self) -> str:
+        """Where peers reach this node, `host:port`."""
+        return self._engine.address
+
+    def add_peer(self, node_id: int, address: str) -> None:
+        """Make a node known, or give a restarted one its new address."""
+        parse_address(address)
+        if node_id == self.node_id or node_id < 0:
+            raise ConfigError(f"node {node_id} is this node itself or no id")
+        self._engine.discovery.add(node_id, address)
+
+    # -- pools and peers --------------------------------------------------------------------
+
+    def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
+        """Make KV memory known; one pool per channel at a time."""
+        pool = RegisteredPool(layout, tensors)
+
+        def begin() -> None:
+            if self._engine.pool is not None:
+                raise ConfigError("a pool is registered already: unregister it first")
+            self._engine.set_pool(pool)
+
+        self._engine.loop.run(begin)
+        return pool
+
+    def unregister(self, pool: Pool) -> None:
+        """Forget a pool; refused while transfers lease it."""
+
+        def end() -> None:
+            if self._engine.pool is not pool:
+                raise ConfigError("this pool is not registered here")
+            if holders := self._engine.pool.lease_holders():
+                raise ResourceError(
+                    f"{len(holders)} transfers still lease the pool: {', '.join(holders[:8])}; "
+                    "wait for them or cancel them"
+                )
+            self._engine.set_pool(None)
+
+        self._engine.loop.run(end)
+
+    def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
+        """Meet a peer: authenticate, agree on a version, compare layouts."""
+        wait_s = 30.0 if timeout_s is None else timeout_s
+        met = threading.Event()
+        found: list[Link] = []
+        engine = self._engine
+
+        def begin() -> None:
+            link = engine.link_to(peer, time.monotonic() + wait_s)
+            found.append(link)
+            link.when_up(lambda _: met.set())
+
+        engine.loop.run(begin)
+        link = found[0]
+        if not met.wait(wait_s + engine.settings.handshake_timeout_s):
+            raise CommTimeoutError(
+                f"node {peer} never came within {wait_s:g} s ({engine.why_absent(peer)})"
+            )
+        if link.error is not None:
+            raise link.error
+        if link.mismatch is not None:
+            raise link.mismatch
+        return PeerInfo(peer, link.address, link.version, link.layout, link.path)
+
+    # -- push -------------------------------------------------------------------------------
+
+    def transfer(
+        self,
+        blocks: Blocks,
+        target_node: int,
+        *,
+        key: TransferKey | None = None,
+        dst_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
+        deadline_s: float = 30.0,
+    ) -> TransferHandle:
+        """Push blocks to a node. `dst_blocks` are used when its `receive` names none."""
+        push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
+        push.flow.queue(push.all_spans())
+        return self._engine.loop.run(lambda: self._engine.sending.push(push)).handle
+
+    def begin(
+        self,
+        key: TransferKey,
+        target_node: int,
+        blocks: Blocks,
+        *,
+        deadline_s: float = 30.0,
+    ) -> Stream:
+        """Start a push whose layers follow one by one; all must have landed by the deadline."""
+        push = self._push(blocks, target_node, key, deadline_s, None, sealed=False)
+        if push.pool is None:
+            raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
+        started = self._engine.loop.run(lambda: self._engine.sending.push(push))
+        if started is not push:
+            raise ConfigError(f"transfer {key.id}/{key.attempt} is being sent already")
+        return Stream(self._engine, push)
+
+    def receive(
+        self,
+        key: TransferKey | None,
+        blocks: BlockIds | Mapping[str, BlockIds] | None = None,
+        *,
+        source_node: int | Sequence[int] | None = None,
+        deadline_s: float = 30.0,
+    ) -> TransferHandle:
+        """Accept a push, from one node or from several that each hold a part.
+
+        It lands once the parts that came cover everything the blocks hold.
+        """
+        check_deadline(deadline_s)
+        pool = self._engine.pool
+        table = None
+        if blocks is not None:
+            table = as_block_table(self._pool(), blocks, unique=True)
+        senders = None
+        if source_node is not None:
+            many = [source_node] if isinstance(source_node, int) else source_node
+            senders = frozenset(many)
+        name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
+        handle = TransferHandle(name, "receive", deadline_s, self._cancel)
+        leased = pool if table is not None else None
+        r = Receive(handle, table, senders, pool=leased, named=key is not None)
+        handle.owner = r
+        return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
+
+    # -- pull -------------------------------------------------------------------------------
+
+    def offer(
+        self,
+        key: TransferKey,
+        blocks: Blocks,
+        *,
+        num_tokens: int,
+        ttl_s: float,
+        after: ReadyEvent | None = None,
+    ) -> TransferHandle:
+        """Let peers fetch blocks of the pool for `ttl_s` seconds.
+
+        It lands, and ends, once every part has been fetched whole by the nodes that hold it.
+        Fetches with `src_blocks` or `layers` leave it standing.
+        """
+        check_deadline(ttl_s)
+        table = self._own_blocks(blocks)
+        if table is None:
+            raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
+        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel)
+        handle.num_tokens = num_tokens
+        offered = Offered(handle, self._pool(), table, num_tokens, after)
+        handle.owner = offered
+        self._engine.loop.run(lambda: self._engine.sending.offer(offered, ttl_s))
+        return handle
+
+    def fetch(
+        self,
+        key: TransferKey,
+        peer: int,
+        blocks: BlockIds | Mapping[str, BlockIds],
+        *,
+        src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
+        layers: Sequence[int] | None = None,
+        deadline_s: float = 30.0,
+    ) -> TransferHandle:
+        """Pull offered blocks into ours."""
+        check_deadline(deadline_s)
+        engine, pool = self._engine, self._pool()
+        table = as_block_table(pool, blocks, unique=True)
+        count = len(pool.layout.layers)
+        if layers is not None and any(not 0 <= i < count for i in layers):
+            raise ConfigError(f"layers {list(layers)} are not all in 0..{count - 1}")
+        wanted = None if src_blocks is None else pool.as_foreign_table(src_blocks)
+        handle = TransferHandle(checked_key(key), "receive", deadline_s, self._cancel)
+        r = Receive(handle, table, None, pool=pool)
+        handle.owner = r
+
+        def begin() -> None:
+            link = engine.link_to(peer, handle.deadline)
+            pool.lease(r, f"{key.id}/{key.attempt}", table)
+            engine.receiving.fetch(r, peer, layers)
+
+            def up(error: CommError | None) -> None:
+                if error is not None:
+                    engine.receiving.fail(r, error)
+                elif r.error is None:
+                    engine.ensure_reader(link)
+                    engine.receiving.request(r, link, wanted, deadline_s)
+
+            link.when_up(up)
+
+        engine.loop.run(begin)
+        return handle
+
+    # -- ends -------------------------------------------------------------------------------
+
+    def poll(self, max_n: int | None = None) -> list[Completion]:
+        """Completions not reported before. Never blocks."""
+        return self._engine.completions.take(max_n)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while `poll` has something to report."""
+        return self._engine.completions.fileno()
+
+    def drain(self, deadline_s: float) -> None:
+        """Block until nothing is in flight."""
+        end = time.monotonic() + deadline_s
+        while handles := self._engine.loop.run(self._engine.in_flight):
+            for handle in handles:
+                try:
+                    handle.wait(max(0.0, end - time.monotonic()))
+                except CommTimeoutError:
+                    names = sorted(f"{h.key.id}/{h.key.attempt}" for h in handles)
+                    raise CommTimeoutError(
+                        f"{len(names)} transfers still in flight after {deadline_s:g} s: "
+                        f"{', '.join(names[:8])}"
+                    ) from None
+                except KVTransferError:  # it has ended, which is what is waited for
+                    continue
+
+    def close(self) -> None:
+        """Fail what is in flight on both sides and release sockets and threads. Idempotent."""
+        self._engine.close()
+
+    # -- what is known ----------------------------------------------------------------------
+
+    def path(self, peer: int) -> str:
+        """How bytes go to a peer, such as `tcp:1`."""
+        link = self._link(peer)
+        return link.path if link is not None else "unconnected"
+
+    def explain(self, peer: int) -> str:
+        """Why that path, in words."""
+        link = self._link(peer)
+        if link is None or not link.up:
+            why = self._engine.why_absent(peer)
+            return f"node {peer}: unconnected ({why}); known: {self._engine.discovery.known()}"
+        s = self._engine.settings
+        fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"
+        known = "one side has none" if link.layout is None else fits
+        return (
+            f"node {peer} at {link.address}: {link.path}, the transport {s.transport!r} that was "
+            f"configured; one data connection; codec {s.codec}; checksums "
+            f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; layouts: {known}"
+        )
+
+    def get_stats(self) -> TransferStats:
+        """A snapshot of the counters."""
+        return self._engine.loop.run(self._engine.stats)
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _link(self, peer: int) -> Link | None:
+        def find() -> Link | None:
+            found = [k for k in self._engine.links if k.peer == peer]
+            return max(found, key=lambda k: (k.up, k.outgoing), default=None)
+
+        return self._engine.loop.run(find)
+
+    def _pool(self) -> RegisteredPool:
+        if self._engine.pool is None:
+            raise ConfigError("no pool is registered: call register(layout, tensors) first")
+        return self._engine.pool
+
+    def _own_blocks(self, blocks: Blocks) -> BlockTable | None:
+        """Ids per group; None when `blocks` are plain tensors."""
+        if isinstance(blocks, Mapping):
+            return as_block_table(self._pool(), blocks, unique=False)
+        if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
+            return None
+        return as_block_table(self._pool(), blocks, unique=False)  # type: ignore[arg-type]
+
+    def _push(
+        self,
+        blocks: Blocks,
+        target_node: int,
+        key: TransferKey | None,
+        deadline_s: float,
+        dst_blocks: BlockIds | Mapping[str, BlockIds] | None,
+        *,
+        sealed: bool,
+    ) -> Push:
+        check_deadline(deadline_s)
+        name = (
+            checked_key(key) if key is not None else TransferKey(f"{self.node_id}-{uuid.uuid4()}")
+        )
+        handle = TransferHandle(name, "send", deadline_s, self._cancel)
+        table = self._own_blocks(blocks)
+        if table is None:
+            if dst_blocks is not None:
+                raise ConfigError("dst_blocks need blocks of a pool, not plain tensors")
+            push = Push(handle, target_node, tensors=wrap(blocks), sealed=sealed)
+        else:
+            pool = self._pool()
+            named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
+            if named is not None:
+                counts = {n: (len(ids), len(named[n])) for n, ids in table.items()}
+                if any(a != b for a, b in counts.values()):
+                    raise ConfigError(f"blocks and dst_blocks differ in number: {counts}")
+            push = Push(
+                handle, target_node, pool=pool, blocks=table, dst_blocks=named, sealed=sealed
+            )
+        handle.owner = push
+        return push
+
+    def _cancel(self, handle: TransferHandle) -> bool:
+        if handle.done():
+            return False
+        error = KVTransferError(f"cancelled by node {self.node_id}", cause=CANCELLED)
+        owner, engine = handle.owner, self._engine
+
+        def end() -> None:
+            if isinstance(owner, Push):
+                engine.sending.fail(owner, error)
+            elif isinstance(owner, Receive):
+                engine.receiving.fail(owner, error)
+            elif isinstance(owner, Offered):
+                engine.sending.fail_offer(owner, error)
+
+        return engine.loop.call(end)

@@ -1,0 +1,118 @@
+"""Frames of a data connection: which blocks follow, and how to check them.
+
+A frame is a fixed header, a table with one entry per block, and the payload: the blocks' bytes
+in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
+in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
+entries also hold each block's coded length. Header and table carry their own digest.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from sagellm.core.protocols import IntegrityError
+
+__all__ = ["CODED", "HEADER_BYTES", "MAX_UNITS", "RAW_BIT", "Header", "block_sum", "block_sums"]
+
+MAX_UNITS = 4096
+"""Blocks in one frame at most; bounds what a header can make a reader allocate."""
+
+CODED = 1
+"""Flag: the payload is coded and the table holds lengths."""
+
+RAW_BIT = 1 << 31
+"""In a coded length: this block did not shrink and is sent as it is."""
+
+_FIELDS = struct.Struct("<4sBBHIIIIQQ")
+_DIGEST = struct.Struct("<Q")
+_MAGIC = b"sKVf"
+HEADER_BYTES = _FIELDS.size + _DIGEST.size
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a frame carries.
+
+    Attributes:
+        tid: Transfer, on this link.
+        layer: Position in the layout's layers.
+        first: Position of the first block in the transfer.
+        count: Blocks.
+        payload_bytes: Bytes after the table.
+        flags: `CODED` or 0.
+        table_digest: xxh3 of the table.
+
+    """
+
+    tid: int
+    layer: int
+    first: int
+    count: int
+    payload_bytes: int
+    flags: int
+    table_digest: int = 0
+
+    @property
+    def table_bytes(self) -> int:
+        """Length of the table."""
+        return self.count * (12 if self.flags & CODED else 8)
+
+    def pack(self, table: bytes) -> bytes:
+        """Header and table."""
+        head = _FIELDS.pack(
+            _MAGIC,
+            1,
+            self.flags,
+            0,
+            self.tid,
+            self.layer,
+            self.first,
+            self.count,
+            self.payload_bytes,
+            xxhash.xxh3_64_intdigest(table),
+        )
+        return head + _DIGEST.pack(xxhash.xxh3_64_intdigest(head)) + table
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview) -> Header:
+        """The header in these bytes.
+
+        Raises:
+            IntegrityError: They are none, or were changed on the way.
+
+        """
+        magic, version, flags, _, tid, layer, first, count, payload, table = _FIELDS.unpack_from(
+            data
+        )
+        (digest,) = _DIGEST.unpack_from(data, _FIELDS.size)
+        if magic != _MAGIC or digest != xxhash.xxh3_64_intdigest(data[: _FIELDS.size]):
+            raise IntegrityError("a data frame's header is damaged")
+        if version != 1 or not 0 < count <= MAX_UNITS:
+            raise IntegrityError(f"a data frame of version {version} with {count} blocks")
+        return cls(tid, layer, first, count, payload, flags, table)
+
+
+def block_sum(views: Iterable[memoryview], layer: int, position: int) -> int:
+    """xxh3 of one block's bytes, seeded with where it belongs."""
+    digest = xxhash.xxh3_64(seed=(layer << 32) + position)
+    for view in views:
+        digest.update(view)
+    return digest.intdigest()
+
+
+def block_sums(
+    blocks: Sequence[Sequence[memoryview]], layer: int, first: int
+) -> NDArray[np.uint64]:
+    """`block_sum` of consecutive blocks."""
+    seed, one = (layer << 32) + first, xxhash.xxh3_64_intdigest
+    sums = [
+        one(views[0], seed + i) if len(views) == 1 else block_sum(views, layer, first + i)
+        for i, views in enumerate(blocks)
+    ]
+    return np.array(sums, dtype="<u8")

@@ -1,0 +1,329 @@
+"""Registered KV memory: its shape checked once, its blocks leased while they move."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm.core.protocols import (
+    BlockIds,
+    CacheGroup,
+    ConfigError,
+    KVLayout,
+    UnsupportedOperationError,
+)
+
+from .memory import Ints, Slab, Views, storage_of
+from .plan import Part, inner_axes, slab_runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BlockTable", "PoolExtent", "RegisteredPool", "as_block_table"]
+
+BlockTable = dict[str, Ints]
+"""Block ids per cache group."""
+
+
+class RegisteredPool:
+    """Tensors that hold KV blocks, with who reads and writes which. Thread-safe.
+
+    The tensors stay the caller's; they must live and stay where they are until `unregister`.
+
+    Raises:
+        ConfigError: Names, shapes, dtypes or strides do not fit the layout.
+        UnsupportedOperationError: The tensors are not in host memory.
+
+    """
+
+    def __init__(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> None:
+        expected = [name for group in layout.groups for name in group.tensor_names]
+        if missing := sorted(set(expected) - set(tensors)):
+            raise ConfigError(f"the layout needs tensors {missing}, which were not given")
+        if extra := sorted(set(tensors) - set(expected)):
+            raise ConfigError(f"tensors {extra} are not in the layout; it has {expected}")
+        self._layout = layout
+        self._tensors = MappingProxyType(dict(tensors))
+        self._num_blocks = {g.name: _check_group(g, tensors) for g in layout.groups}
+        self._where = [(g, i) for g in layout.groups for i in range(len(g.layers))]
+        self._storages = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
+        self._slabs: dict[tuple[int, Part], Slab] = {}
+        self._lock = threading.Lock()
+        self._leases: dict[object, tuple[str, BlockTable | None]] = {}
+        self._written = {n: np.zeros(c, dtype=bool) for n, c in self._num_blocks.items()}
+
+    @property
+    def layout(self) -> KVLayout:
+        """Its layout."""
+        return self._layout
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its tensors by the layout's names."""
+        return self._tensors
+
+    @property
+    def num_blocks(self) -> Mapping[str, int]:
+        """Blocks per cache group."""
+        return MappingProxyType(self._num_blocks)
+
+    @property
+    def leases(self) -> int:
+        """Transfers that still read or write it."""
+        return len(self._leases)
+
+    def lease_holders(self) -> list[str]:
+        """Names of those transfers."""
+        with self._lock:
+            return sorted(name for name, _ in self._leases.values())
+
+    def group_of(self, layer: int) -> CacheGroup:
+        """The group of a layer of the layout."""
+        return self._where[layer][0]
+
+    def lease(self, holder: object, name: str, written: BlockTable | None = None) -> None:
+        """Note that a transfer reads the pool, or writes these blocks of it.
+
+        Raises:
+            ConfigError: Another transfer in flight writes one of them.
+
+        """
+        with self._lock:
+            for group, ids in (written or {}).items():
+                if self._written[group][ids].any():
+                    taken = ids[self._written[group][ids]][:8].tolist()
+                    raise ConfigError(
+                        f"{name}: blocks {taken} of group {group!r} are already the destination "
+                        "of another transfer in flight"
+                    )
+            for group, ids in (written or {}).items():
+                self._written[group][ids] = True
+            self._leases[holder] = (name, written)
+
+    def release(self, holder: object) -> None:
+        """End a transfer's lease. Idempotent."""
+        with self._lock:
+            _, written = self._leases.pop(holder, ("", None))
+            for group, ids in (written or {}).items():
+                self._written[group][ids] = False
+
+    def as_foreign_table(self, blocks: BlockIds | Mapping[str, BlockIds]) -> BlockTable:
+        """Ids per group of a peer's pool, whose size is not known here.
+
+        Raises:
+            ConfigError: Not integers, negative, or of an unknown group.
+
+        """
+        names = list(self._num_blocks)
+        limits = dict.fromkeys(names, 1 << 62)
+        return _table(limits, blocks, unique=False, what="blocks of the peer")
+
+    def slab(self, layer: int, part: Part) -> Slab:
+        """Where a part of each block of a layer lies."""
+        key = (layer, part)
+        if (found := self._slabs.get(key)) is None:
+            if len(self._slabs) > 4096:
+                self._slabs.clear()
+            found = self._slabs[key] = self._make_slab(layer, part)
+        return found
+
+    def _make_slab(self, layer: int, part: Part) -> Slab:
+        group, index = self._where[layer]
+        if "layer" in group.axes:
+            names = group.tensor_names
+        elif group.parts:
+            names = tuple(f"{group.layers[index]}.{p}" for p in group.parts)
+        else:
+            names = (group.layers[index],)
+        stores: list[int] = []
+        columns: list[tuple[Ints, Ints, Ints, Ints]] = []
+        for name in names:
+            tensor = self._tensors[name]
+            item = tensor.element_size()
+            strides: dict[str, int] = {
+                a: s * item for a, s in zip(group.axes, tensor.stride(), strict=True)
+            }
+            runs = slab_runs(group, part, strides, item)
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer not in stores:
+                stores.append(pointer)
+            base = int(tensor.storage_offset()) * item + index * strides.get("layer", 0)
+            like = np.ones_like(runs.offsets)
+            columns.append(
+                (
+                    like * stores.index(pointer),
+                    runs.offsets + base,
+                    runs.lengths,
+                    like * strides["block"],
+                )
+            )
+        store, offsets, lengths, steps = (np.concatenate(c) for c in zip(*columns, strict=True))
+        return Slab(tuple(self._storages[p] for p in stores), store, offsets, lengths, steps)
+
+
+class PoolExtent:
+    """Blocks of a pool, or parts of them: one side of a transfer.
+
+    Args:
+        pool: The pool.
+        blocks: Ids per group, in the order of the tokens.
+        parts: What of each group moves.
+
+    """
+
+    def __init__(self, pool: RegisteredPool, blocks: BlockTable, parts: Mapping[str, Part]) -> None:
+        self._pool = pool
+        self._blocks = blocks
+        self._parts = dict(parts)
+        self._names = [g.name for g in pool.layout.groups for _ in g.layers]
+        self.layers = len(self._names)
+
+    def _slab(self, layer: int) -> Slab:
+        return self._pool.slab(layer, self._parts[self._names[layer]])
+
+    def units(self, layer: int) -> int:
+        """Blocks of the layer that move."""
+        name = self._names[layer]
+        return len(self._blocks[name]) if name in self._parts else 0
+
+    def unit_bytes(self, layer: int) -> int:
+        """Bytes of one block that move."""
+        return self._slab(layer).unit_bytes if self._names[layer] in self._parts else 0
+
+    def span_bytes(self, layer: int, first: int, count: int) -> int:
+        """Bytes of consecutive blocks."""
+        return count * self.unit_bytes(layer)
+
+    def views(self, layer: int, first: int, count: int) -> Views:
+        """Memory of consecutive blocks, neighbours joined."""
+        ids = self._blocks[self._names[layer]]
+        return self._slab(layer).views(ids[first : first + count])
+
+    def unit_views(self, layer: int, first: int, count: int) -> list[Views]:
+        """Memory of each block."""
+        ids = self._blocks[self._names[layer]]
+        return self._slab(layer).unit_views(ids[first : first + count])
+
+    def dtype(self, layer: int) -> str:
+        """The group's dtype."""
+        return self._pool.group_of(layer).dtype
+
+
+def as_block_table(
+    pool: RegisteredPool,
+    blocks: BlockIds | Mapping[str, BlockIds],
+    *,
+    unique: bool,
+    what: str = "blocks",
+) -> BlockTable:
+    """The ids per group, checked against the pool.
+
+    Args:
+        pool: Whose blocks.
+        blocks: Ids of the only group, or ids per group; groups left out have none.
+        unique: Whether one block may come only once, as for destinations.
+        what: Name of the argument in messages.
+
+    Raises:
+        ConfigError: Not integers, unknown group, out of range, or repeated.
+
+    """
+    return _table(pool.num_blocks, blocks, unique=unique, what=what)
+
+
+def _table(
+    limits: Mapping[str, int],
+    blocks: BlockIds | Mapping[str, BlockIds],
+    *,
+    unique: bool,
+    what: str,
+) -> BlockTable:
+    names = list(limits)
+    if isinstance(blocks, Mapping):
+        if unknown := sorted(set(blocks) - set(names)):
+            raise ConfigError(f"{what}: no cache groups {unknown}; the layout has {names}")
+        given: Mapping[str, BlockIds] = blocks
+    elif len(names) == 1:
+        given = {names[0]: blocks}
+    else:
+        raise ConfigError(f"{what}: the layout has groups {names}; give ids as a dict per group")
+    return {n: _ids(given.get(n, ()), n, limits[n], unique, what) for n in names}
+
+
+def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> Ints:
+    raw: NDArray[np.generic] = np.asarray(blocks)
+    if raw.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if raw.ndim != 1 or raw.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{what}: block ids are a flat sequence of integers, "
+            f"not {raw.dtype} of shape {list(raw.shape)}"
+        )
+    ids = raw.astype(np.int64)
+    if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= limit:
+        bad = low if low < 0 else high
+        raise ConfigError(f"{what}: block {bad} of group {name!r} is not in 0..{limit - 1}")
+    if unique and len(np.unique(ids)) != len(ids):
+        values, counts = np.unique(ids, return_counts=True)
+        raise ConfigError(
+            f"{what}: blocks {values[counts > 1][:8].tolist()} of group {name!r} come twice; "
+            "a destination is written once"
+        )
+    return ids
+
+
+def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:
+    """Blocks of the group; raises when its tensors do not fit it."""
+    if group.axes.count("block") != 1 or len(set(group.axes)) != len(group.axes):
+        raise ConfigError(f"group {group.name!r}: axes {group.axes} need `block` once, no repeats")
+    inner = inner_axes(group)
+    if len(inner) != len(group.block_shape):
+        raise ConfigError(
+            f"group {group.name!r}: block_shape {list(group.block_shape)} has "
+            f"{len(group.block_shape)} lengths for axes {list(inner)}"
+        )
+    if group.shard is not None:
+        shard = group.shard
+        if shard.axis not in inner or not 0 <= shard.rank < shard.size or shard.replicas < 1:
+            raise ConfigError(f"group {group.name!r}: {shard} does not fit axes {list(inner)}")
+    counts: dict[str, int] = {}
+    for name in group.tensor_names:
+        tensor = tensors[name]
+        if tensor.device.type != "cpu":
+            raise UnsupportedOperationError(
+                f"{name!r} is on {tensor.device}: the tcp transport moves host memory; "
+                "copy the blocks to a pinned host pool first"
+            )
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != group.dtype:
+            raise ConfigError(f"{name!r} is {dtype}, the layout says {group.dtype}")
+        lengths = dict(zip(group.axes, tensor.shape, strict=False))
+        want = {**dict(zip(inner, group.block_shape, strict=True)), "layer": len(group.layers)}
+        if tensor.dim() != len(group.axes) or any(
+            lengths[a] != want[a] for a in group.axes if a != "block"
+        ):
+            raise ConfigError(
+                f"{name!r} has shape {list(tensor.shape)}; axes {list(group.axes)} with "
+                f"block_shape {list(group.block_shape)} do not fit"
+            )
+        if _overlaps(zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ConfigError(f"{name!r}: its strides {tensor.stride()} make elements overlap")
+        counts[name] = lengths["block"]
+    if len(set(counts.values())) > 1:
+        raise ConfigError(f"group {group.name!r}: tensors differ in blocks: {counts}")
+    return next(iter(counts.values()))
+
+
+def _overlaps(dims: Iterable[tuple[int, int]]) -> bool:
+    reach = 0
+    for length, stride in sorted(dims, key=lambda d: d[1]):
+        if length > 1:
+            if stride <= reach:
+                return True
+            reach += (length - 1) * stride
+    return False

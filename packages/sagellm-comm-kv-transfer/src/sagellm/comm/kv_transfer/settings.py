@@ -1,0 +1,64 @@
+"""What can be tuned on a channel, with its default and its bound."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pydantic
+
+from sagellm.core.protocols.config import Settings
+
+__all__ = ["KVTransferSettings"]
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+Count = Annotated[int, pydantic.Field(gt=0)]
+Seconds = Annotated[float, pydantic.Field(gt=0, lt=1e6)]
+
+
+class KVTransferSettings(Settings, package="kv_transfer"):
+    """Bounds and choices of one channel: section `kv_transfer` of the configuration.
+
+    Attributes:
+        key: Secret that all nodes share; None where discovery brings one.
+        key_file: File with it, mode 0600.
+        peers_file: JSON file `{id: "host:port"}` to find peers in.
+        codec: Codec of what this channel sends: `none`, `lz4`, `zstd` or an installed one.
+        transport: What carries the blocks.
+        checksum: Check every block with xxh3 on arrival; on for a link when either side says so.
+        chunk_bytes: Bytes that one frame carries at most, unless one block is larger.
+        page_bytes: Plain tensors are cut into pieces of this size.
+        socket_buffer_bytes: Kernel buffer of a data connection, each way.
+        handshake_timeout_s: A connection that has not authenticated by then is closed.
+        io_timeout_s: A frame that makes no progress for so long loses its peer.
+        quiesce_s: How long a failed transfer waits for its last frame before the connection
+            that carries it is broken.
+        retry_s: Longest pause between attempts to reach a peer that is not there yet.
+        max_message_bytes: Control messages longer than this end the connection.
+        max_backlog_bytes: Control bytes that a peer may leave unread.
+        max_unauthenticated: Connections that have not authenticated yet; the oldest gives way.
+        max_in_flight: Transfers that are offered or moving; more are refused.
+        max_bounce_bytes: Memory for transfers received without destination, all together.
+        max_remembered: Ended transfers whose keys are remembered.
+
+    """
+
+    key: pydantic.SecretStr | None = None
+    key_file: str | None = None
+    peers_file: str | None = None
+    codec: str = "none"
+    transport: str = "tcp"
+    checksum: bool = True
+    chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 4 * MIB
+    page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB
+    socket_buffer_bytes: Count = MIB
+    handshake_timeout_s: Seconds = 5.0
+    io_timeout_s: Seconds = 30.0
+    quiesce_s: Seconds = 0.5
+    retry_s: Seconds = 0.2
+    max_message_bytes: Count = 16 * MIB
+    max_backlog_bytes: Count = 64 * MIB
+    max_unauthenticated: Count = 64
+    max_in_flight: Count = 4096
+    max_bounce_bytes: Count = 256 * MIB
+    max_remembered: Count = 65536

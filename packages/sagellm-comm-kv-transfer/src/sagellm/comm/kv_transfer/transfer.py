@@ -1,0 +1,316 @@
+"""The handle of one transfer, and the stream that feeds one layer by layer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal
+
+from sagellm.core.protocols import (
+    CommError,
+    CommTimeoutError,
+    ConfigError,
+    KVBlock,
+    KVTransferError,
+    Progress,
+    TransferKey,
+    TransferMetrics,
+    TransferState,
+)
+
+from .state import advance
+
+__all__ = ["TransferHandle", "transfer_error"]
+
+_GRACE_S = 10.0
+"""How long past its deadline a transfer may take to end before `wait` gives up on it."""
+
+
+class TransferHandle:
+    """One transfer; made by a channel. Thread-safe; dropping it cancels nothing."""
+
+    def __init__(
+        self,
+        key: TransferKey,
+        direction: Literal["send", "receive"],
+        deadline_s: float,
+        cancel: Callable[[TransferHandle], bool],
+    ) -> None:
+        self._key = key
+        self.direction = direction
+        self.owner: object = None
+        self.deadline = time.monotonic() + deadline_s
+        self.deadline_s = deadline_s
+        self._cancel = cancel
+        self._changed = threading.Condition()
+        self._state = TransferState.OFFERED
+        self._error: KVTransferError | None = None
+        self._callbacks: list[Callable[[], object]] = []
+        self._blocks: tuple[KVBlock, ...] = ()
+        self._layers: set[int] = set()
+        self._totals = (0, 0, 0)
+        self._bytes_done = 0
+        self._blocks_done = 0
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._last: float | None = None
+        self._meter = _Meter()
+        self.num_tokens = 0
+
+    def __repr__(self) -> str:
+        return f"<{self.direction} {self._key.id}/{self._key.attempt} {self._state.value}>"
+
+    # -- what callers see -------------------------------------------------------------------
+
+    @property
+    def key(self) -> TransferKey:
+        """Its name on every side; of a `receive(None)` only once it has met its push."""
+        return self._key
+
+    @property
+    def state(self) -> TransferState:
+        """Where it is now."""
+        return self._state
+
+    @property
+    def progress(self) -> Progress:
+        """How much is in place and verified; on the sender, how much has been sent."""
+        with self._changed:
+            total, blocks, layers = self._totals
+            return Progress(
+                min(self._bytes_done, total),
+                total,
+                min(self._blocks_done, blocks),
+                blocks,
+                len(self._layers),
+                layers,
+            )
+
+    @property
+    def metrics(self) -> TransferMetrics:
+        """What it has cost so far."""
+        with self._changed:
+            m, first = self._meter, self._first
+            return TransferMetrics(
+                bytes=self._bytes_done,
+                wire_bytes=m.wire_bytes,
+                runs=m.runs,
+                syscalls=m.syscalls,
+                queue_s=(first or time.monotonic()) - self._started,
+                wire_s=(self._last or first or 0.0) - (first or 0.0),
+                verify_s=m.verify_s,
+                codec_s=m.codec_s,
+                path=m.path,
+                retries=m.retries,
+            )
+
+    @property
+    def blocks(self) -> Sequence[KVBlock]:
+        """Received bounce buffers of a `receive` without destinations, once it has landed."""
+        return self._blocks if self._landed else ()
+
+    def wait(self, timeout_s: float | None = None) -> TransferHandle:
+        """Block until it has landed, and return it.
+
+        Raises:
+            KVTransferError: It failed or was cancelled.
+            CommTimeoutError: Still in flight after `timeout_s`; the transfer goes on.
+
+        """
+        self._wait_for(lambda: self._over, timeout_s, "it has not landed")
+        if self._error is not None:
+            raise _fresh(self._error)
+        return self
+
+    def wait_layer(self, index: int, timeout_s: float | None = None) -> None:
+        """Block until one layer is in place and verified.
+
+        Raises:
+            ConfigError: No such layer.
+            KVTransferError: The transfer failed first.
+            CommTimeoutError: Not there after `timeout_s`.
+
+        """
+        if index < 0 or (self._totals[2] and index >= self._totals[2]):
+            raise ConfigError(f"layer {index} is not in 0..{self._totals[2] - 1}")
+        self._wait_for(
+            lambda: self._over or index in self._layers, timeout_s, f"layer {index} is not there"
+        )
+        if self._error is not None:
+            raise _fresh(self._error)
+
+    def done(self) -> bool:
+        """Whether `wait` would return or raise at once."""
+        return self._over
+
+    def cancel(self) -> bool:
+        """Ask both sides to give up; False when it was already over. Never blocks."""
+        return self._cancel(self)
+
+    def exception(self) -> BaseException | None:
+        """What it failed with; None while it runs and after success."""
+        return self._error
+
+    def __await__(self) -> Generator[Any, None, TransferHandle]:
+        """Wait without blocking the running event loop; its own deadline holds."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        self._when_over(lambda: loop.call_soon_threadsafe(settle))
+        yield from future
+        return self.wait(0.0)
+
+    # -- what the channel does --------------------------------------------------------------
+
+    @property
+    def _landed(self) -> bool:
+        return self._state in (TransferState.LANDED, TransferState.RELEASED)
+
+    @property
+    def _over(self) -> bool:
+        return self._landed or self._state.terminal
+
+    def _wait_for(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+        if timeout_s is None:
+            timeout_s = max(0.0, self.deadline - time.monotonic()) + _GRACE_S
+        with self._changed:
+            if self._changed.wait_for(ready, timeout_s):
+                return
+        raise CommTimeoutError(
+            f"transfer {self._key.id}/{self._key.attempt}: {what} after {timeout_s:.3g} s; "
+            f"it is {self._state.value}, {self.progress}"
+        )
+
+    def _when_over(self, callback: Callable[[], object]) -> None:
+        with self._changed:
+            if not self._over:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def bind(self, key: TransferKey) -> None:
+        """Give a `receive(None)` its key."""
+        self._key = key
+
+    def expect(self, total_bytes: int, blocks: int, layers: int) -> None:
+        """Set what progress is measured against."""
+        with self._changed:
+            self._totals = (total_bytes, blocks, layers)
+            self._changed.notify_all()
+
+    def step(self, state: TransferState) -> None:
+        """Go to a state that ends nothing; a state that is passed already is no step."""
+        with self._changed:
+            order = list(TransferState)
+            if not self._state.terminal and order.index(self._state) < order.index(state):
+                self._state = advance(self._state, state)
+
+    def moved(
+        self,
+        done_bytes: int,
+        done_blocks: int,
+        *,
+        wire_bytes: int,
+        runs: int,
+        syscalls: int,
+        verify_s: float,
+        codec_s: float,
+    ) -> None:
+        """Count a frame."""
+        now = time.monotonic()
+        with self._changed:
+            if self._state is TransferState.ACCEPTED:
+                self._state = advance(self._state, TransferState.MOVING)
+            self._first = self._first or now
+            self._last = now
+            self._bytes_done += done_bytes
+            self._blocks_done += done_blocks
+            m = self._meter
+            m.wire_bytes += wire_bytes
+            m.runs += runs
+            m.syscalls += syscalls
+            m.verify_s += verify_s
+            m.codec_s += codec_s
+
+    def retried(self, blocks: int) -> None:
+        """Count blocks that were asked for again."""
+        self._meter.retries += blocks
+
+    def via(self, path: str) -> None:
+        """Note how it goes."""
+        self._meter.path = path
+
+    def layers_done(self, indexes: Sequence[int]) -> None:
+        """Wake who waits for these layers."""
+        with self._changed:
+            self._layers.update(indexes)
+            self._changed.notify_all()
+
+    def land(self, blocks: Sequence[KVBlock] = ()) -> None:
+        """End in success."""
+        with self._changed:
+            self._blocks = tuple(blocks)
+            self._layers.update(range(self._totals[2]))
+            self._state = advance(self._state, TransferState.LANDED)
+        self._ended()
+
+    def fail(self, error: KVTransferError) -> None:
+        """End in failure, or in cancellation when that is the cause."""
+        cancelled = error.cause == "cancelled"
+        with self._changed:
+            self._error = error
+            self._blocks = ()
+            new = TransferState.CANCELLED if cancelled else TransferState.FAILED
+            self._state = advance(self._state, new)
+        self._ended()
+
+    def _ended(self) -> None:
+        with self._changed:
+            callbacks, self._callbacks = self._callbacks, []
+            self._changed.notify_all()
+        for callback in callbacks:
+            callback()
+
+
+class _Meter:
+    """Costs of a transfer, under its handle's lock."""
+
+    __slots__ = ("codec_s", "path", "retries", "runs", "syscalls", "verify_s", "wire_bytes")
+
+    def __init__(self) -> None:
+        self.wire_bytes = self.runs = self.syscalls = self.retries = 0
+        self.verify_s = self.codec_s = 0.0
+        self.path = ""
+
+
+def transfer_error(
+    key: TransferKey, what: str, cause: BaseException, invalid: Sequence[int] = ()
+) -> KVTransferError:
+    """The error a handle ends with, from what went wrong beneath."""
+    if isinstance(cause, KVTransferError):
+        code = cause.cause
+    else:
+        code = cause.code if isinstance(cause, CommError) else "kv_transfer_failed"
+    error = KVTransferError(
+        f"transfer {key.id}/{key.attempt} {what}: {cause}",
+        key=(key.id, key.attempt),
+        cause=code,
+        invalid_blocks=invalid,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _fresh(error: KVTransferError) -> KVTransferError:
+    """A copy to raise, so that threads do not share one traceback."""
+    copy = KVTransferError(
+        str(error), key=error.key, cause=error.cause, invalid_blocks=error.invalid_blocks
+    )
+    copy.__cause__ = error.__cause__
+    return copy

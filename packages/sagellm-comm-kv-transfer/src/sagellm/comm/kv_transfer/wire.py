@@ -1,0 +1,275 @@
+"""Control messages: what two channels say to each other, and how it is framed.
+
+A message is a 4-byte big-endian length and a msgpack map with a `type`. Fields that a reader
+does not know are ignored; a version is agreed on in the handshake. Nothing is ever unpickled.
+"I" is the side that opened the link, "A" the one that accepted it; "S" sends blocks and "R"
+receives them. Transfer ids (`tid`) are given out by I and mean something on this link only.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+from sagellm.core.protocols import DistributedRuntimeError, KVLayout
+
+from .plan import Part
+
+__all__ = [
+    "MAX_HANDSHAKE_BYTES",
+    "PROTOCOL",
+    "VERSIONS",
+    "Bye",
+    "Challenge",
+    "Done",
+    "Fail",
+    "Fetch",
+    "FrameBuffer",
+    "Grant",
+    "Hello",
+    "KeyFail",
+    "LayoutChanged",
+    "Message",
+    "Nack",
+    "Offer",
+    "Proof",
+    "Ready",
+    "Reject",
+    "Release",
+    "Sealed",
+    "TensorInfo",
+    "Welcome",
+    "decode",
+    "encode",
+]
+
+PROTOCOL = "sagellm-kv"
+VERSIONS = (1, 1)
+"""Oldest and newest version of this protocol that is spoken here."""
+
+MAX_HANDSHAKE_BYTES = 4096
+"""Longest message of a peer that has not authenticated."""
+
+_LENGTH = struct.Struct(">I")
+
+
+class _Message(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
+    pass
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """I → A, first: who calls whom."""
+
+    protocol: str
+    node_id: int
+    target: int
+    nonce: bytes
+    min_version: int
+    max_version: int
+
+
+class Challenge(_Message, frozen=True, tag="challenge"):
+    """A → I: the version chosen, and what to prove the key over."""
+
+    node_id: int
+    nonce: bytes
+    version: int
+
+
+class Proof(_Message, frozen=True, tag="proof"):
+    """I → A: I know the key."""
+
+    mac: bytes
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """A → I: so do I; and what I have."""
+
+    mac: bytes
+    layout: KVLayout | None
+    codecs: list[str]
+    codec: str
+    endpoints: dict[str, str]
+    checksum: bool
+    address: str
+
+
+class Ready(_Message, frozen=True, tag="ready"):
+    """I → A: what I have and have chosen; the link is up."""
+
+    layout: KVLayout | None
+    codecs: list[str]
+    codec: str
+    transport: str
+    checksum: bool
+    address: str
+
+
+class Reject(_Message, frozen=True, tag="reject"):
+    """A → I: no link, and why."""
+
+    code: str
+    message: str
+
+
+class LayoutChanged(_Message, frozen=True, tag="layout"):
+    """Either way: a pool was registered or forgotten."""
+
+    layout: KVLayout | None
+
+
+class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """One plain tensor of an offer."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layer: int
+    index: int
+
+
+class Offer(_Message, frozen=True, tag="offer"):
+    """S → R: a push. Blocks per cache group, or plain tensors."""
+
+    tid: int
+    id: str
+    attempt: int
+    counts: dict[str, int] = {}
+    tensors: list[TensorInfo] | None = None
+    page_bytes: int = 0
+    dst_blocks: dict[str, bytes] | None = None
+    sealed: bool = True
+    num_tokens: int = 0
+
+
+class Grant(_Message, frozen=True, tag="grant"):
+    """R → S: send these parts of the sharded axis, per cache group; absent groups not at all."""
+
+    tid: int
+    parts: dict[str, Part]
+
+
+class Sealed(_Message, frozen=True, tag="sealed"):
+    """S → R: every layer of a stream has been queued."""
+
+    tid: int
+    num_tokens: int
+
+
+class Fetch(_Message, frozen=True, tag="fetch"):
+    """R → S: a pull of offered blocks, into destinations that are ready."""
+
+    tid: int
+    id: str
+    attempt: int
+    counts: dict[str, int]
+    parts: dict[str, Part]
+    src_blocks: dict[str, bytes] | None = None
+    layers: list[int] | None = None
+    deadline_s: float = 30.0
+
+
+class Nack(_Message, frozen=True, tag="nack"):
+    """R → S: these (layer, first, count) arrived changed; send them once more."""
+
+    tid: int
+    spans: list[tuple[int, int, int]]
+
+
+class Done(_Message, frozen=True, tag="done"):
+    """R → S: everything landed and was verified."""
+
+    tid: int
+
+
+class Release(_Message, frozen=True, tag="release"):
+    """S → R: I know; the transfer can be forgotten."""
+
+    tid: int
+
+
+class Fail(_Message, frozen=True, tag="fail"):
+    """Either way: this transfer is over."""
+
+    tid: int
+    code: str
+    message: str
+
+
+class KeyFail(_Message, frozen=True, tag="key_fail"):
+    """To every peer: the attempt of this key has failed somewhere, so it has everywhere."""
+
+    id: str
+    attempt: int
+    code: str
+    message: str
+
+
+class Bye(_Message, frozen=True, tag="bye"):
+    """Either way: this channel closes."""
+
+    message: str = ""
+
+
+Handshake = Hello | Challenge | Proof | Welcome | Ready | Reject
+Session = (
+    LayoutChanged | Offer | Grant | Sealed | Fetch | Nack | Done | Release | Fail | KeyFail | Bye
+)
+Message = Handshake | Session
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The message with its length in front."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes | bytearray | memoryview) -> Message:
+    """The message in a frame's body.
+
+    Raises:
+        DistributedRuntimeError: These bytes are no message of this protocol.
+
+    """
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {e}") from None
+
+
+class FrameBuffer:
+    """Cuts a byte stream into message bodies; holds at most one message and one read.
+
+    Args:
+        max_bytes: Longest body that is accepted; may be raised once the peer has authenticated.
+
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies that are complete with these bytes.
+
+        Raises:
+            DistributedRuntimeError: A length is beyond the bound; nothing was allocated for it.
+
+        """
+        self._data += data
+        while len(self._data) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._data)
+            if length > self.max_bytes:
+                raise DistributedRuntimeError(
+                    f"a control message of {length} bytes, more than {self.max_bytes}"
+                )
+            end = _LENGTH.size + length
+            if len(self._data) < end:
+                return
+            body = bytes(self._data[_LENGTH.size : end])
+            del self._data[:end]
+            yield body

@@ -1,0 +1,319 @@
+import contextlib
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.core.protocols import (
+    CommTimeoutError,
+    IntegrityError,
+    KVTransferError,
+    PeerLostError,
+    ResourceError,
+    TransferKey,
+    TransferState,
+)
+
+KEY = b"a key of this test, long enough"
+
+
+def test_a_peer_that_never_comes_is_named(channel, layout, tensors):
+    c = channel(node_id=0, peers={1: "127.0.0.1:1"}, key=KEY)
+    c.register(layout(), tensors(layout()))
+
+    t = c.transfer([1], 1, deadline_s=0.3)
+    with pytest.raises(KVTransferError, match="node 1 never came") as caught:
+        t.wait(10)
+    with pytest.raises(CommTimeoutError, match="node 1 never came"):
+        c.connect(1, timeout_s=0.1)
+
+    assert caught.value.cause == "comm_timeout"
+    assert isinstance(caught.value.__cause__, CommTimeoutError)
+    assert c._engine.pool.leases == 0
+
+
+def test_a_sender_that_never_comes_is_named(pair):
+    _, _, into, _ = pair()
+    r = into.receive(TransferKey("r"), [1, 2], source_node=[0, 7], deadline_s=0.2)
+
+    with pytest.raises(KVTransferError, match="node 0, 7, which never came") as caught:
+        r.wait(10)
+
+    assert caught.value.invalid_blocks == (1, 2)
+    (done,) = into.poll()
+    assert (done.status, done.cause, done.blocks_safe) == ("failed", "comm_timeout", True)
+
+
+def test_a_receiver_that_never_receives_fails_the_sender(pair):
+    out, _, _, _ = pair()
+
+    t = out.transfer([1], 1, deadline_s=0.3)
+
+    with pytest.raises(KVTransferError, match="node 1 has not said `receive`"):
+        t.wait(10)
+
+
+def test_a_failed_key_stays_failed_on_the_other_side(pair, eventually):
+    out, _, into, _ = pair()
+    t = out.transfer([1], 1, key=TransferKey("k"), deadline_s=0.2)
+    with pytest.raises(KVTransferError):
+        t.wait(10)
+    eventually(lambda: into._engine.receiving._ended.get(TransferKey("k")))
+
+    late = into.receive(TransferKey("k"), [1])
+    with pytest.raises(KVTransferError, match="has not said"):
+        late.wait(10)
+    again = out.transfer([1], 1, key=TransferKey("k", 1))
+    into.receive(TransferKey("k", 1), [1]).wait(10)
+
+    assert again.wait(10).state is TransferState.RELEASED
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_cancel_ends_both_sides_and_frees_the_blocks(pair, who):
+    out, _, into, _ = pair()
+    r = into.receive(TransferKey("k"), [1])
+    stream = out.begin(TransferKey("k"), 1, [1])
+    stream.send_layer(0)
+    r.wait_layer(0, 10)
+
+    assert (stream.transfer if who == "sender" else r).cancel()
+
+    for handle in (stream.transfer, r):
+        with pytest.raises(KVTransferError, match="cancelled by node") as caught:
+            handle.wait(10)
+        assert caught.value.cause == "cancelled"
+        assert handle.state is TransferState.CANCELLED
+        assert not handle.cancel()
+    assert into._engine.pool.leases == out._engine.pool.leases == 0
+    assert [c.status for c in into.poll()] == ["cancelled"]
+
+
+def test_a_channel_that_closes_fails_what_it_carries(pair):
+    out, _, into, _ = pair()
+    r = into.receive(TransferKey("k"), [1])
+    stream = out.begin(TransferKey("k"), 1, [1])
+    stream.send_layer(0)
+    r.wait_layer(0, 10)
+
+    out.close()
+
+    with pytest.raises(KVTransferError, match=r"node 0 has closed|was closed"):
+        r.wait(10)
+    assert stream.transfer.done()
+    with pytest.raises(PeerLostError, match="closed"):
+        out.transfer([1], 1)
+    out.close()
+
+
+def test_a_lost_prefill_rank_fails_all_sides(channel, layout, tensors):
+    """Two prefill ranks feed two decode ranks; one prefill rank goes away half-way."""
+    prefill = [channel() for _ in range(2)]
+    decode = [channel() for _ in range(2)]
+    for rank, c in enumerate(prefill):
+        c.register(layout(4, 2, rank), tensors(layout(4, 2, rank)))
+    for rank, c in enumerate(decode):
+        c.register(layout(4, 2, rank), tensors(layout(4, 2, rank)))
+    key = TransferKey("k")
+    received = [c.receive(key, [1], source_node=[0, 1]) for c in decode]
+    streams = {(s, t): prefill[s].begin(key, 2 + t, [1]) for s in range(2) for t in range(2)}
+    for stream in streams.values():
+        stream.send_layer(0)
+    for r in received:
+        r.wait_layer(0, 10)
+    for t in range(2):  # the survivor is done with its own part
+        for layer in (1, 2):
+            streams[0, t].send_layer(layer)
+        streams[0, t].seal(4)
+
+    started = time.monotonic()
+    for link in list(prefill[1]._engine.links):
+        link._sock.shutdown(2)  # as if its process had died
+
+    for handle in (*received, streams[0, 0].transfer, streams[0, 1].transfer):
+        with pytest.raises(KVTransferError, match="node 1") as caught:
+            handle.wait(10)
+        assert caught.value.cause == "peer_lost"
+    assert time.monotonic() - started < 2
+    assert [r.exception().invalid_blocks for r in received] == [(1,), (1,)]
+
+
+def test_a_named_source_that_is_lost_before_its_push_fails_the_receive(pair):
+    out, _, into, _ = pair()
+    out.connect(1, timeout_s=10)
+    r = into.receive(TransferKey("k"), [1], source_node=0)
+
+    out.close()
+
+    with pytest.raises(KVTransferError, match="node 0"):
+        r.wait(2)
+
+
+def test_a_restarted_peer_is_found_again(channel, layout, tensors):
+    first = channel(node_id=0, peers={}, key=KEY)
+    first.register(layout(), a := tensors(layout()))
+    for attempt in range(2):
+        second = channel(node_id=1, peers={}, key=KEY)
+        second.register(layout(), b := tensors(layout()))
+        first.add_peer(1, second.address)
+        key = TransferKey("k", attempt)
+        t = first.transfer([1], 1, key=key)
+        second.receive(key, [2]).wait(10)
+        t.wait(10)
+        assert torch.equal(a["layer0"][1], b["layer0"][2])
+        second.close()
+
+
+def test_a_port_in_use_is_refused(channel):
+    first = channel(node_id=0, peers={}, key=KEY)
+    port = int(first.address.rsplit(":", 1)[1])
+
+    with pytest.raises(ResourceError, match=str(port)):
+        channel(node_id=1, peers={}, key=KEY, port=port)
+
+    assert not [t for t in threading.enumerate() if "node-1" in t.name]
+
+
+def through_proxy(channel, proxy, layout, tensors, **settings):
+    out = channel(node_id=0, peers={}, key=KEY)
+    into = channel(node_id=1, peers={}, key=KEY, settings=KVTransferSettings(**settings))
+    gate = proxy(into._engine.transport.endpoint())
+    into._engine.transport._endpoint = gate.address
+    out.add_peer(1, into.address)
+    out.register(layout(), a := tensors(layout()))
+    into.register(layout(), b := tensors(layout()))
+    return out, a, into, b, gate
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_a_damaged_block_is_asked_for_once_more(channel, proxy, layout, tensors, codec):
+    out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors)
+    if codec != "none":
+        out._engine.settings = KVTransferSettings(codec=codec)
+        for tensor in a.values():
+            tensor.zero_()
+    flipped = []
+
+    def flip(position, data):
+        at = 48 + 48 + 12 * 3 + 5  # token, header, table: inside the first blocks
+        if not flipped and position <= at < position + len(data):
+            data[at - position] ^= 0xFF
+            flipped.append(at)
+        return data
+
+    gate.flip = flip
+    t = out.transfer([1, 2, 3], 1, key=TransferKey("k"))
+    r = into.receive(TransferKey("k"), [4, 5, 6])
+    r.wait(10)
+    t.wait(10)
+
+    assert flipped
+    assert r.metrics.retries == t.metrics.retries == 1
+    assert all(torch.equal(a[n][[1, 2, 3]], b[n][[4, 5, 6]]) for n in a)
+
+
+def test_blocks_damaged_twice_fail_both_sides(channel, proxy, layout, tensors):
+    out, _, into, _, gate = through_proxy(channel, proxy, layout, tensors)
+
+    def flip(position, data):
+        if len(data) > 1024:
+            data[-1] ^= 1
+        return data
+
+    gate.flip = flip
+    t = out.transfer([1], 1, key=TransferKey("k"))
+    r = into.receive(TransferKey("k"), [4])
+
+    for handle in (r, t):
+        with pytest.raises(KVTransferError, match="changed twice") as caught:
+            handle.wait(10)
+        assert caught.value.cause == "integrity"
+        assert isinstance(caught.value.__cause__, IntegrityError)
+    assert r.exception().invalid_blocks == (4,)
+
+
+def test_swapped_blocks_are_caught(channel, layout, tensors):
+    """Positions are in the checksum: right bytes in the wrong place are not accepted."""
+    from sagellm.comm.kv_transfer.frames import block_sum
+
+    one = memoryview(b"x" * 64)
+
+    assert block_sum([one], 0, 0) != block_sum([one], 0, 1) != block_sum([one], 1, 1)
+    assert block_sum([one[:10], one[10:]], 2, 3) == block_sum([one], 2, 3)
+
+
+def test_a_damaged_header_loses_the_link_not_the_process(channel, proxy, layout, tensors):
+    out, _, into, _, gate = through_proxy(channel, proxy, layout, tensors)
+
+    def flip(position, data):
+        if position <= 60 < position + len(data):
+            data[60 - position] ^= 0xFF
+        return data
+
+    gate.flip = flip
+    t = out.transfer([1], 1, key=TransferKey("k"))
+    r = into.receive(TransferKey("k"), [4])
+
+    for handle in (r, t):
+        with pytest.raises(KVTransferError):
+            handle.wait(10)
+    assert r.exception().cause == "integrity"
+    gate.flip = lambda position, data: data
+    again = out.transfer([1], 1, key=TransferKey("k", 1))
+    into.receive(TransferKey("k", 1), [4]).wait(10)
+    again.wait(10)
+
+
+def test_a_silent_data_connection_fails_by_its_deadline(channel, proxy, layout, tensors):
+    out, _, into, _, gate = through_proxy(channel, proxy, layout, tensors, quiesce_s=0.1)
+    reached = threading.Event()
+    release = threading.Event()
+
+    def stall(position, data):
+        if position + len(data) > 2000:
+            reached.set()
+            release.wait(20)
+        return data
+
+    gate.flip = stall
+    t = out.transfer([1, 2, 3], 1, key=TransferKey("k"), deadline_s=10)
+    r = into.receive(TransferKey("k"), [4, 5, 6], deadline_s=0.5)
+    assert reached.wait(10)
+    started = time.monotonic()
+    for handle in (r, t):
+        with pytest.raises(KVTransferError, match=r"within 0\.5 s"):
+            handle.wait(10)
+    release.set()
+
+    assert time.monotonic() - started < 2.5
+    assert into.poll()[0].blocks_safe
+    assert into._engine.pool.leases == 0
+
+
+def test_nothing_leaks(channel, layout, tensors, eventually):
+    def count():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    def round_trip():
+        out, into = channel(), channel()
+        out.register(layout(), tensors(layout()))
+        into.register(layout(), tensors(layout()))
+        out.transfer([1], into.node_id, key=TransferKey("k"))
+        into.receive(TransferKey("k"), [1]).wait(10)
+        out.offer(TransferKey("o"), [1], num_tokens=1, ttl_s=10)
+        into.fetch(TransferKey("o"), out.node_id, [1]).wait(10)
+        out.transfer([1], into.node_id, key=TransferKey("left"))
+        with contextlib.suppress(KVTransferError):
+            into.receive(TransferKey("gone"), [2], deadline_s=0.01).wait(10)
+        out.close()
+        into.close()
+
+    round_trip()
+    before = count()
+    for _ in range(3):
+        round_trip()
+
+    eventually(lambda: count() == before)

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from sagellm.core.protocols import (
+    ConfigError,
+    KVTransferError,
+    TransferKey,
+    TransferState,
+    UnsupportedOperationError,
+)
+
+
+@pytest.mark.parametrize("offer_first", [True, False])
+def test_either_of_offer_and_fetch_may_come_first(pair, offer_first, eventually):
+    out, a, into, b = pair()
+    if offer_first:
+        o = out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+        f = into.fetch(TransferKey("o"), 0, [5, 6])
+    else:
+        f = into.fetch(TransferKey("o"), 0, [5, 6])
+        eventually(lambda: out._engine.sending._fetches)
+        o = out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+
+    f.wait(10)
+    o.wait(10)
+
+    assert all(torch.equal(a[n][[1, 2]], b[n][[5, 6]]) for n in a)
+    assert o.state is TransferState.RELEASED
+    assert out._engine.pool.leases == 0
+
+
+def test_one_standing_offer_serves_chosen_blocks_and_layers(pair):
+    out, a, into, b = pair()
+    o = out.offer(TransferKey("pool"), range(10), num_tokens=0, ttl_s=30)
+    before = b["layer1"].clone()
+
+    for attempt, (src, dst) in enumerate([([3], [0]), ([9, 4], [1, 2])]):
+        key = TransferKey("pool", attempt)
+        into.fetch(key, 0, dst, src_blocks=src, layers=[0, 2]).wait(10)
+
+    assert torch.equal(a["layer0"][[3, 9, 4]], b["layer0"][[0, 1, 2]])
+    assert torch.equal(a["layer2"][[3, 9, 4]], b["layer2"][[0, 1, 2]])
+    assert torch.equal(before, b["layer1"])
+    assert not o.done()
+    assert o.cancel()
+    with pytest.raises(KVTransferError):
+        o.wait(10)
+
+
+def test_an_offer_ends_when_all_parts_were_fetched(channel, layout, tensors):
+    out = channel()
+    out.register(layout(4), a := tensors(layout(4)))
+    o = out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=30)
+    got = []
+    for rank in range(2):
+        c = channel()
+        c.register(layout(4, 2, rank), b := tensors(layout(4, 2, rank)))
+        assert not o.done()
+        c.fetch(TransferKey("o", rank), 0, [3, 4]).wait(10)
+        got.append(b)
+
+    o.wait(10)
+
+    for rank, b in enumerate(got):
+        heads = slice(2 * rank, 2 * rank + 2)
+        assert all(torch.equal(a[n][[1, 2], :, heads], b[n][[3, 4]]) for n in a)
+
+
+def test_an_offer_nobody_fetches_ends_with_its_lease(pair):
+    out, _, _, _ = pair()
+    o = out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=0.05)
+
+    with pytest.raises(KVTransferError, match="not fetched within") as caught:
+        o.wait(10)
+
+    assert caught.value.cause == "comm_timeout"
+    assert out._engine.pool.leases == 0
+
+
+def test_a_fetch_nobody_offers_ends_with_its_deadline(pair):
+    _, _, into, _ = pair()
+    f = into.fetch(TransferKey("o"), 0, [1], deadline_s=0.2)
+
+    with pytest.raises(KVTransferError, match=r"within 0\.2 s"):
+        f.wait(10)
+
+    assert f.exception().invalid_blocks == (1,)
+
+
+def test_wrong_fetches_are_refused_by_the_offering_side(pair):
+    out, _, into, _ = pair()
+    out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+
+    with pytest.raises(KVTransferError, match=r"fetches .*blocks of"):
+        into.fetch(TransferKey("o", 1), 0, [1]).wait(10)
+    with pytest.raises(KVTransferError, match="not offered"):
+        into.fetch(TransferKey("o", 2), 0, [1], src_blocks=[3]).wait(10)
+    into.fetch(TransferKey("o", 3), 0, [1, 2]).wait(10)
+
+
+def test_only_blocks_of_a_pool_are_offered_once(pair):
+    out, _, _, _ = pair()
+    with pytest.raises(UnsupportedOperationError):
+        out.offer(TransferKey("t"), [torch.ones(1)], num_tokens=1, ttl_s=1)
+    out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=10)
+
+    with pytest.raises(ConfigError, match="stands already"):
+        out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=10)

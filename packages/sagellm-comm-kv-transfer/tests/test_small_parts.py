@@ -1,0 +1,221 @@
+"""States, pools, discovery and settings, each on its own."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from sagellm.comm.kv_transfer import TRANSITIONS, KVTransferSettings
+from sagellm.comm.kv_transfer._loop import EventLoop
+from sagellm.comm.kv_transfer._records import CompletionQueue, Memory
+from sagellm.comm.kv_transfer.pool import RegisteredPool, as_block_table
+from sagellm.comm.kv_transfer.state import advance
+from sagellm.comm.kv_transfer.transports.tcp import parse_address
+from sagellm.core.protocols import (
+    CacheGroup,
+    ConfigError,
+    KVLayout,
+    PeerLostError,
+    Shard,
+    TransferState,
+    UnsupportedOperationError,
+)
+
+KEY = b"a key of this test, long enough"
+
+
+def test_every_state_can_end_and_ends_are_final():
+    for state in TransferState:
+        reached, todo = set(), [state]
+        while todo:
+            for following in TRANSITIONS[todo.pop()] - reached:
+                reached.add(following)
+                todo.append(following)
+        assert state.terminal or any(s.terminal for s in reached)
+        assert not (state.terminal and TRANSITIONS[state])
+        for new in TransferState:
+            if new in TRANSITIONS[state]:
+                assert advance(state, new) is new
+            else:
+                with pytest.raises(AssertionError):
+                    advance(state, new)
+
+
+def test_only_what_moves_can_land_and_failure_is_no_success():
+    assert TransferState.LANDED not in TRANSITIONS[TransferState.OFFERED]
+    assert TRANSITIONS[TransferState.LANDED] == {TransferState.RELEASED}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop("layer1"), "needs tensors"),
+        (lambda t: t.update(extra=torch.ones(1)), "not in the layout"),
+        (lambda t: t.update(layer1=t["layer1"].half()), "float16"),
+        (lambda t: t.update(layer1=t["layer1"][:, :, :1]), "shape"),
+        (lambda t: t.update(layer1=t["layer1"][:3]), "differ in blocks"),
+        (lambda t: t.update(layer1=t["layer1"][:1].expand(10, -1, -1, -1, -1)), "overlap"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(layout, tensors, change, match):
+    made = tensors(layout())
+    change(made)
+
+    with pytest.raises(ConfigError, match=match):
+        RegisteredPool(layout(), made)
+
+
+def test_device_memory_is_refused(layout, tensors):
+    made = {n: t.to("meta") for n, t in tensors(layout()).items()}
+    with pytest.raises(UnsupportedOperationError, match="host"):
+        RegisteredPool(layout(), made)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        CacheGroup("g", "kv", ("l",), ("token", "dim"), (4, 2), "float32"),
+        CacheGroup("g", "kv", ("l",), ("block", "dim"), (4, 2), "float32"),
+        CacheGroup("g", "kv", ("l",), ("block", "dim"), (2,), "float32", shard=Shard("head", 0, 2)),
+        CacheGroup("g", "kv", ("l",), ("block", "dim"), (2,), "float32", shard=Shard("dim", 2, 2)),
+    ],
+)
+def test_layouts_that_make_no_sense_are_refused(group):
+    with pytest.raises(ConfigError):
+        RegisteredPool(KVLayout((group,)), {"l": torch.zeros(3, 2)})
+
+
+def test_strided_pools_and_neighbours_are_joined(layout, tensors):
+    big = torch.randn(10, 3, 2, 4, 4, 8)
+    pool = RegisteredPool(layout(layers=3), {f"layer{i}": big[:, i] for i in range(3)})
+    from sagellm.comm.kv_transfer.plan import Part
+    from sagellm.comm.kv_transfer.pool import PoolExtent
+
+    table = as_block_table(pool, [4, 5, 6], unique=True)
+    apart = PoolExtent(pool, table, {"kv": Part("", 0, 1)})
+    dense = tensors(layout())
+    joined = PoolExtent(RegisteredPool(layout(), dense), table, {"kv": Part("", 0, 1)})
+
+    assert b"".join(apart.views(1, 0, 3)) == big[4:7, 1].contiguous().numpy().tobytes()
+    assert len(apart.views(1, 0, 3)) == 3
+    assert len(joined.views(1, 0, 3)) == 1
+    assert joined.views(1, 0, 3)[0] == dense["layer1"][4:7].numpy().tobytes()
+
+
+def test_large_page_tables_are_planned_at_once(layout):
+    n = 100_000
+    store = torch.zeros(n, 2, 1, 1, 2)
+    pool = RegisteredPool(layout(heads=1, layers=1, page=1, dim=2), {"layer0": store})
+    from sagellm.comm.kv_transfer.plan import Part
+
+    ids = np.random.default_rng(0).permutation(n)
+    views = pool.slab(0, Part("", 0, 1)).views(ids)
+
+    assert sum(map(len, views)) == store.nbytes
+    assert len(pool.slab(0, Part("", 0, 1)).views(np.arange(n))) == 1
+
+
+def test_static_peers_from_a_map_and_a_file(channel, tmp_path):
+    first = channel(node_id=0, peers={}, key=KEY)
+    path = tmp_path / "peers.json"
+    path.write_text(json.dumps({"0": first.address}))
+    key_file = tmp_path / "key"
+    key_file.write_bytes(KEY)
+    key_file.chmod(0o600)
+
+    second = channel(node_id=1, peers=str(path), key_file=key_file)
+    assert second.connect(0, timeout_s=5).address == first.address
+
+    path.write_text("{nonsense")
+    with pytest.raises(ConfigError, match="peers file"):
+        channel(node_id=2, peers=path, key=KEY)
+
+
+def test_its_own_entry_is_where_a_node_listens(channel):
+    from sagellm.core.protocols.ports import SagePorts
+
+    port = SagePorts().reserve("test").release()
+    c = channel(node_id=3, peers={3: f"127.0.0.1:{port}"}, key=KEY)
+    assert c.address == f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"peers": {}}, "needs node_id"),
+        ({"peers": {}, "node_id": 0}, "needs the key"),
+        ({"peers": {}, "node_id": 0, "key": "short"}, "5 bytes"),
+        ({"peers": {1: "nowhere"}, "node_id": 0, "key": KEY}, "host:port"),
+        ({"peers": {-1: "a:1"}, "node_id": 0, "key": KEY}, "peers"),
+        ({"node_id": -1}, "must be 0 or more"),
+        ({"key": KEY, "key_file": "x"}, "not both"),
+        ({"host": "0.0.0.0"}, "advertise"),
+        ({"host": "192.0.2.1"}, "192.0.2.1"),
+    ],
+)
+def test_channels_that_cannot_be_are_refused(channel, arguments, match):
+    with pytest.raises(ConfigError, match=match):
+        channel(**arguments)
+
+
+def test_node_ids_of_a_process_are_the_lowest_free(channel):
+    one, zero = channel(node_id=1), channel()
+    two = channel()
+    assert (zero.node_id, one.node_id, two.node_id) == (0, 1, 2)
+    with pytest.raises(ConfigError, match=r"\[0, 1, 2\]"):
+        channel(node_id=1)
+    with pytest.raises(ConfigError):
+        zero.add_peer(0, "127.0.0.1:1")
+    zero.close()
+    assert channel().node_id == 0
+
+
+def test_settings_come_from_the_environment_and_hide_the_key(monkeypatch):
+    monkeypatch.setenv("SAGELLM_COMM_KV_TRANSFER_CODEC", "lz4")
+    monkeypatch.setenv("SAGELLM_COMM_KV_TRANSFER_KEY", KEY.decode())
+    loaded = KVTransferSettings.load()
+
+    assert loaded.codec == "lz4"
+    assert loaded.key.get_secret_value() == KEY.decode()
+    assert KEY.decode() not in loaded.describe()
+    with pytest.raises(ConfigError):
+        KVTransferSettings(chunk_bytes=0)
+
+
+@pytest.mark.parametrize("address", ["host", "host:", ":1", "host:0", "host:99999", "h:x"])
+def test_addresses_are_checked(address):
+    with pytest.raises(ConfigError, match="host:port"):
+        parse_address(address)
+
+
+def test_memory_and_completions_are_bounded():
+    memory = Memory(2)
+    for i in range(3):
+        memory[i] = i
+    assert [memory.get(i) for i in range(3)] == [None, 1, 2]
+    queue = CompletionQueue(2)
+    for i in range(3):
+        queue.put(i)
+    assert queue.take(None) == [1, 2]
+    queue.close()
+    queue.close()
+
+
+def test_the_loop_survives_bugs_and_says_when_it_is_over(caplog):
+    loop = EventLoop("test")
+    loop.start()
+    done = threading.Event()
+    loop.call(lambda: 1 / 0)
+    loop.run(lambda: [loop.call_later(3600, lambda: None).cancel() for _ in range(5000)])
+    loop.run(lambda: loop.call_later(0.01, done.set))
+
+    assert done.wait(5)
+    assert "a bug in the channel's event loop" in caplog.text
+    with pytest.raises(ZeroDivisionError):
+        loop.run(lambda: 1 / 0)
+    loop.stop()
+    loop.stop()
+    with pytest.raises(PeerLostError):
+        loop.run(lambda: None)

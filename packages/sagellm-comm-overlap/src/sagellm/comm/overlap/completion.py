@@ -1,0 +1,98 @@
+"""Waiting, with a deadline, for whatever a task may return.
+
+A handle is a `Work` or `Transfer` of these packages, a `torch.distributed.Work`, a torch or a
+concurrent `Future`, or a list of those. Anything else is a value that is there already.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from sagellm.core.protocols import CommTimeoutError
+
+from ._values import Foreign
+
+__all__ = ["StillRunning", "is_handle", "resolve"]
+
+_NO_HANDLES = (torch.Tensor, str, bytes, int, float, dict)
+_TorchWork: type | None = torch.distributed.Work if torch.distributed.is_available() else None
+
+
+class StillRunning(Exception):  # noqa: N818  # a state on the way to CommTimeoutError, not an error
+    """The deadline passed before the handle was done; its buffers are still in use."""
+
+
+def is_handle(value: object) -> bool:
+    """Whether a task's return value must be waited for."""
+    if value is None or isinstance(value, _NO_HANDLES):
+        return False
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(is_handle, value))
+    kind = type(value)
+    if isinstance(value, (Future, torch.futures.Future)):
+        return True
+    return callable(getattr(kind, "wait", None)) and callable(getattr(kind, "exception", None))
+
+
+def resolve(
+    value: Foreign, timeout_s: float
+) -> Foreign:  # Any: the handle's result, whatever it is
+    """Block until a handle is done and return its result.
+
+    The result of a `torch.distributed.Work` is the work itself: torch writes into the buffers.
+
+    Raises:
+        StillRunning: Not done within `timeout_s`.
+        Exception: What the handle failed with.
+
+    """
+    if isinstance(value, (list, tuple)):
+        deadline = time.monotonic() + timeout_s
+        results = [resolve(one, deadline - time.monotonic()) for one in value]
+        return results if isinstance(value, list) else tuple(results)
+    timeout_s = max(timeout_s, 0.001)
+    if isinstance(value, Future):
+        return _concurrent(value, timeout_s)
+    if isinstance(value, torch.futures.Future):
+        return _torch_future(value, timeout_s)
+    if _TorchWork is not None and isinstance(value, _TorchWork):
+        return _torch_work(value, timeout_s)
+    try:
+        return value.wait(timeout_s)
+    except CommTimeoutError as error:
+        raise StillRunning(str(error)) from error
+
+
+def _concurrent(future: Future[Any], timeout_s: float) -> Foreign:  # the future's own type
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        if future.done():
+            raise
+        raise StillRunning(f"future not done after {timeout_s:.3g} s") from error
+
+
+def _torch_future(future: torch.futures.Future[Any], timeout_s: float) -> Foreign:  # as above
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    if not done.wait(timeout_s):
+        raise StillRunning(f"torch future not done after {timeout_s:.3g} s")
+    return future.wait()
+
+
+def _torch_work(
+    work: Foreign, timeout_s: float
+) -> Foreign:  # torch.distributed.Work, which has no stub
+    try:
+        work.wait(timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        if work.is_completed():
+            raise
+        raise StillRunning(str(error)) from error
+    return work

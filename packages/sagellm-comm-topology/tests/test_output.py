@@ -121,6 +121,19 @@ def test_directly_linked_and_homeless_devices_are_drawn():
     assert "hccs x7" in svg
 
 
+def test_no_card_covers_another(hgx):
+    from sagellm.comm.topology import _svg
+
+    canvas = _svg._Canvas()
+    _svg._draw_host(canvas, hgx.detect(), 0, 0.0, named=False)
+
+    cards = [n for n in canvas.at.values() if n.device.kind in ("gpu", "nic")]
+    for i, a in enumerate(cards):
+        for b in cards[i + 1 :]:
+            apart = abs(a.x - b.x) >= _svg._CARD_W or abs(a.y - b.y) >= _svg._CARD_H
+            assert apart, (a.device.id, b.device.id)
+
+
 def test_nothing_is_drawn_as_nothing():
     assert "no devices were found" in render_svg(TopologyInfo())
 

@@ -143,6 +143,15 @@ def test_unreadable_class_is_a_warning(machine, look):
     assert any("0000:01:00.0" in w and "unreadable" in w for w in info.warnings)
 
 
+def test_display_of_an_unreadable_maker_is_a_warning_not_a_guess(machine, look):
+    gpu(machine, "0000:01:00.0", "pci0000:00", uevent=False)
+    (machine.folder("0000:01:00.0") / "vendor").unlink()
+
+    info = look(machine).detect()
+
+    assert any("maker unreadable" in w and "0000:01:00.0" in w for w in info.warnings)
+
+
 def test_symlink_loops_are_survived(machine, look):
     devices = machine.root / "sys/bus/pci/devices"
     (devices / "0000:01:00.0").symlink_to("0000:02:00.0")

@@ -247,8 +247,11 @@ def _place(node: _Node, x: float, y: float, canvas: _Canvas) -> None:
     for i, card in enumerate(node.stack, 1):
         card.x, card.y = x, y + i * (_CARD_H + 6)
         canvas.at[card.device.id] = card
+    # Accelerators hang lowest, so that their fabric passes below the cards beside them.
+    deepest = max((len(c.stack) for c in node.children), default=0)
     for child in node.children:
-        _place(child, x, y + _ROW, canvas)
+        drop = deepest * (_CARD_H + 6) if child.device.kind in ("gpu", "npu") else 0
+        _place(child, x, y + _ROW + drop, canvas)
         x += child.w + _GAP
 
 

@@ -125,7 +125,8 @@ def show_overlap(console: Console, overlap: Overlap) -> None:
     low, high = overlap.eff_saved_quartiles
     console.print(
         f"  eff_trace {trace} of the sending ran beside computation; "
-        f"eff_saved {saved} of its time was saved (middle half of the rounds: {_percent(low)} to {_percent(high)})",
+        f"eff_saved {saved} of its time was saved "
+        f"(middle half of the rounds: {_percent(low)} to {_percent(high)})",
         highlight=False,
     )
     if low is None or high is None or high - low > _TOO_WIDE:

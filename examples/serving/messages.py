@@ -81,12 +81,14 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
         overlapped_id: Transfer id of the run that does both.
         alone_id: Transfer id of the run that only sends.
         tokens: The prompt.
+        overlapped_first: Whether the overlapped run comes before the two others.
 
     """
 
     overlapped_id: str
     alone_id: str
     tokens: list[int]
+    overlapped_first: bool
 
 
 class Admit(msgspec.Struct, frozen=True, tag=True):

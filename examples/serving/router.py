@@ -207,7 +207,7 @@ class Router:
         traced: list[float] = []
         slowest: list[tuple[float, float, float]] = []
         for i in range(rounds + 1):
-            measured = self._measure_once(prompt, f"measure-{i}")
+            measured = self._measure_once(prompt, f"measure-{i}", overlapped_first=i % 2 == 0)
             if i > 0:
                 traced += [m.eff_trace for m in measured if m.eff_trace is not None]
                 slowest.append(
@@ -230,8 +230,10 @@ class Router:
             eff_saved_quartiles=_quartiles([(k + c - b) / comm_s for b, k, c in slowest]),
         )
 
-    def _measure_once(self, prompt: list[int], name: str) -> list[Measured]:
-        command = Measure(f"{name}-both", f"{name}-alone", prompt)
+    def _measure_once(
+        self, prompt: list[int], name: str, *, overlapped_first: bool
+    ) -> list[Measured]:
+        command = Measure(f"{name}-both", f"{name}-alone", prompt, overlapped_first)
         for key in (command.overlapped_id, command.alone_id):
             self._fleet.tell(self._job.decode_ranks, Admit(key, len(prompt), discard=True))
         self._fleet.tell(self._job.prefill_ranks, command)

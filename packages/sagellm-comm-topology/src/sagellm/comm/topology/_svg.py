@@ -209,8 +209,8 @@ def _groups(
 
     trees: dict[str | None, list[_Node]] = {}
     roots = [d for d in devices.values() if d.kind == "pci_root"]
-    for root in roots:
-        trees.setdefault(home.get(root.id), []).append(grow(root, None))
+    for top in roots:
+        trees.setdefault(home.get(top.id), []).append(grow(top, None))
     for device in devices.values():
         fabric_only = device.kind == "fabric_switch" and device.bdf is None
         if device.id in used or device.kind == "numa" or fabric_only:
@@ -247,8 +247,11 @@ def _place(node: _Node, x: float, y: float, canvas: _Canvas) -> None:
     for i, card in enumerate(node.stack, 1):
         card.x, card.y = x, y + i * (_CARD_H + 6)
         canvas.at[card.device.id] = card
+    # Accelerators hang lowest, so that their fabric passes below the cards beside them.
+    deepest = max((len(c.stack) for c in node.children), default=0)
     for child in node.children:
-        _place(child, x, y + _ROW, canvas)
+        drop = deepest * (_CARD_H + 6) if child.device.kind in ("gpu", "npu") else 0
+        _place(child, x, y + _ROW + drop, canvas)
         x += child.w + _GAP
 
 
@@ -469,7 +472,7 @@ def _about_link(link: Link) -> str:
 
 def _short(name: str) -> str:
     """An id without its host and without the domain 0000."""
-    return name.rpartition("/")[2].removeprefix("0000:").removeprefix("pci")
+    return name.rpartition("/")[2].removeprefix("pci").removeprefix("0000:")
 
 
 def _clip(words: str, width: float) -> str:

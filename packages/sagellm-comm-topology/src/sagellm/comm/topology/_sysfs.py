@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 __all__ = ["BDF", "Tree", "gt_per_s", "normal_bdf", "pcie_bytes_per_s"]
@@ -16,6 +17,7 @@ _READ_LIMIT_BYTES = 4096
 _LINE_CODE = {2.5: 0.8, 5.0: 0.8, 8.0: 128 / 130, 16.0: 128 / 130, 32.0: 128 / 130, 64.0: 242 / 256}
 
 
+@lru_cache(maxsize=8192)
 def normal_bdf(text: str) -> str | None:
     """PCI address in lower case with the shortest domain of at least four digits.
 

@@ -63,6 +63,9 @@ class PciDetector:
         unread = sorted(f.bdf for f in functions.values() if f.class_code is None)
         if unread:
             warnings.append(f"PCI class unreadable, left out: {_some(unread)}")
+        nameless = [f.bdf for f in functions.values() if f.vendor is None and _may_compute(f)]
+        if nameless:
+            warnings.append(f"maker unreadable, perhaps an accelerator: {_some(nameless)}")
         builder = _Builder(tree, functions)
         late = builder.add_endpoints(ctx)
         if late:
@@ -271,6 +274,11 @@ def _place(parts: list[str], bdf: str) -> tuple[str | None, tuple[str, ...]]:
     if not above or above[-1] != bdf:
         return None, ()
     return root, tuple(above[:-1])
+
+
+def _may_compute(f: _Function) -> bool:
+    """Whether a function whose maker is unknown could be an accelerator, by its class."""
+    return f.class_code is not None and f.class_code >> 16 == 0x03
 
 
 def _hex(text: str | None) -> int | None:

@@ -61,11 +61,11 @@ def role(class_code: int, vendor: str | None, *, on_root_bus: bool) -> DeviceKin
     name = VENDORS.get(vendor or "")
     if base == 0x02:
         return "nic"
-    if base == 0x12 or sub == 0x0B40:
-        if name in _GPU_VENDORS:
-            return "gpu"
-        # Co-processors are also crypto engines: only of a known maker are they accelerators.
-        return "npu" if base == 0x12 or name in _NPU_VENDORS else None
+    if base == 0x12:
+        return "gpu" if name in _GPU_VENDORS else "npu"
+    if sub == 0x0B40:
+        # Co-processors are also crypto engines: only of these makers are they accelerators.
+        return "npu" if name in _NPU_VENDORS else None
     if base == 0x03:
         # Displays of management chips and hypervisors compute nothing.
         if name == "intel" and on_root_bus:

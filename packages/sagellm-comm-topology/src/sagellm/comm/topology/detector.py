@@ -29,6 +29,8 @@ __all__ = ["GROUP", "Detection", "installed_detectors", "make_context", "run_det
 
 GROUP = "sagellm.comm.topology.detectors"
 
+_HEAD_START_S = 0.05
+
 _BUILT_IN = (_sysfs_pci.SPEC, _sysfs_numa.SPEC, _sysfs_net.SPEC, _nvml.SPEC)
 _registry: Registry[DetectorSpec] = Registry(GROUP)
 for _spec in _BUILT_IN:
@@ -136,6 +138,9 @@ def _run_together(
         threading.Thread(
             target=_work, args=(run, ctx), name=f"topology-{run.spec.name}", daemon=True
         ).start()
+        # Reads of small files fight over the interpreter's lock when they run side by side, so
+        # the next one starts when this one is done, or is plainly slow.
+        run.done.wait(min(_HEAD_START_S, max(0.0, ctx.deadline_s - ctx.clock())))
     fragments: list[tuple[int, TopologyFragment]] = []
     warnings: list[str] = []
     for run in runs:

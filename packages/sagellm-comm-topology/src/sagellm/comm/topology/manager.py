@@ -25,6 +25,7 @@ from sagellm.core.protocols import (
 
 from . import placement
 from ._gather import gather
+from ._sysfs import Tree
 from .detector import installed_detectors, make_context, run_detectors
 from .graph import TopologyGraph
 from .merge import merge
@@ -212,8 +213,13 @@ class TopologyManager(TopologyManagerProtocol):
         context = self._context(deadline_s)
         specs = installed_detectors() if self._detectors is None else self._detectors
         found = run_detectors(specs, context)
-        info = merge(found.fragments, warnings=found.warnings, hostname=socket.gethostname())
+        info = merge(found.fragments, warnings=found.warnings, hostname=self._hostname())
         return apply_visibility(info, context.environ)
+
+    def _hostname(self) -> str:
+        if self._root == FilePath("/"):
+            return socket.gethostname()
+        return Tree(self._root).read("/proc/sys/kernel/hostname") or ""
 
     def _widest_graph(self) -> TopologyGraph:
         if self._job is not None:

@@ -1,0 +1,153 @@
+"""One topology for all ranks: agreement, equal hosts, missing ranks, spoiled bodies."""
+
+import threading
+
+import pytest
+
+from sagellm.comm.topology import TopologyManager
+from sagellm.comm.topology._wire import decode_info, encode_info
+from sagellm.comm.topology.benchmarks.fake_machine import draw_hgx
+from sagellm.core.protocols import CommTimeoutError, ConfigError, IntegrityError, TopologyInfo
+
+
+@pytest.fixture
+def hosts(tmp_path, look):
+    """Two equal servers that differ in their boot ids alone, and a manager per rank."""
+
+    def managers(ranks, count=2):
+        roots = []
+        for i in range(count):
+            machine = draw_hgx(tmp_path / f"host{i}", functions=60)
+            boot = machine.root / "proc/sys/kernel/random"
+            boot.mkdir(parents=True)
+            (boot / "boot_id").write_text(f"boot-{i}\n")
+            roots.append(machine.root)
+        return [look(roots[r * count // ranks], rank=r, world_size=ranks) for r in range(ranks)]
+
+    return managers
+
+
+def together(managers, store, timeout_s=20.0):
+    """Every manager gathers in a thread of its own; results or errors by rank."""
+    results = [None] * len(managers)
+
+    def work(i, manager):
+        try:
+            results[i] = manager.gather(store, timeout_s=timeout_s)
+        except Exception as e:
+            results[i] = e
+
+    threads = [threading.Thread(target=work, args=x) for x in enumerate(managers)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+        assert not t.is_alive()
+    return results
+
+
+def test_every_rank_holds_the_same_topology(hosts, store):
+    managers = hosts(4)
+
+    results = together(managers, store)
+
+    assert all(r == results[0] for r in results)
+    assert (results[0].num_nodes, results[0].num_devices) == (2, 16)
+    assert results[0].accelerators[8].id == "n1/0000:13:00.0"
+    assert results[0].missing_nodes == ()
+
+
+def test_equal_hosts_are_described_once(hosts, store):
+    together(hosts(4), store)
+
+    assert sum("/body/" in key for key in store.values) == 1
+
+
+def test_paths_between_hosts_leave_by_the_near_nic_of_one_rail(hosts, store):
+    managers = hosts(2)
+    together(managers, store)
+
+    path = managers[1].path("n0/0000:43:00.0", "n1/0000:a3:00.0")
+
+    assert path.kind == "NET"
+    assert "n0/0000:45:00.0" in path.devices  # mlx5_2, behind the same switch
+    assert path.bottleneck_bytes_per_s == pytest.approx(50e9)
+
+
+def test_ids_of_this_host_still_answer_after_a_gather(hosts, store):
+    managers = hosts(2)
+    together(managers, store)
+
+    assert managers[0].path("0000:13:00.0", "0000:14:00.0").kind == "PIX"
+    assert len(managers[0].rank_map(8, dp=2)) == 16
+
+
+def test_missing_rank_is_named_and_the_rest_agree(hosts, store):
+    managers = hosts(4)
+
+    results = together(managers[:3], store, timeout_s=2.0)
+
+    assert results[0].missing_nodes == (3,)
+    assert any("rank 3" in w for w in results[0].warnings)
+    assert results[0] == results[1] == results[2]
+    assert results[0].num_nodes == 2
+
+
+def test_without_rank_0_the_others_time_out(hosts, store):
+    (result,) = together(hosts(2)[1:], store, timeout_s=0.3)
+
+    assert isinstance(result, CommTimeoutError)
+    assert "rank 0 of 2" in str(result)
+
+
+def test_second_gather_does_not_read_the_first_one(hosts, store):
+    managers = hosts(2)
+    first = together(managers, store)
+
+    second = together(managers, store)
+
+    assert first[0] == second[0]
+    assert {k.split("/")[2] for k in store.values if "/agreed" in k} == {"1", "2"}
+
+
+def test_rank_that_writes_rubbish_is_missing(hosts, store):
+    managers = hosts(2)
+    store.values["sagellm/topology/1/rank/1"] = "{}"
+
+    result = managers[0].gather(store, timeout_s=1.0)
+
+    assert result.missing_nodes == (1,)
+    assert any("not a record" in w for w in result.warnings)
+
+
+def test_rank_and_world_size_come_from_the_environment(tmp_path, store):
+    manager = TopologyManager(root=tmp_path, environ={"RANK": "5", "WORLD_SIZE": "4"}, detectors=[])
+    unread = TopologyManager(root=tmp_path, environ={"RANK": "five"}, detectors=[])
+
+    with pytest.raises(ConfigError, match=r"rank 5 is not in 0\.\.3"):
+        manager.gather(store, timeout_s=1.0)
+    with pytest.raises(ConfigError, match="five"):
+        unread.gather(store, timeout_s=1.0)
+
+
+def test_one_process_alone_gathers_itself(hgx, store):
+    info = hgx.gather(store, timeout_s=5.0)
+
+    assert (info.num_nodes, info.num_devices) == (1, 8)
+    assert info.accelerators[0].uuid is None
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"rubbish!", b"\xff\xfe", encode_info(TopologyInfo())[:-3].encode()]
+)
+def test_spoiled_body_is_an_integrity_error(body):
+    with pytest.raises(IntegrityError):
+        decode_info(body)
+
+
+def test_body_that_unpacks_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr("sagellm.comm.topology._wire.MAX_PLAIN_BYTES", 1000)
+    info = TopologyInfo(warnings=("x" * 5000,))
+
+    with pytest.raises(IntegrityError, match="more than 1000"):
+        decode_info(encode_info(info).encode())

@@ -1,0 +1,220 @@
+"""Paths, nearest devices, islands, rings and rank placement."""
+
+import random
+
+import pytest
+
+from sagellm.comm.topology import TopologyGraph, TopologyManager
+from sagellm.comm.topology.placement import rank_map, ring
+from sagellm.core.protocols import (
+    ConfigError,
+    DetectorSpec,
+    Device,
+    Link,
+    TopologyFragment,
+    TopologyInfo,
+    TopologyManagerProtocol,
+)
+
+
+def graph(links, count, node=lambda i: 0, switches=()):
+    devices = [Device(f"g{i}", "gpu", index=i, visible_index=i, node=node(i)) for i in range(count)]
+    devices += [Device(s, "pci_switch") for s in switches]
+    return TopologyGraph(TopologyInfo(devices=tuple(devices), links=tuple(links)))
+
+
+def lanes(*pairs, kind="nvlink", bandwidth=25e9):
+    return [Link(f"g{a}", f"g{b}", kind, n, n * bandwidth) for a, b, n in pairs]
+
+
+def test_manager_is_the_protocol():
+    assert issubclass(TopologyManager, TopologyManagerProtocol)
+    assert TopologyManager.__abstractmethods__ == frozenset()
+
+
+def test_switched_gpus_reach_each_other_at_full_width(hgx, hgx_gpus):
+    path = hgx.path(hgx_gpus[0], hgx_gpus[7])
+
+    assert (path.kind, path.hops, path.devices[1]) == ("LINK", 2, "nvlink-switch")
+    assert path.bottleneck_bytes_per_s == pytest.approx(18 * 26_562e6)
+
+
+def test_nearest_nic_is_behind_the_same_switch(hgx, hgx_gpus):
+    names = [hgx.nearest(g, "nic").attrs["ib"] for g in hgx_gpus]
+
+    assert names == ["mlx5_0", "mlx5_0", "mlx5_2", "mlx5_2", "mlx5_4", "mlx5_4", "mlx5_6", "mlx5_6"]
+    assert hgx.nearest(hgx_gpus[0], "cxl_mem") is None
+    assert hgx.nearest(hgx_gpus[0], "numa").id == "numa:0"
+
+
+def test_nearest_prefers_a_port_that_is_up(machine, look):
+    machine.pci("0000:01:00.0", "pci0000:00", 0x030200, vendor=0x10DE)
+    for i, state in ((2, "down"), (3, "up")):
+        machine.pci(f"0000:0{i}:00.0", "pci0000:00", 0x020000)
+        machine.net(f"eth{i}", f"0000:0{i}:00.0", state=state)
+
+    assert look(machine).nearest("0000:01:00.0", "nic").attrs["netdev"] == "eth3"
+
+
+def test_islands_are_what_links_of_a_kind_connect():
+    found = graph(lanes((0, 1, 4), (2, 3, 4), (3, 4, 1)), 6).components("nvlink")
+
+    assert found == (("g0", "g1"), ("g2", "g3", "g4"))
+    assert graph([], 3).components("nvlink") == ()
+
+
+def test_unknown_id_names_the_nearest(hgx):
+    with pytest.raises(ConfigError, match=r"0000:13:00\.0"):
+        hgx.path("0000:13:00.1", "numa:0")
+
+
+def test_local_rank_that_is_not_there_lists_what_is(hgx):
+    with pytest.raises(
+        ConfigError, match=r"no accelerator 8 is visible; visible: 0: 0000:13:00\.0"
+    ):
+        hgx.device(8)
+
+
+def test_no_path_leads_through_an_accelerator():
+    g = graph(lanes((0, 1, 4), (1, 2, 4)), 3)
+
+    assert g.path("g0", "g2").kind is None
+
+
+def test_best_class_wins_over_width_and_widest_asks_for_width():
+    wide = [Link("g0", "s", "pcie", 1, 60e9), Link("s", "g1", "pcie", 1, 60e9)]
+    g = graph([*lanes((0, 1, 1)), *wide], 2, switches=("s",))
+
+    assert g.path("g0", "g1").kind == "LINK"
+    assert g.widest("g0", "g1").devices == ("g0", "s", "g1")
+    assert g.widest("g0", "g1").bottleneck_bytes_per_s == 60e9
+
+
+def test_one_unknown_bandwidth_makes_the_bottleneck_unknown():
+    links = [Link("g0", "s", "pcie", 1, 60e9), Link("s", "g1", "pcie", 1, None)]
+
+    assert graph(links, 2, switches=("s",)).path("g0", "g1").bottleneck_bytes_per_s is None
+
+
+def test_cyclic_and_disconnected_graphs_end():
+    rng = random.Random(3)
+    ids = [f"s{i}" for i in range(40)]
+    links = [Link(rng.choice(ids), rng.choice(ids), "pcie", 1, 1e9) for _ in range(200)]
+    devices = tuple(Device(i, "pci_switch") for i in [*ids, "alone"])
+    g = TopologyGraph(TopologyInfo(devices=devices, links=tuple(x for x in links if x.a != x.b)))
+
+    for a in ids[:8]:
+        for b in ids:
+            path = g.path(a, b)
+            assert path.kind is None or path.devices[0] == a
+            assert path.kind is None or path.devices[-1] == b
+    assert g.path("s0", "alone").kind is None
+
+
+def test_ring_follows_the_links_of_a_ring_whatever_the_order_given():
+    order = [3, 0, 5, 2, 7, 4, 1, 6]  # the cycle that is wired, in scrambled names
+    pairs = [(order[i], order[(i + 1) % 8], 4) for i in range(8)]
+    g = graph(lanes(*pairs), 8)
+
+    found = ring(g, [f"g{i}" for i in range(8)])
+
+    wired = {frozenset((f"g{a}", f"g{b}")) for a, b, _ in pairs}
+    assert found[0] == "g0"
+    assert all(frozenset((found[i], found[(i + 1) % 8])) in wired for i in range(8))
+
+
+def test_ring_takes_the_wider_lanes():
+    # A square of double lanes with single lanes across.
+    pairs = [(0, 2, 2), (2, 1, 2), (1, 3, 2), (3, 0, 2), (0, 1, 1), (2, 3, 1)]
+    g = graph(lanes(*pairs), 4)
+
+    assert ring(g, ["g0", "g1", "g2", "g3"]) in (
+        ("g0", "g2", "g1", "g3"),
+        ("g0", "g3", "g1", "g2"),
+    )
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 9, 80])
+def test_ring_holds_every_member_once(size):
+    g = graph([], size)
+    members = [f"g{i}" for i in range(size)]
+
+    assert sorted(ring(g, members)) == sorted(members)
+
+
+def test_ring_refuses_strangers_and_twins():
+    with pytest.raises(ConfigError, match="twice"):
+        ring(graph([], 2), ["g0", "g0"])
+    with pytest.raises(ConfigError, match="g7"):
+        ring(graph([], 2), ["g0", "g7"])
+
+
+def test_tensor_parallel_pairs_sit_on_the_bridged_cards():
+    g = graph(lanes((0, 2, 4), (1, 3, 4)), 4)
+
+    assert rank_map(g, 2, 1, 2, 1) == ("g0", "g2", "g1", "g3")
+
+
+def test_greedy_choice_does_not_spoil_the_last_group():
+    g = graph(lanes((0, 1, 1), (1, 2, 4), (3, 4, 4), (0, 5, 1)), 6)
+
+    found = rank_map(g, 2, 3, 1, 1)
+
+    pairs = {frozenset(found[i : i + 2]) for i in range(0, 6, 2)}
+    assert pairs == {frozenset(p) for p in (("g1", "g2"), ("g3", "g4"), ("g0", "g5"))}
+
+
+def test_groups_stay_within_hosts_where_they_can(hgx):
+    devices = tuple(
+        Device(f"n{n}/g{i}", "gpu", node=n, index=i) for n in range(2) for i in range(6)
+    )
+    g = TopologyGraph(TopologyInfo(devices=devices, num_nodes=2))
+
+    found = rank_map(g, 4, 1, 3, 1)
+
+    nodes = [{name[:2] for name in found[i : i + 4]} for i in range(0, 12, 4)]
+    assert nodes == [{"n0"}, {"n1"}, {"n0", "n1"}]
+
+
+def test_rank_map_covers_fewer_ranks_than_devices(hgx, hgx_gpus):
+    assert hgx.rank_map(2, pp=2) == hgx_gpus[:4]
+    assert set(hgx.rank_map(2, pp=2, dp=2)) == set(hgx_gpus)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "words"), [((16,), "16 ranks, but only 8"), ((0,), "tp must be")]
+)
+def test_rank_map_refuses_the_impossible(hgx, degrees, words):
+    with pytest.raises(ConfigError, match=words):
+        hgx.rank_map(*degrees)
+
+
+def test_hidden_devices_are_not_placed(look):
+    devices = tuple(Device(f"g{i}", "gpu", vendor="nvidia", index=i) for i in range(4))
+    fragment = TopologyFragment("fixed", devices)
+
+    class Fixed:
+        def detect(self, ctx):
+            return fragment
+
+    manager = TopologyManager(
+        environ={"CUDA_VISIBLE_DEVICES": "3,1"},
+        detectors=[DetectorSpec("fixed", 50, Fixed)],
+    )
+
+    assert set(manager.rank_map(2)) == {"g1", "g3"}
+    assert manager.device(0).id == "g3"
+
+
+def test_ten_thousand_devices_are_a_matter_of_seconds():
+    devices, links = [], []
+    for host in range(1250):
+        name = f"n{host}/"
+        devices.append(Device(f"{name}sw", "fabric_switch", node=host))
+        for i in range(8):
+            devices.append(Device(f"{name}g{i}", "gpu", node=host))
+            links.append(Link(f"{name}g{i}", f"{name}sw", "nvlink", 18, 450e9))
+    g = TopologyGraph(TopologyInfo(devices=tuple(devices), links=tuple(links), num_nodes=1250))
+
+    assert g.path("n7/g0", "n7/g5").kind == "LINK"
+    assert g.path("n7/g0", "n8/g0").kind is None

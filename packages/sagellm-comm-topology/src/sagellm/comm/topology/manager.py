@@ -24,7 +24,6 @@ from sagellm.core.protocols import (
 )
 
 from . import placement
-from ._gather import gather
 from ._sysfs import Tree
 from .detector import installed_detectors, make_context, run_detectors
 from .graph import TopologyGraph
@@ -111,6 +110,8 @@ class TopologyManager(TopologyManagerProtocol):
             ConfigError: Rank and world size do not fit, or `timeout_s` is not above 0.
 
         """
+        from ._gather import gather  # brings msgspec: a third of what importing us would cost
+
         info = self.detect()
         context = self._context(1.0)
         agreed = gather(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +17,7 @@ from sagellm.core.protocols import ConfigError, IntegrityError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_SAMPLE_BYTES = 1024
 
 
 class Checkpoint:
@@ -108,6 +111,39 @@ class Checkpoint:
         self.bytes_read += tensor.nbytes
         # a copy always, so that nothing refers to the mapping after close()
         return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of every tensor's name, dtype, shape, first and last bytes.
+
+        Cheap, because it reads two small samples of each tensor, and equal however the tensors
+        are spread over files. It tells checkpoints apart; it does not prove them untouched.
+
+        Raises:
+            IntegrityError: A file is missing, truncated or damaged.
+        """
+        digest = hashlib.sha256()
+        sources = {self._source} if self._file_of is None else set(self._file_of.values())
+        for _, sample in sorted(s for path in sources for s in self._samples(path)):
+            digest.update(sample)
+        return digest.hexdigest()
+
+    def _samples(self, path: Path) -> list[tuple[str, bytes]]:
+        self._handle(path)  # safetensors has checked the header and the offsets
+        samples = []
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+            for name, tensor in header.items():
+                if name == "__metadata__" or (self._file_of and self._file_of.get(name) != path):
+                    continue
+                first, stop = tensor["data_offsets"]
+                count = min(_SAMPLE_BYTES, stop - first)
+                what = json.dumps([name, tensor["dtype"], tensor["shape"]]).encode()
+                for start in (first, stop - count):
+                    file.seek(8 + length + start)
+                    what += file.read(count)
+                samples.append((name, what))
+        return samples
 
     def _path(self, name: str) -> Path:
         if self._file_of is None:

@@ -11,7 +11,7 @@ this rank, K its KV heads, E head_dim, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,8 @@ class LlamaTP:
     Attributes:
         config: The model's hyper-parameters.
         shard: What this rank holds.
-        fingerprint: Equal for equal configurations and weights, on every rank of every size;
-            taken from the configuration and the norm weights.
+        fingerprint: Equal for equal configurations and checkpoints, on every rank of every
+            size and in every dtype; taken from samples of each stored tensor.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class LlamaTP:
         with Checkpoint(checkpoint_dir) as checkpoint:
             self._load(checkpoint)
             self.bytes_read = checkpoint.bytes_read
-        self.fingerprint = self._fingerprint()
+            stored = f"{asdict(self.config)} {checkpoint.fingerprint()}"
+        self.fingerprint = hashlib.sha256(stored.encode()).hexdigest()
 
     def new_cache(self, num_blocks: int, page_tokens: int = 16) -> PagedKVCache:
         """Returns an empty KV cache of this rank's heads, in this model's dtype and device."""
@@ -130,13 +131,13 @@ class LlamaTP:
             bound=total // self.shard.tp_size + replicated,
         )
 
-    @torch.no_grad()
     def forward(
         self,
         tokens: Sequence[int] | Tensor,
         sequence: KVSequence,
         on_layer_done: Callable[[int], None] | None = None,
         *,
+        before_layer: Callable[[int], None] | None = None,
         all_positions: bool = False,
     ) -> Tensor:
         """Appends tokens to a sequence and returns the logits that follow.
@@ -147,12 +148,39 @@ class LlamaTP:
             on_layer_done: Called with i as soon as layer i's KV of these tokens lies in the
                 sequence's blocks, before the rest of the layer is computed, so that sending
                 overlaps computing. On a device "lies" means on the current stream: record an event.
+            before_layer: Called with i before layer i's cached KV is touched; returns when it
+                is there.
             all_positions: Return logits [T, V] of every token instead of the last one's [V].
 
         Raises:
             ConfigError: No tokens, ids outside the vocabulary, more positions than the model has,
                 or a sequence from a cache of another shape; nothing was computed or sent.
             ResourceError: The cache has no room; nothing was computed or sent.
+        """
+        steps = self.forward_steps(
+            tokens, sequence, before_layer=before_layer, all_positions=all_positions
+        )
+        while True:
+            try:
+                i = next(steps)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
+            if on_layer_done is not None:
+                on_layer_done(i)
+
+    @torch.no_grad()
+    def forward_steps(
+        self,
+        tokens: Sequence[int] | Tensor,
+        sequence: KVSequence,
+        *,
+        before_layer: Callable[[int], None] | None = None,
+        all_positions: bool = False,
+    ) -> Generator[int, None, Tensor]:
+        """Yields i when layer i's KV is in place and returns the logits: `forward` in steps.
+
+        Each step is one task for a scheduler. Arguments and errors are those of `forward`.
         """
         ids_T = self._check(tokens, sequence)
         start, count = sequence.num_tokens, len(ids_T)
@@ -162,9 +190,10 @@ class LlamaTP:
         for i, layer in enumerate(self._layers):
             h_TD = self._norm(x_TD, layer.attention_norm)
             q_HTE, k_KTE, v_KTE = self._project_qkv(layer, h_TD, cos_TE, sin_TE)
+            if before_layer is not None:
+                before_layer(i)
             sequence.write(i, start, k_KTE, v_KTE)
-            if on_layer_done is not None:
-                on_layer_done(i)
+            yield i
             k_KNE, v_KNE = sequence.read(i, start + count)
             a_TD = self._attend(q_HTE, k_KNE, v_KNE)
             x_TD = x_TD + self._reduce(partial(_output, layer), a_TD)
@@ -299,15 +328,6 @@ class LlamaTP:
             tensors += [layer.attention_norm, layer.qkv, layer.o]
             tensors += [layer.mlp_norm, layer.gate_up, layer.down]
         return tensors
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(asdict(self.config)).encode())
-        norms = [self._final_norm]
-        for layer in self._layers:
-            norms += [layer.attention_norm, layer.mlp_norm]
-        for weight_D in norms:
-            digest.update(weight_D.to("cpu", torch.float64).numpy().tobytes())
-        return digest.hexdigest()
 
 
 def generate_greedy(

@@ -12,10 +12,12 @@ from sagellm.comm.kv_transfer import KVTransferSettings, auth, wire
 from sagellm.comm.kv_transfer.frames import HEADER_BYTES, Header
 from sagellm.core.protocols import (
     AuthenticationError,
+    CacheGroup,
     CommTimeoutError,
     ConfigError,
     DistributedRuntimeError,
     IntegrityError,
+    KVLayout,
     KVTransferError,
     TransferKey,
 )
@@ -250,6 +252,44 @@ def test_a_handshake_message_after_the_handshake_ends_the_link(pair):
     sock.sendall(wire.encode(wire.Proof(b"")))
 
     assert closed(sock)
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.LayoutChanged(
+            KVLayout((CacheGroup("kv", "kv", ("l",), ("block", "dim"), (1, 2, 3), "float32"),))
+        ),
+        wire.LayoutChanged(
+            KVLayout((CacheGroup("kv", "kv", ("l",), ("dim",), (0,), "float32"),) * 2)
+        ),
+        wire.KeyFail("i" * 5000, 0, "peer_lost", ""),
+    ],
+)
+def test_senseless_messages_end_the_link(pair, message):
+    out, _, b, _ = pair()
+    sock, _, _, _ = authenticated(b)
+
+    sock.sendall(wire.encode(message))
+
+    assert closed(sock)
+    sock.close()
+    assert works(out, b, 0)
+
+
+def test_parked_offers_hold_bounded_memory(channel, layout, tensors):
+    b = channel(settings=KVTransferSettings(max_backlog_bytes=1 << 16))
+    b.register(layout(), tensors(layout()))
+    sock, _, _, read = authenticated(b)
+    named = {"kv": bytes(1 << 14)}
+    for i in range(8):
+        sock.sendall(wire.encode(wire.Offer(i, f"p{i}", 0, {"kv": 2048}, None, 4096, named)))
+
+    while not isinstance(reply := read(), wire.Fail):
+        pass
+
+    assert reply.code == "resource_exhausted"
     sock.close()
 
 

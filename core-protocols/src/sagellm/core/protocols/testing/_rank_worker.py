@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import importlib
 import importlib.util
 import io
@@ -19,12 +18,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from sagellm.core.protocols.errors import ConfigError
 
-__all__ = ["dump_job", "dumps", "loads"]
+__all__ = ["dump_job", "dumps", "loads", "run"]
 
 _PARENT_MAIN = "__sagellm_parent_main__"
 """What the parent's `__main__` is called in a worker."""
@@ -56,6 +55,28 @@ def loads(data: bytes) -> Any:  # noqa: ANN401 - whatever was put in
     return _Unpickler(io.BytesIO(data)).load()
 
 
+class _Pickler(pickle.Pickler):
+    """Notes the modules whose functions and classes a worker will have to find."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.modules: dict[str, str] = {}
+
+    def reducer_override(self, obj: Any) -> Any:  # noqa: ANN401 - as pickle's own
+        if isinstance(obj, type | FunctionType):
+            self._note(obj.__module__)
+        return NotImplemented
+
+    def _note(self, name: str) -> None:
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None) or ""
+        if name == "__main__":
+            spec = getattr(module, "__spec__", None)
+            self.modules[_PARENT_MAIN] = file if spec is None else f"module:{spec.name}"
+        elif file:
+            self.modules[name] = file
+
+
 def dump_job(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[tuple[str, str]], bytes]:
     """The modules a worker must have first, and the pickled call.
 
@@ -63,29 +84,16 @@ def dump_job(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[tuple[
         ConfigError: The function or an argument cannot be found from another process.
 
     """
-    inner: Any = fn
-    while isinstance(inner, functools.partial):
-        inner = inner.func
+    file = io.BytesIO()
+    pickler = _Pickler(file)
     try:
-        blob = dumps((fn, args))
+        pickler.dump((fn, args))
     except Exception as e:
         raise ConfigError(
-            f"{getattr(inner, '__qualname__', inner)!r} or its arguments cannot be sent to another "
+            f"{getattr(fn, '__qualname__', fn)!r} or its arguments cannot be sent to another "
             f"process: {e}; use a function at the top of a module and plain values"
         ) from e
-    modules: dict[str, str] = {}
-    for value in (inner, *args):
-        name = getattr(value, "__module__", None) or type(value).__module__
-        module = sys.modules.get(name)
-        file = getattr(module, "__file__", None)
-        if name == "__main__":
-            spec = getattr(module, "__spec__", None)
-            modules[_PARENT_MAIN] = file or ""
-            if spec is not None:
-                modules[_PARENT_MAIN] = f"module:{spec.name}"
-        elif file and name != "builtins":
-            modules[name] = file
-    return list(modules.items()), blob
+    return list(pickler.modules.items()), file.getvalue()
 
 
 def _provide(name: str, file: str) -> None:
@@ -166,5 +174,6 @@ def main(argv: list[str]) -> None:
         pipe.send_bytes(_failure(e))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Serve the parent that started this process with its descriptors as arguments."""
     main(sys.argv[1:])

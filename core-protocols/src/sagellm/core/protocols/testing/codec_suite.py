@@ -11,7 +11,7 @@ from sagellm.core.protocols.errors import IntegrityError
 from sagellm.core.protocols.kv_transfer import KVCodec
 
 from .contract import Check, Report, Skipped, run_local, select
-from .targets import factory_of, resolve
+from .targets import factory_of, name_of, resolve
 
 __all__ = ["check_codec", "codec_checks"]
 
@@ -160,8 +160,19 @@ def codec_checks() -> list[Check]:
     ]
 
 
-def check_codec(target: str, *, only: Sequence[str] = ()) -> Report:
-    """Run the suite on a codec: `module:attribute` or the name of an entry point."""
+def check_codec(
+    target: object, *, only: Sequence[str] = (), timeout_s: float | None = None
+) -> Report:
+    """Run the suite on a codec.
+
+    Args:
+        target: `module:attribute`, the name of an entry point, or the class, function or spec.
+        only: Patterns of checks' names; empty runs all.
+        timeout_s: Longest time for one check; None is the check's own.
+
+    """
     found = resolve("codec", target)
     argument = Codec(factory_of(found), getattr(found, "lossless", True))
-    return run_local("codec", target, select(codec_checks(), only), lambda: argument)
+    return run_local(
+        "codec", name_of(target), select(codec_checks(), only), argument, timeout_s=timeout_s
+    )

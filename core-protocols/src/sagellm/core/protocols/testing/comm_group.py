@@ -22,6 +22,7 @@ from .ranks import Ranks, expect_equal, expect_raises, reduced, require, values
 
 __all__ = ["checks"]
 
+_SHORT_S = 1.5  # the group's deadline where a check waits for it
 _BOUND_S = 8.0  # what a deadline may take beyond itself on a busy machine
 
 
@@ -54,19 +55,18 @@ def _handle(r: Ranks) -> None:
     x = r.mine(9)
     work = r.backend.all_reduce(x, async_op=True)
     assert isinstance(work, Work)
-    for name, get in (
+    gets: list[tuple[str, Callable[[], object]]] = [
         ("wait", lambda: work.wait(r.timeout_s)),
         ("wait again", lambda: work.wait(0)),
         ("synchronize", lambda: work.synchronize(r.timeout_s)),
         ("result", work.result),
-    ):
+    ]
+    for name, get in gets:
         if get() is not x:
             raise AssertionError(f"{name} does not give the tensor that was reduced")
     require(work.done(), "done is False after wait")
     require(work.exception() is None, f"exception is {work.exception()!r} after success")
-    handle: Any = work  # torch's futures have no types
-    future = handle.get_future()
-    expect_equal(future.wait(), _sum_of(r, 9), "get_future")
+    expect_equal(_future_of(work).wait(), _sum_of(r, 9), "get_future")
 
     async def awaited() -> torch.Tensor:
         second = r.backend.all_reduce(r.mine(9), async_op=True)
@@ -74,6 +74,11 @@ def _handle(r: Ranks) -> None:
         return await asyncio.wait_for(_as_coroutine(second), r.timeout_s)
 
     expect_equal(asyncio.run(awaited()), _sum_of(r, 9), "await")
+
+
+def _future_of(work: object) -> Any:  # noqa: ANN401 - torch's futures have no types
+    found: Any = work
+    return found.get_future()
 
 
 async def _as_coroutine(work: Work[torch.Tensor]) -> torch.Tensor:
@@ -211,9 +216,10 @@ def _close(r: Ranks) -> None:
 
 
 def _split(r: Ranks) -> None:
-    """Even and odd ranks, each in falling order; the parent goes on beside them."""
+    """Even, odd and all ranks, each in falling order; the parent goes on beside them."""
     b = r.backend
     parts = [list(range(k, r.size, 2))[::-1] for k in range(min(2, r.size))]
+    parts.append(list(range(r.size))[::-1])
     subs = [b.split(ranks, name=f"half{k}") for k, ranks in enumerate(parts)]
     for ranks, sub in zip(parts, subs, strict=True):
         if r.rank not in ranks:
@@ -383,12 +389,15 @@ def _hook_error(r: Ranks) -> None:
         chain = [error, error.__cause__, error.__context__]
         require(any(isinstance(e, HookError) for e in chain), f"the caller got {error!r} instead")
         expect_raises(CommError, "a call afterwards", lambda: r.backend.all_reduce(r.mine(3)))
-        r.await_signal("failed", r.others, timeout_s=r.timeout_s + _BOUND_S)
+        r.await_signal("over", r.others, timeout_s=r.timeout_s + _BOUND_S)
     else:
         r.await_signal("raised", [0])
+        started = time.monotonic()
         expect_raises(CommError, "a call whose peer aborted",
                       lambda: r.backend.all_reduce(r.mine(3)))  # fmt: skip
-        r.signal("failed")
+        took = time.monotonic() - started
+        r.signal("over")
+        require(took < _BOUND_S, f"a call whose peer had aborted waited {took:.1f} s")
 
 
 def checks() -> list[Check]:
@@ -410,13 +419,16 @@ def checks() -> list[Check]:
         ("a hook takes over", _take_over, 1),
         ("close may be repeated", _close, 1),
     ]
-    deadly: list[tuple[str, Callable[[Ranks], None]]] = [
-        ("a barrier's deadline names the missing rank", _barrier_timeout),
-        ("a peer that never comes", _deadline),
-        ("a message that never comes", _recv_deadline),
-        ("abort wakes waiters", _abort),
-        ("an exception in a hook", _hook_error),
+    deadly: list[tuple[str, Callable[[Ranks], None], float | None]] = [
+        ("a barrier's deadline names the missing rank", _barrier_timeout, None),
+        ("a peer that never comes", _deadline, _SHORT_S),
+        ("a message that never comes", _recv_deadline, _SHORT_S),
+        ("abort wakes waiters", _abort, None),
+        ("an exception in a hook", _hook_error, None),
     ]
     found = [Check(name, run, min_size=size) for name, run, size in plain]
-    found += [Check(name, run, timeout_s=60.0, min_size=2) for name, run in deadly]
+    found += [
+        Check(name, run, min_size=2, deadly=True, deadline_s=deadline)
+        for name, run, deadline in deadly
+    ]
     return found

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
 from .contract import Check, Entry, Report, Status, outcome, select
 from .rank_pool import RankFailedError, RankPool, ThreadRanks
-from .targets import BackendTarget
+from .targets import BackendTarget, name_of
 
 __all__ = ["check_backend", "comm_backend_checks"]
 
-_DEADLY_TIMEOUT_S = 1.5  # the group's deadline where a check waits for it
-_TIMEOUT_S = 15.0
-_MAKE_S = 30.0  # what making and closing a group may take on a busy machine
+_DEADLINE_S = 15.0  # of groups in checks that are not about deadlines
 
 
 def comm_backend_checks() -> list[Check]:
@@ -24,45 +23,55 @@ def comm_backend_checks() -> list[Check]:
 
 
 def check_backend(
-    target: str | BackendTarget,
+    target: object,
     *,
     ranks: RankPool | ThreadRanks | None = None,
     world_size: int = 2,
     only: Sequence[str] = (),
+    timeout_s: float | None = None,
 ) -> Report:
     """Run the suite on a backend and report.
 
     Args:
-        target: `module:attribute` or the name of an entry point; see `BackendTarget`.
+        target: A `BackendTarget`, or what one takes: `module:attribute`, the name of an entry
+            point, or the object itself.
         ranks: Where to run; None makes threads or processes as the target wants, for this run.
         world_size: Ranks, where none are given.
-        only: Names or patterns (`all_reduce*`) of checks; empty runs all.
+        only: Patterns of checks' names (`all_reduce*`); empty runs all.
+        timeout_s: Longest time for one check; None is the check's own.
 
     """
-    target = BackendTarget(target) if isinstance(target, str) else target
+    target = target if isinstance(target, BackendTarget) else BackendTarget(target)
     checks = select(comm_backend_checks(), only)
     if ranks is not None:
-        return _run(target, ranks, checks)
+        return _run(target, ranks, checks, timeout_s)
     made = ThreadRanks(world_size) if target.in_process() else RankPool(world_size)
     with made:
-        return _run(target, made, checks)
+        return _run(target, made, checks, timeout_s)
 
 
-def _run(target: BackendTarget, ranks: RankPool | ThreadRanks, checks: Sequence[Check]) -> Report:
-    report = Report("comm_backend", target.name, world_size=ranks.size)
+def _run(
+    target: BackendTarget,
+    ranks: RankPool | ThreadRanks,
+    checks: Sequence[Check],
+    timeout_s: float | None,
+) -> Report:
+    report = Report("comm_backend", name_of(target.name), world_size=ranks.size)
     for check in checks:
         started = time.monotonic()
-        status, detail = _one(target, ranks, check)
+        status, detail = _one(target, ranks, check, timeout_s or check.timeout_s)
         report.entries.append(Entry(check.name, status, detail, time.monotonic() - started))
     return report
 
 
-def _one(target: BackendTarget, ranks: RankPool | ThreadRanks, check: Check) -> tuple[Status, str]:
+def _one(
+    target: BackendTarget, ranks: RankPool | ThreadRanks, check: Check, timeout_s: float
+) -> tuple[Status, str]:
     if ranks.size < check.min_size:
         return "skipped", f"needs {check.min_size} ranks"
     meet = ranks.store_path()
     try:
-        ended = ranks.run(_rank, target, check.name, meet, timeout_s=check.timeout_s + _MAKE_S)
+        ended = ranks.run(_rank, target, check.name, meet, timeout_s=timeout_s)
     except RankFailedError as e:
         failed = [o for o in e.outcomes if o.error]
         return "failed", "; ".join(f"rank {o.rank}: {o.error.strip()}" for o in failed)
@@ -84,14 +93,16 @@ def _rank(rank: int, size: int, target: BackendTarget, name: str, meet: str) -> 
     from .ranks import Ranks
 
     check = next(c for c in comm_backend_checks() if c.name == name)
-    deadly = check.timeout_s > 30.0
-    timeout_s = _DEADLY_TIMEOUT_S if deadly else _TIMEOUT_S
+    timeout_s = _DEADLINE_S if check.deadline_s is None else check.deadline_s
     with target.make(rank, size, meet, timeout_s) as backend:
         context = Ranks(backend, rank, size, timeout_s, meet)
         ended = outcome(lambda: check.run(context))
-        if ended[0] == "run" and not deadly:
-            # Nobody leaves while peers may still read from it. A failed rank waits for nobody:
-            # its peers end at their own deadline.
+        if ended[0] == "failed":
+            context.signal("failed")
+            with contextlib.suppress(Exception):  # so that no peer waits for the group's deadline
+                backend.abort(f"the check {name!r} failed on rank {rank}")
+        elif not check.deadly:
+            # Nobody leaves while peers may still read from it.
             try:
                 context.meet_all("end")
             except TimeoutError as e:

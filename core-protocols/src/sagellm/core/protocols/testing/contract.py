@@ -54,13 +54,17 @@ class Check:
         run: Tries it; its argument depends on the suite. Raises when the sentence is untrue.
         timeout_s: Longest time it may take.
         min_size: Ranks it needs at least, for suites with ranks.
+        deadly: Whether it leaves its group dead.
+        deadline_s: The group's own deadline; None is one that no sound backend reaches.
 
     """
 
     name: str
     run: Callable[..., None]
-    timeout_s: float = 30.0
+    timeout_s: float = 60.0
     min_size: int = 1
+    deadly: bool = False
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +134,24 @@ class Report:
 
 
 def run_local(
-    kind: str, target: str, checks: Sequence[Check], argument: Callable[[], object]
+    kind: str,
+    target: str,
+    checks: Sequence[Check],
+    argument: object,
+    *,
+    timeout_s: float | None = None,
 ) -> Report:
-    """Run checks in this process, each on a fresh `argument()`; a check that hangs has failed.
+    """Run checks in this process, each with `argument`; a check that hangs has failed.
 
     Every check runs in a thread of its own, so that one that never ends is left behind.
+
+    Args:
+        kind: Suite.
+        target: Name for the report.
+        checks: What to run.
+        argument: Handed to every check.
+        timeout_s: Longest time for one check; None is the check's own.
+
     """
     from .rank_pool import RankFailedError, ThreadRanks
 
@@ -143,10 +160,10 @@ def run_local(
         started = time.monotonic()
 
         def one(rank: int, size: int, check: Check = check) -> tuple[Status, str]:
-            return outcome(lambda: check.run(argument()))
+            return outcome(lambda: check.run(argument))
 
         try:
-            ((status, detail),) = ThreadRanks(1).run(one, timeout_s=check.timeout_s)
+            ((status, detail),) = ThreadRanks(1).run(one, timeout_s=timeout_s or check.timeout_s)
         except RankFailedError as e:
             status, detail = "failed", e.outcomes[0].error
         report.entries.append(Entry(check.name, status, detail, time.monotonic() - started))

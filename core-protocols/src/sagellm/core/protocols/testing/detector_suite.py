@@ -14,7 +14,7 @@ from sagellm.core.protocols.detection import CommandResult, DetectionContext, De
 from sagellm.core.protocols.topology import DeviceKind, LinkKind, TopologyFragment
 
 from .contract import Check, Report, run_local, select
-from .targets import factory_of, resolve
+from .targets import factory_of, name_of, resolve
 
 __all__ = ["check_detector", "detector_checks"]
 
@@ -184,7 +184,18 @@ def detector_checks() -> list[Check]:
     ]
 
 
-def check_detector(target: str, *, only: Sequence[str] = ()) -> Report:
-    """Run the suite on a detector: `module:attribute` or the name of an entry point."""
+def check_detector(
+    target: object, *, only: Sequence[str] = (), timeout_s: float | None = None
+) -> Report:
+    """Run the suite on a detector.
+
+    Args:
+        target: `module:attribute`, the name of an entry point, or the class, function or spec.
+        only: Patterns of checks' names; empty runs all.
+        timeout_s: Longest time for one check; None is the check's own.
+
+    """
     argument = Detectors(factory_of(resolve("detector", target)))
-    return run_local("detector", target, select(detector_checks(), only), lambda: argument)
+    return run_local(
+        "detector", name_of(target), select(detector_checks(), only), argument, timeout_s=timeout_s
+    )

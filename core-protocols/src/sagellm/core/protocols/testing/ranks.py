@@ -45,7 +45,7 @@ def values(rank: int, shape: Sequence[int] | int, salt: int = 0) -> NDArray[np.i
 
 def as_tensor(x: NDArray[Any], dtype: str, device: str) -> Tensor:  # Any: bool, int or float
     """A tensor of torch dtype `dtype`."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, dtype)).to(device)
+    return torch.from_numpy(np.array(x, order="C")).to(getattr(torch, dtype)).to(device)
 
 
 def reduced(op: str, inputs: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
@@ -186,10 +186,14 @@ class Ranks:
         Path(f"{self.meet}.{name}.{self.rank}").touch()
 
     def await_signal(self, name: str, ranks: Sequence[int], timeout_s: float = 20.0) -> None:
-        """Wait until ranks have signalled."""
+        """Wait until ranks have signalled, or one has failed its check."""
         wanted = [Path(f"{self.meet}.{name}.{r}") for r in ranks]
+        failures = [(r, Path(f"{self.meet}.failed.{r}")) for r in self.others]
         deadline = time.monotonic() + timeout_s
         while not all(p.exists() for p in wanted):
+            failed = [r for r, path in failures if path.exists()]
+            if failed:
+                raise CommTimeoutError(f"rank {failed} failed before it signalled {name!r}")
             if time.monotonic() > deadline:
                 late = [r for r, p in zip(ranks, wanted, strict=True) if not p.exists()]
                 raise CommTimeoutError(f"ranks {late} did not signal {name!r} in {timeout_s:g} s")

@@ -13,7 +13,7 @@ from sagellm.core.protocols.comm_backend import BackendSpec, CommBackendProtocol
 from sagellm.core.protocols.errors import BackendUnavailableError, ConfigError
 from sagellm.core.protocols.registry import Registry
 
-__all__ = ["GROUPS", "BackendTarget", "factory_of", "resolve"]
+__all__ = ["GROUPS", "BackendTarget", "factory_of", "name_of", "resolve"]
 
 GROUPS = {
     "comm_backend": "sagellm.comm.backends",
@@ -25,8 +25,15 @@ GROUPS = {
 """Entry-point group of each suite."""
 
 
-def resolve(kind: str, name: str) -> Any:  # noqa: ANN401 - a class, function or spec
-    """The object that `name` stands for.
+def name_of(target: object) -> str:
+    """What a report calls a target."""
+    if isinstance(target, str):
+        return target
+    return str(getattr(target, "name", None) or getattr(target, "__qualname__", repr(target)))
+
+
+def resolve(kind: str, name: object) -> Any:  # noqa: ANN401 - a class, function or spec
+    """The object that `name` stands for; anything but a string stands for itself.
 
     Args:
         kind: Suite, a key of `GROUPS`.
@@ -37,6 +44,8 @@ def resolve(kind: str, name: str) -> Any:  # noqa: ANN401 - a class, function or
         BackendUnavailableError: Its import failed.
 
     """
+    if not isinstance(name, str):
+        return name
     if ":" not in name:
         return Registry[Any](GROUPS[kind]).load(name)
     module, _, attribute = name.partition(":")
@@ -94,11 +103,12 @@ class BackendTarget:
       of one group and used once.
 
     Attributes:
-        name: `module:attribute`, or an entry point's name.
+        name: `module:attribute`, an entry point's name, or the object itself; for ranks that
+            are processes it must be picklable.
 
     """
 
-    name: str
+    name: object
 
     def in_process(self) -> bool:
         """Whether its ranks are threads of one process."""

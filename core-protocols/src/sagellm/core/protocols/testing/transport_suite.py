@@ -14,7 +14,7 @@ from sagellm.core.protocols.errors import CommError, CommTimeoutError, PeerLostE
 from sagellm.core.protocols.kv_transfer import KVConnection, KVTransport
 
 from .contract import Check, Report, run_local, select
-from .targets import factory_of, resolve
+from .targets import factory_of, name_of, resolve
 
 __all__ = ["check_transport", "transport_checks"]
 
@@ -264,7 +264,22 @@ def transport_checks() -> list[Check]:
     ]
 
 
-def check_transport(target: str, *, only: Sequence[str] = ()) -> Report:
-    """Run the suite on a transport: `module:attribute` or the name of an entry point."""
+def check_transport(
+    target: object, *, only: Sequence[str] = (), timeout_s: float | None = None
+) -> Report:
+    """Run the suite on a transport.
+
+    Args:
+        target: `module:attribute`, the name of an entry point, or the class, function or spec.
+        only: Patterns of checks' names; empty runs all.
+        timeout_s: Longest time for one check; None is the check's own.
+
+    """
     argument = Transports(factory_of(resolve("transport", target)))
-    return run_local("transport", target, select(transport_checks(), only), lambda: argument)
+    return run_local(
+        "transport",
+        name_of(target),
+        select(transport_checks(), only),
+        argument,
+        timeout_s=timeout_s,
+    )

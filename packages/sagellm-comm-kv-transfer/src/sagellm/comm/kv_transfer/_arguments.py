@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from sagellm.core.protocols import ConfigError, KVBlock, TransferKey, UnsupportedOperationError
 
-__all__ = ["check_deadline", "checked_key", "is_block", "is_tensor", "wrap"]
+__all__ = ["MAX_ID_CHARACTERS", "check_deadline", "checked_key", "is_block", "is_tensor", "wrap"]
+
+MAX_ID_CHARACTERS = 512
+"""Longest id of a transfer."""
 
 
 def check_deadline(deadline_s: float) -> None:
@@ -18,7 +21,7 @@ def checked_key(key: TransferKey) -> TransferKey:
         or len(key) != 2
         or not isinstance(key[0], str)
         or not isinstance(key[1], int)
-        or not 0 < len(key[0]) <= 512
+        or not 0 < len(key[0]) <= MAX_ID_CHARACTERS
     ):
         raise ConfigError(f"{key!r} is no TransferKey(id, attempt) with an id of 1..512 characters")
     return TransferKey(*key)

@@ -24,6 +24,7 @@ from sagellm.core.protocols import (
 
 from . import auth, wire
 from ._accept import Accepted, Doorkeeper
+from ._arguments import MAX_ID_CHARACTERS
 from ._dataplane import DataReader, DataWriter
 from ._dial import Dialled, Dialler
 from ._flows import Inflow
@@ -34,6 +35,7 @@ from ._records import CANCELLED, CompletionQueue, code_of, error_of
 from ._sending import Sending
 from .compression import codec_names, create_codec
 from .discovery import Discovery
+from .plan import check_sound
 from .pool import RegisteredPool
 from .settings import KVTransferSettings
 from .transfer import TransferHandle
@@ -224,6 +226,9 @@ class Engine:
             return False
         link.address, link.version = dialled.address, dialled.version
         self._equip(link, welcome.layout, welcome.codecs, welcome.codec, welcome.checksum)
+        if link.error is not None:
+            dialled.sock.close()
+            return False
         link.attach(dialled.sock, dialled.buffer, [])
         self._met(link, sent)
         return link.error is None
@@ -234,6 +239,9 @@ class Engine:
         link.address, link.version = ready.address, accepted.version
         link.up, link.path = True, f"{ready.transport}:1"
         self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
+        if link.error is not None:
+            accepted.sock.close()
+            return
         token = auth.data_token(accepted.session, 0)
         self._spawn(link, "in", lambda: self._run_incoming(link, token))
         link.attach(accepted.sock, accepted.buffer, accepted.rest)
@@ -281,7 +289,16 @@ class Engine:
                 logger.warning("node %d cannot decode %s: sent as it is", link.peer, s.codec)
         if codec != "none" and codec in self._codecs:
             link.reader.codec = create_codec(codec)
-        link.layout = layout
+        self._learn(link, layout)
+
+    def _learn(self, link: Link, layout: KVLayout | None) -> None:
+        """Note a peer's layout; one that makes no sense ends the link."""
+        try:
+            if layout is not None:
+                check_sound(layout)
+            link.layout = layout
+        except ConfigError as e:
+            link.lose(ConfigError(f"node {link.peer}: {e}"))
 
     def _met(self, link: Link, sent: KVLayout | None) -> None:
         """Compare layouts, and tell the peer of a pool registered meanwhile."""
@@ -322,6 +339,10 @@ class Engine:
     # -- messages ---------------------------------------------------------------------------
 
     def _on_message(self, link: Link, message: wire.Session) -> None:
+        name = getattr(message, "id", "")
+        if len(name) > MAX_ID_CHARACTERS:
+            link.lose(DistributedRuntimeError(f"node {link.peer}: an id of {len(name)} characters"))
+            return
         match message:
             case wire.Offer():
                 self.receiving.on_offer(link, message)
@@ -347,9 +368,10 @@ class Engine:
                 self.sending.fail_key(key, error)
                 self.receiving.fail_key(key, error)
             case wire.LayoutChanged():
-                link.layout = message.layout
-                link.compare(self.pool.layout if self.pool is not None else None)
-                self.receiving.layout_changed(link)
+                self._learn(link, message.layout)
+                if link.error is None:
+                    link.compare(self.pool.layout if self.pool is not None else None)
+                    self.receiving.layout_changed(link)
             case wire.Bye():
                 text = f"node {link.peer} has closed its channel {message.message}".strip()
                 link.lose(PeerLostError(text, rank=link.peer))

@@ -185,7 +185,12 @@ class Receiving:
                     del self._parked[link, offer.tid]
                     self._join(candidate, link, offer)
                     return
-            if sum(of is link for of, _ in self._parked) > self._engine.settings.max_in_flight:
+            mine = [o for (of, _), o in self._parked.items() if of is link]
+            limits = self._engine.settings
+            if (
+                len(mine) > limits.max_in_flight
+                or sum(map(_weight, mine)) > limits.max_backlog_bytes
+            ):
                 del self._parked[link, offer.tid]
                 full = f"node {self._engine.node_id} holds too many offers nobody has received"
                 link.send(wire.Fail(offer.tid, ResourceError.code, full))
@@ -284,7 +289,9 @@ class Receiving:
         for key in [k for k in self._parked if k[0] is link]:
             del self._parked[key]
         for key in [k for k in self._by_tid if k[0] is link]:
-            r = self._by_tid[key][0]
+            if (entry := self._by_tid.get(key)) is None:
+                continue
+            r = entry[0]
             if r.landed:
                 self.on_release(*key)
             else:
@@ -309,6 +316,8 @@ class Receiving:
             who = f"node {', '.join(map(str, absent))}, which never came"
         elif not came:
             who = "any node: nobody sent it"
+        elif unsealed := sorted({s.link.peer for s in r.sources if not s.sealed}):
+            who = f"node {', '.join(map(str, unsealed))} to seal its stream"
         else:
             who = f"node {', '.join(map(str, sorted(came)))}; {r.handle.progress}"
         self.fail(
@@ -337,9 +346,11 @@ class Receiving:
         # the offer is answered from here on, whichever way this goes
         try:
             joined = self._granter.plan(r, link, offer)
-        except CommError as e:
-            link.send(wire.Fail(offer.tid, code_of(e), str(e)))
-            self.fail(r, e)
+        except (CommError, RuntimeError, ValueError, TypeError, OverflowError) as e:
+            # torch refuses odd shapes and dtypes of a hostile offer in its own ways
+            error = e if isinstance(e, CommError) else ConfigError(f"a senseless offer: {e}")
+            link.send(wire.Fail(offer.tid, code_of(error), str(error)))
+            self.fail(r, error)
             return
         if joined is None:
             self._starved.append((r, link, offer))
@@ -480,3 +491,9 @@ class Receiving:
             for waiting, link, offer in starved:
                 if waiting.error is None:
                     self._join(waiting, link, offer)
+
+
+def _weight(offer: wire.Offer) -> int:
+    """Bytes that an offer holds on to, about."""
+    named = sum(map(len, (offer.dst_blocks or {}).values()))
+    return 512 + named + 256 * len(offer.tensors or ()) + 128 * len(offer.counts)

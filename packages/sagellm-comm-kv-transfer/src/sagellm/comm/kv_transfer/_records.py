@@ -12,6 +12,7 @@ from sagellm.core.protocols import CommError, Completion, KVTransferError, error
 __all__ = ["CANCELLED", "CompletionQueue", "Memory", "code_of", "error_of"]
 
 CANCELLED = "cancelled"
+_MAX_MESSAGE = 8192
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -25,6 +26,7 @@ def code_of(error: BaseException) -> str:
 
 def error_of(code: str, message: str) -> CommError:
     """The error that a peer named."""
+    message = message[:_MAX_MESSAGE]
     if code in (CANCELLED, KVTransferError.code):
         return KVTransferError(message, cause=code)
     return error_from_code(code, message)

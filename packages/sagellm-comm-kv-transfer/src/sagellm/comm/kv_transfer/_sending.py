@@ -180,7 +180,9 @@ class Sending:
         if (offered := self._offers.get(fetch.id)) is not None:
             self._serve(offered, link, fetch)
             return
-        if len(self._fetches) >= self._engine.settings.max_in_flight:
+        held = sum(len(i) for f in self._fetches.values() for i in (f.src_blocks or {}).values())
+        limits = self._engine.settings
+        if len(self._fetches) >= limits.max_in_flight or held > limits.max_backlog_bytes:
             full = f"node {self._engine.node_id} holds too many fetches nobody has offered"
             link.send(wire.Fail(fetch.tid, ResourceError.code, full))
             return

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sagellm.core.protocols import Axis, CacheGroup, KVLayout, LayoutMismatchError
+from sagellm.core.protocols import Axis, CacheGroup, ConfigError, KVLayout, LayoutMismatchError
 
 __all__ = [
     "Part",
     "Runs",
     "check_layouts",
+    "check_sound",
     "coverage_gap",
     "held_part",
     "shared_parts",
@@ -48,6 +49,34 @@ class Runs(NamedTuple):
 def inner_axes(group: CacheGroup) -> tuple[Axis, ...]:
     """Axes of one block of one layer, in memory order; `block_shape` has their lengths."""
     return tuple(axis for axis in group.axes if axis not in ("block", "layer"))
+
+
+def check_sound(layout: KVLayout) -> None:
+    """Check that a layout makes sense by itself; a peer's may say anything.
+
+    Raises:
+        ConfigError: It does not.
+
+    """
+    names = [g.name for g in layout.groups]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"cache groups {names} are not named apart")
+    for group in layout.groups:
+        if group.axes.count("block") != 1 or len(set(group.axes)) != len(group.axes):
+            raise ConfigError(
+                f"group {group.name!r}: axes {group.axes} need `block` once, no repeats"
+            )
+        inner = inner_axes(group)
+        if len(inner) != len(group.block_shape) or any(n < 1 for n in group.block_shape):
+            raise ConfigError(
+                f"group {group.name!r}: block_shape {list(group.block_shape)} needs a length "
+                f"for each of axes {list(inner)}"
+            )
+        shard = group.shard
+        if shard is not None and (
+            shard.axis not in inner or not 0 <= shard.rank < shard.size or shard.replicas < 1
+        ):
+            raise ConfigError(f"group {group.name!r}: {shard} does not fit axes {list(inner)}")
 
 
 def held_part(group: CacheGroup, axis: str) -> Part:

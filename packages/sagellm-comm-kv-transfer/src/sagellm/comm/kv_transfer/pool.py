@@ -19,7 +19,7 @@ from sagellm.core.protocols import (
 )
 
 from .memory import Ints, Slab, Views, storage_of
-from .plan import Part, inner_axes, slab_runs
+from .plan import Part, check_sound, inner_axes, slab_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,7 @@ class RegisteredPool:
     """
 
     def __init__(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> None:
+        check_sound(layout)
         expected = [name for group in layout.groups for name in group.tensor_names]
         if missing := sorted(set(expected) - set(tensors)):
             raise ConfigError(f"the layout needs tensors {missing}, which were not given")
@@ -279,18 +280,7 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
 
 def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:
     """Blocks of the group; raises when its tensors do not fit it."""
-    if group.axes.count("block") != 1 or len(set(group.axes)) != len(group.axes):
-        raise ConfigError(f"group {group.name!r}: axes {group.axes} need `block` once, no repeats")
     inner = inner_axes(group)
-    if len(inner) != len(group.block_shape):
-        raise ConfigError(
-            f"group {group.name!r}: block_shape {list(group.block_shape)} has "
-            f"{len(group.block_shape)} lengths for axes {list(inner)}"
-        )
-    if group.shard is not None:
-        shard = group.shard
-        if shard.axis not in inner or not 0 <= shard.rank < shard.size or shard.replicas < 1:
-            raise ConfigError(f"group {group.name!r}: {shard} does not fit axes {list(inner)}")
     counts: dict[str, int] = {}
     for name in group.tensor_names:
         tensor = tensors[name]

@@ -68,6 +68,9 @@ class Stream:
     def seal(self, num_tokens: int) -> TransferHandle:
         """Say that nothing more comes, and how many tokens the blocks hold.
 
+        The transfer lands when all senders of the key have sealed and everything is in place:
+        seal all streams of a thread before waiting for one of them.
+
         Raises:
             ConfigError: Blocks were never sent, and the transfer is aborted.
             KVTransferError: The transfer has failed.

@@ -183,7 +183,9 @@ class TopologyManager(TopologyManagerProtocol):
             ConfigError: A degree is below 1, or tp * pp * dp * ep exceeds the accelerators.
 
         """
-        return placement.rank_map(self._widest_graph(), tp, pp, dp, ep)
+        graph = self._widest_graph()
+        # What other processes see is theirs: after a gather no device counts as hidden.
+        return placement.rank_map(graph, tp, pp, dp, ep, visible_only=graph is not self._job)
 
     def ring(self, group: Sequence[str]) -> tuple[str, ...]:
         """The members of `group` in the order of a ring with the widest bottleneck found.

@@ -44,7 +44,7 @@ class Job(msgspec.Struct, frozen=True):
     decode_blocks: int = 64
     page_tokens: int = 16
     threads: int = 1
-    deadline_s: float = 30.0
+    deadline_s: float = 60.0
     sabotage_layer: int | None = None
 
     @property

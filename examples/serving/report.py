@@ -15,6 +15,7 @@ from serving.messages import Job, Ready
 from serving.router import Overlap, Request
 
 _MOST_ROWS = 16
+_TOO_WIDE = 1.0
 
 
 def _table(title: str, **columns: str) -> Table:
@@ -121,12 +122,19 @@ def show_overlap(console: Console, overlap: Overlap) -> None:
         highlight=False,
     )
     trace, saved = _percent(overlap.eff_trace), _percent(overlap.eff_saved)
-    low, high = map(_percent, overlap.eff_saved_quartiles)
+    low, high = overlap.eff_saved_quartiles
     console.print(
         f"  eff_trace {trace} of the sending ran beside computation; "
-        f"eff_saved {saved} of its time was saved (middle half of the rounds: {low} to {high})",
+        f"eff_saved {saved} of its time was saved "
+        f"(middle half of the rounds: {_percent(low)} to {_percent(high)})",
         highlight=False,
     )
+    if low is None or high is None or high - low > _TOO_WIDE:
+        console.print(
+            "  [dim]the rounds differ too much to judge by eff_saved: sending is short beside "
+            "computing, and the machine is busy[/dim]",
+            highlight=False,
+        )
 
 
 def _percent(value: float | None) -> str:

@@ -75,7 +75,11 @@ def _job(parts: list[str], job: Job, ready: Mapping[int, Ready], flows: Sequence
         title = f"{role}, tensor parallel over {len(ranks)}"
         parts.append(svg_text(left + 16, top + 27, title, fill=colour, size=14, weight=600))
         first = ready[ranks[0]]
-        how = f"all_reduce: {first.backend}, {first.algorithm}" if len(ranks) > 1 else "no group"
+        how = (
+            f"all_reduce: {first.backend}, {first.algorithm}"
+            if len(ranks) > 1
+            else "a group of one"
+        )
         parts.append(svg_text(left + 16, top + height - 16, how, fill=_GREY, size=12))
         used = len(ranks) * _CARD_H + (len(ranks) - 1) * _CARD_GAP
         y = top + 42 + (inner - used) / 2
@@ -109,7 +113,6 @@ def _arrow(
         f'{x2:.1f} {y2:.1f}" fill="none" stroke="{_GREY}" stroke-width="{width}" '
         'marker-end="url(#tip)"/>'
     )
-    # beside the source's end of the curve, where two curves are still apart
     label = f"KV {flow.nbytes / 1e6:.1f} MB · {flow.path}"
     at_x, at_y = (x1 + x2) / 2, (y1 + y2) / 2
     w = 7.0 * len(label) + 12

@@ -4,6 +4,7 @@ import pytest
 import torch
 from llama_tp import TINY_LLAMA, LlamaTP, generate_greedy
 from row_reduce import reduce_in_chunks
+from safetensors.torch import load_file, save_file
 
 from sagellm.core.protocols import ConfigError
 
@@ -139,6 +140,28 @@ def test_the_fingerprint_is_the_same_on_every_rank_and_differs_between_models(
 
     assert set(ranks) == {whole.fingerprint}
     assert LlamaTP(make_checkpoint()).fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_the_fingerprint_changes_with_any_tensor(make_checkpoint, name):
+    folder = make_checkpoint()
+    before = LlamaTP(folder).fingerprint
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] += 1
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert LlamaTP(folder).fingerprint != before
+
+
+def test_the_fingerprint_is_the_same_in_any_dtype_and_number_of_files(make_checkpoint, tmp_path):
+    one = LlamaTP(make_checkpoint()).fingerprint
+    double = LlamaTP(tmp_path, dtype=torch.float64).fingerprint
+    (tmp_path / "model.safetensors").unlink()
+
+    several = LlamaTP(make_checkpoint(files=3)).fingerprint
+
+    assert one == double == several
 
 
 def test_prompt_in_parts_equals_prompt_at_once(whole, prompts):

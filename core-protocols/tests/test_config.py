@@ -200,3 +200,19 @@ def test_an_entry_point_under_another_name_is_refused(monkeypatch):
 
 def test_the_installed_packages_agree():
     assert "ports" in config.load_all({})
+
+
+class Guarded(Settings, package="guarded"):
+    key: pydantic.SecretStr | None = pydantic.Field(default=None, min_length=12)
+
+
+def test_a_secret_is_never_shown():
+    environ = {"SAGELLM_COMM_GUARDED_KEY": "correct horse battery"}
+
+    assert "horse" not in Guarded.load(environ).describe()
+    with pytest.raises(ConfigError, match=r"guarded.key = \*+ .environment") as caught:
+        Guarded.load({"SAGELLM_COMM_GUARDED_KEY": "horse"})
+    assert "horse" not in str(caught.value)
+    with pytest.raises(ConfigError, match="did you mean 'SAGELLM_COMM_GUARDED_KEY'") as caught:
+        Guarded.load({"SAGELLM_COMM_GUARDED_KEYS": "horse"})
+    assert "horse" not in str(caught.value)

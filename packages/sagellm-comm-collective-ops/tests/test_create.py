@@ -83,10 +83,23 @@ def test_unknown_name_says_what_exists_and_what_to_install(name, hint):
 def test_device_backend_without_device_says_what_is_missing_and_what_next(kind):
     with pytest.raises(BackendUnavailableError) as caught:
         kind()
-    assert "cannot run here: this torch is built without " in str(caught.value)
-    assert "create_comm_backend('auto')" in str(caught.value)
+    text = str(caught.value)
+    assert f"backend {kind.default_spec.name!r} cannot run here: " in text
+    # What is missing depends on the torch build: a library of it, or the device.
+    assert kind.default_spec.probe().reason in text
+    assert f"next step: {kind.default_spec.install_hint}" in text
+    assert "create_comm_backend('auto')" in text
     with pytest.raises(BackendUnavailableError):
         create_comm_backend(kind.default_spec.name)
+
+
+def test_package_lists_and_gives_every_public_name():
+    import sagellm.comm.collective_ops as package
+
+    assert set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        package.nonsense  # noqa: B018
 
 
 def test_unknown_options_and_devices_are_refused():

@@ -117,6 +117,9 @@ def test_a_lost_prefill_rank_fails_all_sides(channel, layout, tensors):
         c.register(layout(4, 2, rank), tensors(layout(4, 2, rank)))
     for rank, c in enumerate(decode):
         c.register(layout(4, 2, rank), tensors(layout(4, 2, rank)))
+    for c in prefill:
+        for target in decode:
+            c.connect(target.node_id, timeout_s=10)
     key = TransferKey("k")
     received = [c.receive(key, [1], source_node=[0, 1]) for c in decode]
     streams = {(s, t): prefill[s].begin(key, 2 + t, [1]) for s in range(2) for t in range(2)}

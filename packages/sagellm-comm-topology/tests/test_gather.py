@@ -135,6 +135,7 @@ def test_one_process_alone_gathers_itself(hgx, store):
 
     assert (info.num_nodes, info.num_devices) == (1, 8)
     assert info.accelerators[0].uuid is None
+    assert hgx.rank_map(8) == tuple(d.id for d in info.accelerators)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,13 @@ def test_lanes_to_an_unnamed_end_infer_a_switch(gpus, look):
     assert info.domains[0].confidence == "inferred"
 
 
+def test_lanes_to_the_processor_are_no_switch(gpus, look):
+    info = look(gpus, nvml=StubNvml([A, B], peers={g: ["cpu"] * 2 for g in (A, B)})).detect()
+
+    assert info.domains == ()
+    assert any("lead to the CPU" in w for w in info.warnings)
+
+
 def test_one_gpu_on_a_switch_is_no_domain(gpus, look):
     info = look(gpus, nvml=StubNvml([A, B, C], peers={A: ["switch"] * 18})).detect()
 

@@ -204,7 +204,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"| {case} | {metric} | " + " | ".join(cells.get(c, "") for c in contenders) + " |"
         )
     missing = {r["contender"]: r["missing"] for r in rows if r.get("missing")}
-    lines += ["", *(f"- {name}: not measured, {why}" for name, why in missing.items())]
+    if missing:
+        lines += ["", *(f"- {name}: not measured, {why}" for name, why in missing.items())]
     if report["ratios"]:
         lines += ["", "| ratio | case | value | worst launch | goal |", "|---|---|---|---|---|"]
     for ratio in report["ratios"]:

@@ -7,8 +7,9 @@ For one package, `kv_transfer` say, a field `chunk_bytes` is looked up in this o
 3. the YAML file that `SAGELLM_COMM_CONFIG` names, in its section `kv_transfer:`
 4. the default of the field
 
-A name that nobody knows is refused, with the nearest one that somebody does. Nothing is read
-when this module is imported, and nothing is remembered between two calls of `load`.
+A name that nobody knows is refused, with the nearest one that somebody does. A field declared
+as `pydantic.SecretStr` is shown as stars in messages and descriptions. Nothing is read when
+this module is imported, and nothing is remembered between two calls of `load`.
 """
 
 from __future__ import annotations
@@ -292,10 +293,7 @@ def _from_environ(cls: type[Settings], environ: Mapping[str, str]) -> _Layer:
         path = tuple(variable[len(prefix) :].lower().split("__"))
         annotation, raw = _declared(cls, path)
         if annotation is None:
-            raise ConfigError(
-                f"unknown variable {variable}={environ[variable]!r}"
-                f"{_nearest(variable, _variables(cls))}"
-            )
+            raise ConfigError(f"unknown variable {variable}{_nearest(variable, _variables(cls))}")
         text = environ[variable]
         value = text if raw else _parse(text, annotation, variable)
         for rest, leaf in _leaves_of(annotation, value):
@@ -407,6 +405,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"{guess}; known: {', '.join(known) or 'none'}"
 
 
+def _is_secret(cls: type[Settings], path: _Path) -> bool:
+    declared = [_declared(cls, path[:n])[0] for n in range(1, len(path) + 1)]
+    secret = (pydantic.SecretStr, pydantic.SecretBytes)
+    return any(k in secret for d in declared for k in _alternatives(d))
+
+
 def _explain(
     cls: type[Settings], error: pydantic.ValidationError, origins: Mapping[_Path, str]
 ) -> str:
@@ -427,5 +431,6 @@ def _explain(
             "file": f"correct {name.replace('.', ' > ')} in {found.removeprefix('file ')}",
         }.get(found.split(" ")[0], "pass another value")
         reason = item["msg"].removeprefix("Value error, ")
-        sentences.append(f"{name} = {item['input']!r} ({found}): {reason}; {step}")
+        shown = "**********" if _is_secret(cls, path) else repr(item["input"])
+        sentences.append(f"{name} = {shown} ({found}): {reason}; {step}")
     return "; ".join(sentences)

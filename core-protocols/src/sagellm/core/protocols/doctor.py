@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Finding", "diagnose", "main"]
+__all__ = ["Finding", "diagnose", "main", "require_supported_platform"]
 
 _LEVELS = (("sagellm",), ("sagellm", "comm"), ("sagellm", "core"))
 _FAMILY = (

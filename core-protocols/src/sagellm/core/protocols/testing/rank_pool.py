@@ -275,7 +275,9 @@ class RankPool:
 
     def kill(self, rank: int) -> None:
         """Kill one worker with SIGKILL, as a machine that fails would."""
-        self._workers[rank].process.kill()
+        process = self._workers[rank].process
+        process.kill()
+        process.wait()
 
     def store_path(self) -> str:
         """A fresh path for a `torch.distributed.FileStore`, or anything else ranks meet at."""
@@ -287,6 +289,12 @@ class RankPool:
         if not self._closed:
             self._closed = True
             for worker in self._workers:
+                worker.pipe.close()  # an idle worker ends by itself
+            deadline = time.monotonic() + GRACE_S
+            for worker in self._workers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    if self._busy is None:
+                        worker.process.wait(max(0.0, deadline - time.monotonic()))
                 worker.kill()
             shutil.rmtree(self._folder, ignore_errors=True)
 

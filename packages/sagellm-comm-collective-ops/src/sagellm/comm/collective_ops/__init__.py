@@ -1,16 +1,24 @@
-"""Collectives over NCCL, RCCL, Gloo and an in-process mock behind one protocol."""
+"""Collectives over NCCL, RCCL, Gloo and an in-process mock behind one protocol.
 
-from ._mock_group import Transfer as Transfer
+Importing this package does not import torch, so that finding its backends costs nothing. Every
+name below but `__version__` needs torch and is imported when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING
+
 from ._version import __version__ as __version__
-from .factory import (
-    create_comm_backend as create_comm_backend,
-    explain_selection as explain_selection,
-)
-from .fusion import FusedAllReduce as FusedAllReduce, fused_all_reduce as fused_all_reduce
-from .gloo_backend import GlooBackend as GlooBackend
-from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
-from .nccl_backend import NCCLBackend as NCCLBackend
-from .rccl_backend import RCCLBackend as RCCLBackend
+
+if TYPE_CHECKING:
+    from ._mock_group import Transfer as Transfer
+    from .factory import (
+        create_comm_backend as create_comm_backend,
+        explain_selection as explain_selection,
+    )
+    from .fusion import FusedAllReduce as FusedAllReduce, fused_all_reduce as fused_all_reduce
+    from .gloo_backend import GlooBackend as GlooBackend
+    from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
+    from .nccl_backend import NCCLBackend as NCCLBackend
+    from .rccl_backend import RCCLBackend as RCCLBackend
 
 __all__ = [
     "FusedAllReduce",
@@ -25,3 +33,29 @@ __all__ = [
     "explain_selection",
     "fused_all_reduce",
 ]
+
+_NEED_TORCH = {
+    "FusedAllReduce": "fusion",
+    "GlooBackend": "gloo_backend",
+    "MockBackend": "mock_backend",
+    "MockWorld": "mock_backend",
+    "NCCLBackend": "nccl_backend",
+    "RCCLBackend": "rccl_backend",
+    "Transfer": "_mock_group",
+    "create_comm_backend": "factory",
+    "explain_selection": "factory",
+    "fused_all_reduce": "fusion",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f".{_NEED_TORCH[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

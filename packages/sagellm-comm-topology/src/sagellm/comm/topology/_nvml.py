@@ -217,7 +217,7 @@ class _Session:
         count = self._field(handle, "NVML_FI_DEV_NVLINK_LINK_COUNT", 91)
         limit = int(count) if count else getattr(self._nvml, "NVML_NVLINK_MAX_LINKS", 18)
         peers: dict[str, int] = {}
-        switched = unknown = 0
+        switched = unknown = to_cpu = 0
         for lane in range(limit):
             # An active lane says nothing of whom it reaches: that is asked for next.
             if self._ask("nvmlDeviceGetNvLinkState", handle, lane) != 1:
@@ -227,6 +227,8 @@ class _Session:
             peer = normal_bdf(_text(remote.busId)) if remote is not None else None
             if kind == getattr(self._nvml, "NVML_NVLINK_DEVICE_TYPE_SWITCH", 2):
                 switched += 1
+            elif kind == getattr(self._nvml, "NVML_NVLINK_DEVICE_TYPE_IBMNPU", 1):
+                to_cpu += 1
             elif peer is not None and peer in handles and peer != bdf:
                 peers[peer] = peers.get(peer, 0) + 1
             else:
@@ -234,6 +236,10 @@ class _Session:
         for peer, lanes in peers.items():
             pair = (min(bdf, peer), max(bdf, peer))
             bundles[pair] = (max(lanes, bundles.get(pair, (0, None))[0]), bandwidth)
+        if to_cpu:
+            self._warnings.append(
+                f"{bdf}: {to_cpu} NVLinks lead to the CPU; they are not in the graph"
+            )
         if switched:
             self._join_switch(bdf, switched, bandwidth, stated=True)
         if unknown and not switched and not peers:

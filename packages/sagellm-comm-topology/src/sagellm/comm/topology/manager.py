@@ -24,7 +24,6 @@ from sagellm.core.protocols import (
 )
 
 from . import placement
-from ._gather import gather
 from ._sysfs import Tree
 from .detector import installed_detectors, make_context, run_detectors
 from .graph import TopologyGraph
@@ -111,6 +110,8 @@ class TopologyManager(TopologyManagerProtocol):
             ConfigError: Rank and world size do not fit, or `timeout_s` is not above 0.
 
         """
+        from ._gather import gather  # brings msgspec: a third of what importing us would cost
+
         info = self.detect()
         context = self._context(1.0)
         agreed = gather(
@@ -182,7 +183,9 @@ class TopologyManager(TopologyManagerProtocol):
             ConfigError: A degree is below 1, or tp * pp * dp * ep exceeds the accelerators.
 
         """
-        return placement.rank_map(self._widest_graph(), tp, pp, dp, ep)
+        graph = self._widest_graph()
+        # What other processes see is theirs: after a gather no device counts as hidden.
+        return placement.rank_map(graph, tp, pp, dp, ep, visible_only=graph is not self._job)
 
     def ring(self, group: Sequence[str]) -> tuple[str, ...]:
         """The members of `group` in the order of a ring with the widest bottleneck found.

@@ -69,21 +69,21 @@ def _nearest_with_cpus(node: Device, nodes: dict[int, Device]) -> int | None:
     return ranked[0][1] if ranked else None
 
 
-def rank_map(graph: TopologyGraph, tp: int, pp: int, dp: int, ep: int) -> tuple[str, ...]:
+def rank_map(
+    graph: TopologyGraph, tp: int, pp: int, dp: int, ep: int, *, visible_only: bool = False
+) -> tuple[str, ...]:
     """Device id for each rank; groups of tp, then of ep, pp and dp on the best links left."""
     for name, degree in (("tp", tp), ("pp", pp), ("dp", dp), ("ep", ep)):
         if degree < 1:
             raise ConfigError(f"{name} must be at least 1, not {degree}")
     devices = [
-        d
-        for d in graph.info.accelerators
-        if graph.info.num_nodes > 1 or d.visible_index is not None
+        d for d in graph.info.accelerators if d.visible_index is not None or not visible_only
     ]
     wanted = tp * pp * dp * ep
     if wanted > len(devices):
         raise ConfigError(
             f"tp {tp} * pp {pp} * dp {dp} * ep {ep} = {wanted} ranks, but only {len(devices)} "
-            f"accelerators are {'known' if graph.info.num_nodes > 1 else 'visible'}"
+            f"accelerators are {'visible' if visible_only else 'known'}"
         )
     groups = _pack(graph, devices, tp)[: wanted // tp]
     for degree in (ep, pp):  # dp takes what is left, in order

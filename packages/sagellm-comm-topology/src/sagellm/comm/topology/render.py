@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +19,9 @@ _STYLES = {
     "LINK": "bold green", "C2C": "bold green", "PIX": "green", "PXB": "cyan", "PHB": "yellow",
     "NODE": "yellow", "SYS": "red", "NET": "magenta",
 }  # fmt: skip
-_MATRIX_LIMIT = 24  # more columns than a wide terminal holds
+_KIND_NAMES = {"pci_root": "bridge", "pci_switch": "switch", "fabric_switch": "fabric"}
+_MATRIX_LIMIT = 24
+_BLOCK = 12  # columns that a terminal of 80 characters holds
 
 
 def bytes_text(count: float | None) -> str:
@@ -39,33 +42,37 @@ def bytes_text(count: float | None) -> str:
 def render_table(info: TopologyInfo) -> Table:
     """One row for each device: what it is, where it is, and its way to the host.
 
-    Unknown facts are `?`. Ids of hosts after a `gather` begin with `n<node>/`.
+    Column `#` is the number by which this process sees an accelerator. Unknown facts are `?`.
+    Ids of hosts after a `gather` begin with `n<node>/`.
     """
     graph = TopologyGraph(info)
     hosts = f"{info.num_nodes} hosts" if info.num_nodes > 1 else info.hostname or "this host"
     count = info.num_devices
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=f"{hosts}: {count} accelerator{'' if count == 1 else 's'}",
         caption=f"fingerprint {info.fingerprint}" if info.fingerprint else None,
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("device", style="bold", no_wrap=True)
-    table.add_column("kind")
-    table.add_column("what it is", overflow="fold")
-    table.add_column("NUMA", justify="right")
-    table.add_column("CPUs", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("what it is", min_width=18, overflow="fold")
+    table.add_column("NUMA", justify="right", no_wrap=True)
+    table.add_column("CPUs", min_width=6, overflow="fold")
     table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("link", justify="right", no_wrap=True)
-    table.add_column("visible", justify="right")
+    table.add_column("#", justify="right", no_wrap=True)
     for device in info.devices:
         numa = ",".join(map(str, device.numa_nodes)) or "?"
-        if device.kind == "fabric_switch" and not device.numa_nodes:
+        if device.kind in ("pci_switch", "fabric_switch") and not device.numa_nodes:
             numa = ""
         has_memory = device.kind in ("gpu", "npu", "numa", "cxl_mem")
         table.add_row(
             device.id,
-            device.kind,
+            _KIND_NAMES.get(device.kind, device.kind),
             describe(device),
             numa,
             device.cpulist or "",
@@ -77,24 +84,31 @@ def render_table(info: TopologyInfo) -> Table:
 
 
 def render_matrix(info: TopologyInfo) -> RenderableType:
-    """The path class of every pair of accelerators and NICs, coloured; big machines are cut."""
+    """The path class of every pair of accelerators and NICs, coloured, in blocks of columns.
+
+    Of more than 24 devices the first 24 are shown and the others counted.
+    """
     graph = TopologyGraph(info)
     shown = [*info.accelerators, *(d for d in info.devices if d.kind == "nic")]
     cut = shown[:_MATRIX_LIMIT]
-    table = Table(show_lines=False)
     labels = column_labels(cut)
-    table.add_column("")
-    for label in labels:
-        table.add_column(label, justify="center")
-    for label, row in zip(labels, cut, strict=True):
-        cells: list[RenderableType] = [label]
-        for column in cut:
-            kind = graph.path(row.id, column.id).kind or ""
-            cells.append(Text(pair_label(graph, row, column), style=_STYLES.get(kind, "dim")))
-        table.add_row(*cells)
+    blocks: list[RenderableType] = []
+    for first in range(0, len(cut), _BLOCK):
+        columns = cut[first : first + _BLOCK]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("", style="bold", no_wrap=True)
+        for label in labels[first : first + _BLOCK]:
+            table.add_column(label, justify="center", no_wrap=True)
+        for label, row in zip(labels, cut, strict=True):
+            cells: list[RenderableType] = [label]
+            for column in columns:
+                kind = graph.path(row.id, column.id).kind or ""
+                cells.append(Text(pair_label(graph, row, column), style=_STYLES.get(kind, "dim")))
+            table.add_row(*cells)
+        blocks.append(table)
     if len(cut) < len(shown):
-        return Group(table, f"{len(shown) - len(cut)} more devices are not shown")
-    return table
+        blocks.append(f"{len(shown) - len(cut)} more devices are not shown")
+    return Group(*blocks)
 
 
 def describe(device: Device) -> str:

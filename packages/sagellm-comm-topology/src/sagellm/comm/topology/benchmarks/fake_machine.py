@@ -179,8 +179,8 @@ class StubNvml:
 
     Args:
         busids: Bus address of each GPU in driver order.
-        peers: NVLinks: bus address to the far end of each of its lanes; `switch` for a switch
-            and None for an end that the driver does not name.
+        peers: NVLinks: bus address to the far end of each of its lanes; `switch` for a switch,
+            `cpu` for the processor and None for an end that the driver does not name.
         call_s: Time that each call takes, burnt and not slept.
         broken: Index of a GPU whose handle cannot be had.
         mig: Bus address to the UUIDs of its partitions.
@@ -274,12 +274,12 @@ class StubNvml:
     def nvmlDeviceGetNvLinkRemoteDeviceType(self, handle: str, lane: int) -> int:  # noqa: N802
         self._spend()
         far = self._peers[handle][lane]
-        return 255 if far is None else 2 if far == "switch" else 0
+        return {None: 255, "switch": 2, "cpu": 1}.get(far, 0)
 
     def nvmlDeviceGetNvLinkRemotePciInfo(self, handle: str, lane: int) -> SimpleNamespace:  # noqa: N802
         self._spend()
         far = self._peers[handle][lane]
-        if far in (None, "switch"):
+        if far in (None, "switch", "cpu"):
             raise _NvmlError(3)
         return SimpleNamespace(busId=f"0000{far}")
 

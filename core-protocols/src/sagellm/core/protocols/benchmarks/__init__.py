@@ -1,0 +1,1 @@
+"""Benchmarks of this package, each runnable with `python -m`."""

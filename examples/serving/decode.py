@@ -61,7 +61,7 @@ class DecodeWorker(Worker):
             TransferKey(command.id),
             blocks,
             source_node=self._sources,
-            deadline_s=self.job.deadline_s,
+            deadline_s=self.job.transfer_deadline_s,
         )
         admitted = _Admitted(command, sequence, transfer)
         self._admitted[command.id] = admitted
@@ -85,7 +85,7 @@ class DecodeWorker(Worker):
         tokens = [first_token]
 
         def layer_is_here(layer: int) -> None:
-            transfer.wait_layer(layer, self.job.deadline_s)
+            transfer.wait_layer(layer, self.job.transfer_deadline_s)
             if layer == self.job.sabotage_layer:
                 for kv_SHPD in sequence.blocks(layer):
                     kv_SHPD.zero_()
@@ -113,7 +113,7 @@ class DecodeWorker(Worker):
                 request, transfer = admitted.admit.id, admitted.transfer
                 start_s = time.monotonic()
                 for layer in range(self.num_layers):
-                    transfer.wait_layer(layer, self.job.deadline_s)
+                    transfer.wait_layer(layer, self.job.transfer_deadline_s)
                     if not admitted.admit.discard:
                         self._note("kv receive", f"layer {layer}", request, start_s)
                     start_s = time.monotonic()

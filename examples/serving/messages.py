@@ -29,7 +29,8 @@ class Job(msgspec.Struct, frozen=True):
         decode_blocks: KV blocks of a decode rank.
         page_tokens: Tokens per KV block.
         threads: Threads that a rank computes with.
-        deadline_s: Longest wait for a peer or a transfer.
+        deadline_s: Longest wait for another rank, to come or in a collective.
+        transfer_deadline_s: A request's KV must have landed by then.
         sabotage_layer: Layer whose received KV is zeroed; None leaves it alone.
 
     """
@@ -45,6 +46,7 @@ class Job(msgspec.Struct, frozen=True):
     page_tokens: int = 16
     threads: int = 1
     deadline_s: float = 60.0
+    transfer_deadline_s: float = 60.0
     sabotage_layer: int | None = None
 
     @property

@@ -45,7 +45,7 @@ class PrefillWorker(Worker):
     def __init__(self, job: Job, rank: int, parent: Parent) -> None:
         super().__init__(job, rank, parent, job.prefill_blocks)
         # later than any transfer's own deadline, whose error says more
-        self.overlap = OverlapManager(device="cpu", timeout_s=2 * job.deadline_s)
+        self.overlap = OverlapManager(device="cpu", timeout_s=2 * job.transfer_deadline_s)
         first = job.tp_prefill
         self.targets = [first + m.target_rank for m in self.moves() if m.source_rank == rank]
 
@@ -191,7 +191,7 @@ class _Sending:
         self._say = say
         key, blocks = TransferKey(request), sequence.block_ids
         self._streams = [
-            worker.channel.begin(key, target, blocks, deadline_s=worker.job.deadline_s)
+            worker.channel.begin(key, target, blocks, deadline_s=worker.job.transfer_deadline_s)
             for target in worker.targets
         ]
         self.transfers = [stream.transfer for stream in self._streams]
@@ -214,7 +214,7 @@ class _Sending:
 
     def _landed(self, _: int) -> None:
         for transfer in self.transfers:
-            transfer.wait(self._worker.job.deadline_s)
+            transfer.wait(self._worker.job.transfer_deadline_s)
 
 
 def _wait_until_sent(transfer: Transfer, layer: int, target: int) -> None:

@@ -240,7 +240,7 @@ def test_a_port_in_use_is_named(demo, told, monkeypatch):
 
 
 def test_a_peer_that_stops_answering_is_named_at_the_deadline():
-    job = Job(str(TINY_LLAMA), tp_prefill=1, tp_decode=1, deadline_s=2.0)
+    job = Job(str(TINY_LLAMA), tp_prefill=1, tp_decode=1, transfer_deadline_s=2.0)
     with Fleet(job) as fleet:
         router = Router(fleet, Progress(Console(quiet=True), 2, {}))
         router.wait_until_ready(DEADLINE_S)

@@ -26,12 +26,12 @@ from sagellm.core.protocols import (  # noqa: E402
     ResourceError,
     UnsupportedOperationError,
 )
-from sagellm.core.protocols._pg_failure import FailureBoard, classify  # noqa: E402
-from sagellm.core.protocols._pg_kv import _PREFIX, KV_TAG, encode  # noqa: E402
-from sagellm.core.protocols._pg_lowering import CALL_RULES  # noqa: E402
-from sagellm.core.protocols._pg_stats import CallCounters, busbw_factor  # noqa: E402
-from sagellm.core.protocols._pg_torch import DeviceWork  # noqa: E402
-from sagellm.core.protocols._pg_watchdog import Watchdog  # noqa: E402
+from sagellm.core.protocols._process_group.failure import FailureBoard, classify  # noqa: E402
+from sagellm.core.protocols._process_group.kv import _PREFIX, KV_TAG, encode  # noqa: E402
+from sagellm.core.protocols._process_group.lowering import CALL_RULES  # noqa: E402
+from sagellm.core.protocols._process_group.stats import CallCounters, busbw_factor  # noqa: E402
+from sagellm.core.protocols._process_group.torch_work import DeviceWork  # noqa: E402
+from sagellm.core.protocols._process_group.watchdog import Watchdog  # noqa: E402
 from sagellm.core.protocols.process_group import (  # noqa: E402
     ProcessGroupBackend,
     RawCall,
@@ -333,12 +333,12 @@ def test_board_whose_store_is_gone_does_not_hang():
 
 
 def test_kv_header_is_bounded(monkeypatch):
-    from sagellm.core.protocols import _pg_kv
+    from sagellm.core.protocols._process_group import kv
 
-    monkeypatch.setattr(_pg_kv, "_MAX_BLOCKS", 1)
+    monkeypatch.setattr(kv, "_MAX_BLOCKS", 1)
     with pytest.raises(ResourceError, match="2 blocks in one call, at most 1"):
         encode([KVBlock(torch.ones(1))] * 2)
-    monkeypatch.setattr(_pg_kv, "MAX_KV_BYTES", 2)
+    monkeypatch.setattr(kv, "MAX_KV_BYTES", 2)
     with pytest.raises(ResourceError, match="4 bytes of KV in one call, at most 2"):
         encode([KVBlock(torch.ones(1))])
 

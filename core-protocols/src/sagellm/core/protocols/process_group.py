@@ -1,6 +1,6 @@
 """The adapter from `CommBackendProtocol` to torch process groups.
 
-This module and its `_pg_*` parts are the only ones of this package that import torch.
+This module and its parts in `_process_group` are the only ones of this package that import torch.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ._pg_agree import CheckedTransport, fingerprint, mismatch
-from ._pg_ops import TensorBackend
-from ._pg_shim import group_facts, group_libraries, make_group
-from ._pg_solo import SoloTransport
-from ._pg_torch import TorchTransport
-from ._pg_transport import RawCall, RawWork, TorchObject, Transport
-from ._pg_work import completed_future
+from ._process_group.agree import CheckedTransport, fingerprint, mismatch
+from ._process_group.ops import TensorBackend
+from ._process_group.shim import group_facts, group_libraries, make_group
+from ._process_group.solo import SoloTransport
+from ._process_group.torch_transport import TorchTransport
+from ._process_group.transport import RawCall, RawWork, TorchObject, Transport
+from ._process_group.work import completed_future
 from .comm_backend import BackendSpec, CommBackendProtocol
 from .errors import ConfigError
 from .topology import CostModelProtocol, TopologyManagerProtocol

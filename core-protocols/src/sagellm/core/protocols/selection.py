@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ._pg_transport import TorchObject
+from ._process_group.transport import TorchObject
 from .comm_backend import BackendSpec
 from .errors import (
     BackendUnavailableError,
@@ -209,7 +209,7 @@ def _libraries(group: TorchObject) -> dict[str, str]:
     """Library per device type of `group` or of the default group; empty without one."""
     if group is None and "torch" not in sys.modules:
         return {}
-    from ._pg_shim import group_libraries
+    from ._process_group.shim import group_libraries
 
     return group_libraries(group)
 

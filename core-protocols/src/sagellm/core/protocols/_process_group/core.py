@@ -12,13 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._pg_checks import check_tensor
-from ._pg_kv import KVReceive
-from ._pg_lowering import Reductions, lower_call, refusal
-from ._pg_stats import CallCounters
-from ._pg_transport import RawCall, RawWork, Transport
-from ._pg_work import GroupWork, describe
-from .comm_backend import (
+from sagellm.core.protocols.comm_backend import (
     BackendSpec,
     BandwidthStats,
     Capabilities,
@@ -28,9 +22,16 @@ from .comm_backend import (
     CommStats,
     Registration,
 )
-from .errors import CommError, ConfigError, DistributedRuntimeError
-from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
-from .work import Work
+from sagellm.core.protocols.errors import CommError, ConfigError, DistributedRuntimeError
+from sagellm.core.protocols.topology import CostModelProtocol, CostTable, TopologyManagerProtocol
+from sagellm.core.protocols.work import Work
+
+from .checks import check_tensor
+from .kv import KVReceive
+from .lowering import Reductions, lower_call, refusal
+from .stats import CallCounters
+from .transport import RawCall, RawWork, Transport
+from .work import GroupWork, describe
 
 __all__ = ["BackendCore", "Started"]
 

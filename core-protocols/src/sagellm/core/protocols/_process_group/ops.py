@@ -9,14 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._pg_checks import check_rank, check_same, check_splits, check_tensor
-from ._pg_core import Started
-from ._pg_p2p import PointToPointOps
-from ._pg_reduce import ReducingOps
-from ._pg_shim import as_contiguous
-from ._pg_transport import RawCall
-from .errors import ConfigError
-from .work import Work
+from sagellm.core.protocols.errors import ConfigError
+from sagellm.core.protocols.work import Work
+
+from .checks import check_rank, check_same, check_splits, check_tensor
+from .core import Started
+from .p2p import PointToPointOps
+from .reduce import ReducingOps
+from .shim import as_contiguous
+from .transport import RawCall
 
 __all__ = ["TensorBackend"]
 

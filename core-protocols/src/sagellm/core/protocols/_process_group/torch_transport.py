@@ -13,6 +13,7 @@ from sagellm.core.protocols.errors import (
 )
 
 from .failure import FailureBoard, classify
+from .gloo import gloo_call
 from .shim import (
     abort_group,
     group_facts,
@@ -52,6 +53,7 @@ class TorchTransport(Transport):
         name, self._global_ranks, store = group_facts(group)
         self._name = name or f"group{id(group):x}"
         self._board = FailureBoard(store, self._rank, self._global_ranks)
+        self._is_gloo = group_libraries(group).get("cpu") == "gloo"
         self._watchdog: Watchdog | None = None
         self.on_expired: Callable[[str], None] = lambda describe: None
 
@@ -81,10 +83,17 @@ class TorchTransport(Transport):
         return self._board.store
 
     def issue(self, call: RawCall) -> RawWork:
-        work = issue(self.group, call)
-        if self._device.type == "cpu":
-            return TorchWork(work, call.timeout_s, point_to_point=call.op in _POINT_TO_POINT)
-        return self._on_device(work, call)
+        if self._device.type != "cpu":
+            return self._on_device(issue(self.group, call), call)
+        finish: Callable[[], object] | None = None
+        if self._is_gloo:
+            call, finish = gloo_call(call, self._rank, self._size)
+        return TorchWork(
+            issue(self.group, call),
+            call.timeout_s,
+            point_to_point=call.op in _POINT_TO_POINT,
+            finish=finish,
+        )
 
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         """Start sends and receives so that no order of them can deadlock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,25 @@ class TorchWork(RawWork):
     A gloo send or receive knows that it is over only inside its own `wait`, whose timeout
     breaks the group; anything shorter than the deadline is therefore waited for by a thread,
     which is started at the first such question.
+
+    Args:
+        work: Torch's.
+        timeout_s: Its deadline, from now.
+        point_to_point: Whether it is a send or a receive.
+        finish: Run once, by the first wait that finds the work done.
+
     """
 
-    def __init__(self, work: TorchObject, timeout_s: float, *, point_to_point: bool) -> None:
+    def __init__(
+        self,
+        work: TorchObject,
+        timeout_s: float,
+        *,
+        point_to_point: bool,
+        finish: Callable[[], object] | None = None,
+    ) -> None:
         self._work = work
+        self._finish = finish
         self._deadline = time.monotonic() + timeout_s
         self._point_to_point = point_to_point
         self._lock = threading.Lock()
@@ -42,6 +58,11 @@ class TorchWork(RawWork):
                 return False
         if self._error is not None:
             raise self._error
+        if self._finish is not None:
+            with self._lock:
+                finish, self._finish = self._finish, None
+                if finish is not None:
+                    finish()
         return True
 
     synchronize = wait

@@ -1,6 +1,7 @@
 """The adapter to torch process groups: gloo ranks as threads, each with real sockets."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -17,7 +18,10 @@ from sagellm.core.protocols import (  # noqa: E402
     CommTimeoutError,
     CompletedWork,
     ConfigError,
+    CostModelProtocol,
+    CostTable,
     DistributedRuntimeError,
+    Estimate,
     IntegrityError,
     KVBlock,
     Lowering,
@@ -26,17 +30,21 @@ from sagellm.core.protocols import (  # noqa: E402
     ResourceError,
     UnsupportedOperationError,
 )
-from sagellm.core.protocols._pg_failure import FailureBoard, classify  # noqa: E402
-from sagellm.core.protocols._pg_kv import _PREFIX, KV_TAG, encode  # noqa: E402
-from sagellm.core.protocols._pg_lowering import CALL_RULES  # noqa: E402
-from sagellm.core.protocols._pg_stats import CallCounters, busbw_factor  # noqa: E402
-from sagellm.core.protocols._pg_torch import DeviceWork  # noqa: E402
-from sagellm.core.protocols._pg_watchdog import Watchdog  # noqa: E402
+from sagellm.core.protocols._process_group.failure import FailureBoard, classify  # noqa: E402
+from sagellm.core.protocols._process_group.kv import _PREFIX, KV_TAG, encode  # noqa: E402
+from sagellm.core.protocols._process_group.lowering import CALL_RULES  # noqa: E402
+from sagellm.core.protocols._process_group.stats import CallCounters, busbw_factor  # noqa: E402
+from sagellm.core.protocols._process_group.torch_work import DeviceWork  # noqa: E402
+from sagellm.core.protocols._process_group.watchdog import Watchdog  # noqa: E402
 from sagellm.core.protocols.process_group import (  # noqa: E402
     ProcessGroupBackend,
     RawCall,
+    RawWork,
+    TensorBackend,
+    Transport,
     completed_future,
     fingerprint,
+    table_by_store,
 )
 
 OPS = frozenset(
@@ -333,12 +341,12 @@ def test_board_whose_store_is_gone_does_not_hang():
 
 
 def test_kv_header_is_bounded(monkeypatch):
-    from sagellm.core.protocols import _pg_kv
+    from sagellm.core.protocols._process_group import kv
 
-    monkeypatch.setattr(_pg_kv, "_MAX_BLOCKS", 1)
+    monkeypatch.setattr(kv, "_MAX_BLOCKS", 1)
     with pytest.raises(ResourceError, match="2 blocks in one call, at most 1"):
         encode([KVBlock(torch.ones(1))] * 2)
-    monkeypatch.setattr(_pg_kv, "MAX_KV_BYTES", 2)
+    monkeypatch.setattr(kv, "MAX_KV_BYTES", 2)
     with pytest.raises(ResourceError, match="4 bytes of KV in one call, at most 2"):
         encode([KVBlock(torch.ones(1))])
 
@@ -422,6 +430,177 @@ def test_device_work_orders_the_stream_and_blocks_only_when_asked():
         work.synchronize(1)
 
 
+# -- polling, element types, sizes from peers ---------------------------------------------
+
+
+def polled(work):
+    """Ask `done()` and nothing else until it says yes."""
+    end = time.monotonic() + 10
+    while not work.done():
+        assert time.monotonic() < end, "done() never turned True"
+        time.sleep(0.001)
+    return work
+
+
+POLLED = {
+    "all_gather": lambda b, x: b.all_gather(x, async_op=True),
+    "all_gather_into_tensor": lambda b, x: b.all_gather_into_tensor(
+        torch.empty(8), x, async_op=True
+    ),
+    "all_reduce": lambda b, x: b.all_reduce(x, async_op=True),
+    "all_reduce avg": lambda b, x: b.all_reduce(x, "avg", async_op=True),
+    "all_to_all": lambda b, x: b.all_to_all([x, x], async_op=True),
+    "all_to_all_single": lambda b, x: b.all_to_all_single(torch.empty(4), x, async_op=True),
+    "barrier": lambda b, x: b.barrier(async_op=True),
+    "broadcast": lambda b, x: b.broadcast(x, 0, async_op=True),
+    "gather": lambda b, x: b.gather(x, 0, async_op=True),
+    "reduce": lambda b, x: b.reduce(x, 0, async_op=True),
+    "reduce_scatter": lambda b, x: b.reduce_scatter([x, x], async_op=True),
+    "reduce_scatter_tensor": lambda b, x: b.reduce_scatter_tensor(torch.empty(2), x, async_op=True),
+    "scatter": lambda b, x: b.scatter(
+        torch.empty(4), [x, x] if b.rank == 0 else None, 0, async_op=True
+    ),
+    "send, recv": lambda b, x: (
+        b.recv(x, 0, async_op=True) if b.rank else b.send(x, 1, async_op=True)
+    ),
+    "kv": lambda b, x: (
+        b.recv_kv_blocks(0, async_op=True) if b.rank else b.send_kv_blocks([x], 1, async_op=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("op", POLLED)
+def test_done_turns_true_without_anybody_waiting(ranks, op):
+    ranks(2).run(lambda b: polled(POLLED[op](b, torch.ones(4))).result())
+
+
+def test_reduce_scatter_is_right_and_keeps_short_waits_and_deadlines(ranks):
+    def body(b):
+        out = torch.empty(2, 2)
+        b.reduce_scatter_tensor(out, torch.arange(8.0), async_op=True).wait()
+        same(out, (torch.arange(4.0) + 4 * b.rank).view(2, 2) * 2)
+
+    ranks(2).run(body)
+    backends = ranks(2).backends()
+    work = backends[0].reduce_scatter([torch.ones(2)] * 2, async_op=True)
+    start = time.monotonic()
+    with pytest.raises(CommTimeoutError, match="still in flight"):
+        work.wait(0.02)
+    backends[0].timeout_s = 0.3
+    with pytest.raises(CommTimeoutError, match="rank 1"):
+        backends[0].reduce_scatter([torch.ones(2)] * 2)
+    assert time.monotonic() - start < 3
+
+
+ODD = [torch.int16, torch.uint16, torch.complex64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", ODD, ids=str)
+def test_element_types_gloo_does_not_know_travel_as_bytes(ranks, dtype):
+    anything = replace(SPEC, capabilities=replace(SPEC.capabilities, move_dtypes=frozenset()))
+    width = torch.empty(0, dtype=dtype).itemsize
+
+    def body(b):
+        everyone = [
+            (torch.arange(4 * width, dtype=torch.uint8) + 64 * r).view(dtype) for r in range(2)
+        ]
+        x = everyone[b.rank]
+
+        def equal(got, *wanted):
+            same(torch.cat(list(got)).view(torch.uint8), torch.cat(wanted).view(torch.uint8))
+
+        equal(b.all_gather(x), *everyone)
+        equal([b.broadcast(x.clone(), 1)], everyone[1])
+        equal(b.gather(x, 0) or everyone, *everyone)
+        equal([b.scatter(x.clone(), everyone if b.rank == 0 else None, 0)], x)
+        out = torch.empty_like(x)
+        equal([b.all_to_all_single(out, x)], *(e[2 * b.rank : 2 * b.rank + 2] for e in everyone))
+        parts = [x[:1], x[1:]]
+        equal(
+            b.all_to_all(parts),
+            *([e[:1] for e in everyone] if b.rank == 0 else [e[1:] for e in everyone]),
+        )
+
+    uneven = replace(anything, capabilities=replace(anything.capabilities, uneven=True))
+    ranks(2).run(body, spec=uneven)
+
+
+class Liar(Transport):
+    """Rank 0 of two, whose peer announces whatever a test wants in every all-to-all."""
+
+    rank, size, global_ranks, group_name = 0, 2, (0, 1), "liar"
+    device = torch.device("cpu")
+
+    def __init__(self, row):
+        self.row = row
+        self.aborted = ""
+
+    def issue(self, call):
+        assert call.op == "all_to_all", "nothing else may be sent on such an answer"
+        out = call.outputs[0]
+        out[0] = call.inputs[0][0]
+        out[1] = torch.tensor(self.row)
+        return Done()
+
+    def issue_batch(self, calls):
+        return [self.issue(call) for call in calls]
+
+    def explain_failure(self, describe, error):
+        self.abort(describe)
+        return error
+
+    def abort(self, reason):
+        self.aborted = reason
+
+    def close(self):
+        pass
+
+    def split(self, ranks, name, timeout_s):
+        return None
+
+
+class Done(RawWork):
+    def wait(self, timeout_s):
+        return True
+
+    synchronize = wait
+
+    def done(self):
+        return True
+
+
+class OverAnything(TensorBackend):
+    def _wrap(self, transport):
+        return OverAnything(self.spec, transport)
+
+    @property
+    def process_group(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ([4, 1, -1] + [0] * 7, "is no shape"),
+        ([4, 9, 1] + [0] * 7, "announces 9 dimensions"),
+        ([4, -1, 1] + [0] * 7, "announces -1 dimensions"),
+        ([4, 1, 1, 7] + [0] * 6, "is no shape"),
+        ([4, 1, 1 << 62] + [0] * 7, "is no shape"),
+        ([4, 2, 1 << 20, 1 << 20] + [0] * 6, "more than 68719476736"),
+        ([8, 1, 3] + [0] * 7, "elements of 8 bytes, this rank has 4"),
+    ],
+)
+def test_sizes_that_a_peer_announces_are_bounded(row, text):
+    uneven = replace(SPEC, capabilities=replace(SPEC.capabilities, uneven=True))
+    transport = Liar(row)
+    backend = OverAnything(uneven, transport)
+    with pytest.raises(IntegrityError, match=text):
+        backend.all_to_all([torch.ones(2), torch.ones(3)])
+    assert "all_to_all" in transport.aborted
+    with pytest.raises(IntegrityError, match="the group is dead"):
+        backend.barrier()
+
+
 # -- the rest -----------------------------------------------------------------------------
 
 
@@ -458,6 +637,57 @@ def test_options_device_and_deadline_are_checked():
         ProcessGroupBackend(SPEC, None, timeout_s=0)
 
 
+def cost_model(name, algorithm, time_us):
+    """A model whose table is its own, and which reads whatever table it is given."""
+    from unittest.mock import Mock
+
+    model = Mock(spec=CostModelProtocol)
+    curve = {("all_reduce", algorithm, 2): ((1, time_us), (1024, time_us / 3))}
+    model.freeze.return_value = CostTable(name, 1, curve)
+
+    def select(table, op, nbytes, group):
+        ((_, found, _), points), *_ = table.curves.items()
+        return found, Estimate(points[-1][1], 0.0, 1e9, None, "calibrated")
+
+    model.select.side_effect = select
+    return model
+
+
+def test_explain_is_rank_0s_on_every_rank(ranks):
+    groups = ranks(2).groups()
+    models = [cost_model("ring-host", "ring", 0.1), cost_model("tree-host", "tree", 9.0)]
+
+    def one(rank):
+        with ProcessGroupBackend(SPEC, groups[rank], timeout_s=5, cost_model=models[rank]) as b:
+            same(b.all_reduce(torch.ones(2)), torch.full((2,), 2.0))
+            return b.explain("all_reduce", 1024)
+
+    first, second = ranks(2).pool.map(one, range(2))
+    assert first == second
+    assert first.algorithm == "ring"
+    assert first.estimate_us == 0.1 / 3
+    assert "ring-host" in first.reason
+
+
+def test_rank_that_hands_in_no_model_is_waited_for_no_longer_than_the_deadline(ranks):
+    groups = ranks(2).groups()
+    model = cost_model("x", "ring", 1.0)
+    with pytest.raises(CommTimeoutError, match="on all ranks or on none"):
+        ProcessGroupBackend(SPEC, groups[1], timeout_s=0.3, cost_model=model)
+
+
+def test_table_by_store_is_rank_0s_and_bounded():
+    store = dist.HashStore()
+    ours, theirs = (cost_model(n, "ring", 2.0).freeze() for n in ("first", "second"))
+    assert table_by_store(store, 0, ours, 1) == ours
+    assert table_by_store(store, 1, theirs, 1) == ours
+    with pytest.raises(CommTimeoutError, match="rank 0 gave no cost table"):
+        table_by_store(store, 1, theirs, 0.05)
+    store.set("sagellm/cost_table/3", b"rubbish")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        table_by_store(store, 1, theirs, 1)
+
+
 def test_group_outside_the_default_world_cannot_be_split(ranks):
     with pytest.raises(UnsupportedOperationError, match="init_process_group first"):
         ranks(2).backends()[0].split([0])
@@ -465,8 +695,6 @@ def test_group_outside_the_default_world_cannot_be_split(ranks):
 
 def test_explain_follows_the_cost_model():
     from unittest.mock import Mock
-
-    from sagellm.core.protocols import CostModelProtocol, CostTable, Estimate
 
     model = Mock(spec=CostModelProtocol)
     model.freeze.return_value = CostTable("here", 1, {})

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 
@@ -15,8 +16,9 @@ from sagellm.core.protocols import (
     DistributedRuntimeError,
     Probe,
 )
+from sagellm.core.protocols.config import load_all
 from sagellm.core.protocols.registry import Registry
-from sagellm.core.protocols.selection import backend_registry, select_backend
+from sagellm.core.protocols.selection import SelectionSettings, backend_registry, select_backend
 
 
 class MemoryStore:
@@ -207,6 +209,56 @@ def test_several_ranks_need_a_store_that_works():
         choose(spec("gloo"), size=2, store=broken)
 
 
-def test_installed_registry_hints_at_the_domestic_package():
-    with pytest.raises(ConfigError, match="pip install sagellm-comm-domestic"):
-        backend_registry().load("eccl")
+DOMESTIC = "bccl cncl eccl hccl hygon iluvatar kunlun mccl metax sccl tccl".split()
+OURS = ["gloo", "mock", "nccl", "rccl"]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Lets the registry see these backends and no others."""
+
+    def only(*names):
+        entries = [EntryPoint(name, "nowhere:SPEC", "sagellm.comm.backends") for name in names]
+        monkeypatch.setattr("sagellm.core.protocols.registry.entry_points", lambda group: entries)
+
+    return only
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [(DOMESTIC, "sagellm-comm-domestic"), (OURS, "sagellm-comm-collective-ops")],
+)
+def test_absent_backend_names_the_package_that_brings_it(installed, names, line):
+    installed()
+    for name in names:
+        with pytest.raises(ConfigError, match=f"`pip install {line}` brings it"):
+            backend_registry().load(name)
+
+
+def test_unknown_backend_lists_what_exists_and_what_to_install(installed):
+    installed(*OURS)
+    with pytest.raises(ConfigError) as caught:
+        backend_registry().load("nonesuch")
+    text = str(caught.value)
+    assert "installed: gloo, mock, nccl, rccl" in text
+    assert all(f"{name} (`pip install sagellm-comm-domestic`)" in text for name in DOMESTIC)
+    assert "collective-ops" not in text
+
+
+def test_every_domestic_backend_has_its_hint():
+    found = {e.name for e in entry_points(group="sagellm.comm.backends")}
+    assert found <= {*DOMESTIC, *OURS}
+
+
+def test_setting_has_a_type_a_default_and_an_origin(tmp_path):
+    assert SelectionSettings.load({}).backend == "auto"
+    found = SelectionSettings.load({"SAGELLM_COMM_BACKEND": " Gloo"})
+    assert (found.backend, found.origin("backend")) == ("gloo", "environment SAGELLM_COMM_BACKEND")
+    both = {"SAGELLM_COMM_BACKEND": "gloo", "SAGELLM_COMM_SELECTION_BACKEND": "mock"}
+    assert SelectionSettings.load(both).backend == "gloo"
+    file = tmp_path / "comm.yaml"
+    file.write_text("selection: {backend: mock}")
+    assert SelectionSettings.load({}, file).backend == "mock"
+    assert load_all(both, file)["selection"].backend == "gloo"
+    with pytest.raises(ConfigError, match="did you mean 'SAGELLM_COMM_BACKEND'"):
+        load_all({"SAGELLM_COMM_BACKENT": "gloo"})

@@ -80,10 +80,27 @@ def test_nothing_to_choose_by_and_nobody_to_talk_to():
 
 def test_choice_is_told_to_the_library_unless_the_user_did(monkeypatch):
     monkeypatch.delenv("NCCL_ALGO", raising=False)
-    assert apply_algorithm(choose()) == choose().reason
-    assert apply_algorithm(choose("tree")).startswith("NCCL_ALGO=Tree")
+    assert apply_algorithm(choose()) == choose()
+    applied = apply_algorithm(choose("tree"))
+    assert applied.reason.startswith("NCCL_ALGO=Tree")
+    assert applied.algorithm == "tree"
     monkeypatch.setenv("NCCL_ALGO", "Ring")
-    assert "was set before and stays" in apply_algorithm(choose("tree"))
+    applied = apply_algorithm(choose("tree"))
+    assert "was set before and stays" in applied.reason
+    assert applied.algorithm is None
+    assert apply_algorithm(choose("ring")).algorithm == "ring"
+
+
+def test_nothing_is_claimed_of_a_group_that_was_there_before(monkeypatch, caplog):
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+
+    first = apply_algorithm(choose("tree"), group_exists=True)
+    second = apply_algorithm(choose("tree"), group_exists=True)
+
+    assert (first.algorithm, second.algorithm) == (None, None)
+    assert "was there before and may keep" in first.reason
+    assert [r.message for r in caplog.records] == [first.reason]
+    monkeypatch.delenv("NCCL_ALGO")
 
 
 def test_fabric_is_the_slowest_path_between_accelerators():

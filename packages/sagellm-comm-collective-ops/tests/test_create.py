@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -71,7 +72,13 @@ def test_setting_overrides_auto(monkeypatch):
         ("nonesuch", "installed: gloo, mock, nccl, rccl"),
     ],
 )
-def test_unknown_name_says_what_exists_and_what_to_install(name, hint):
+def test_unknown_name_says_what_exists_and_what_to_install(name, hint, monkeypatch):
+    """As where only this package is installed."""
+
+    def ours(*, group):
+        return [e for e in entry_points(group=group) if "collective_ops" in e.value]
+
+    monkeypatch.setattr("sagellm.core.protocols.registry.entry_points", ours)
     with pytest.raises(ConfigError) as caught:
         create_comm_backend(name)
     assert name in str(caught.value)

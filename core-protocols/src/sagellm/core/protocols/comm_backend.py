@@ -155,8 +155,10 @@ class BackendSpec:
         options: Names of the options it understands, with a line of explanation each.
         install_hint: What to install or source when it is missing.
         probe: Cheap test without side effects: no import of a vendor plug-in, no device context.
-        load: Returns the backend class or factory; called once it has been chosen. It is called
-            as `load()(spec, process_group, **options)` for c10d backends.
+        load: Returns the backend class or factory; called once it has been chosen. What it
+            returns is called as `load()(spec, group, device=, timeout_s=, topology_manager=,
+            cost_model=, options=)`: `group` is a torch process group or None, `options` a mapping
+            by name or None, and the others are as in `create_comm_backend`.
         vendor: Who makes the device; None for backends of the CPU.
 
     """

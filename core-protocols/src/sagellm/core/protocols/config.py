@@ -73,6 +73,8 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     package: ClassVar[str] = ""
+    env_names: ClassVar[Mapping[str, str]] = {}
+    """Variables outside `env_prefix()` and the field that each sets; they win over those in it."""
     _origins: dict[_Path, str] = pydantic.PrivateAttr(default_factory=dict)
 
     def __init_subclass__(cls, *, package: str = "", **kwargs: Any) -> None:  # noqa: ANN401 - pydantic's
@@ -176,9 +178,12 @@ def load_all(
     """
     from .ports import PortSettings
     from .registry import Registry
+    from .selection import SelectionSettings
 
     environ = os.environ if environ is None else environ
-    classes: dict[str, type[Settings]] = {PortSettings.package: PortSettings}
+    classes: dict[str, type[Settings]] = {
+        cls.package: cls for cls in (PortSettings, SelectionSettings)
+    }
     registry: Registry[type[Settings]] = Registry(SETTINGS_GROUP)
     for name, found in registry.load_all().items():
         if found.package != name:
@@ -195,10 +200,11 @@ def load_all(
         if key not in sections
     ]
     prefixes = tuple(f"{ENV_PREFIX}{s.upper()}_" for s in sections)
+    named = {CONFIG_VARIABLE, *(v for c in classes.values() for v in c.env_names)}
     for variable in sorted(environ):
-        if variable.startswith(ENV_PREFIX) and variable != CONFIG_VARIABLE:
+        if variable.startswith(ENV_PREFIX) and variable not in named:
             if not variable.startswith(prefixes):
-                known = [CONFIG_VARIABLE, *(v for c in classes.values() for v in _variables(c))]
+                known = [*named, *(v for c in classes.values() for v in _variables(c))]
                 problems.append(f"unknown variable {variable}{_nearest(variable, known)}")
     loaded: dict[str, Settings] = {}
     for name, cls in sorted(classes.items()):
@@ -287,10 +293,14 @@ def _merge(
 def _from_environ(cls: type[Settings], environ: Mapping[str, str]) -> _Layer:
     layer = _Layer([], {})
     prefix = cls.env_prefix()
-    for variable in sorted(environ):
-        if not variable.startswith(prefix):
+    # A variable with a name of its own comes last, so that its value stays.
+    for variable in sorted(environ, key=lambda v: (v in cls.env_names, v)):
+        if variable in cls.env_names:
+            path: _Path = (cls.env_names[variable],)
+        elif variable.startswith(prefix):
+            path = tuple(variable[len(prefix) :].lower().split("__"))
+        else:
             continue
-        path = tuple(variable[len(prefix) :].lower().split("__"))
         annotation, raw = _declared(cls, path)
         if annotation is None:
             raise ConfigError(f"unknown variable {variable}{_nearest(variable, _variables(cls))}")

@@ -1,6 +1,6 @@
 """The adapter from `CommBackendProtocol` to torch process groups.
 
-This module and its `_pg_*` parts are the only ones of this package that import torch.
+This module and its parts in `_process_group` are the only ones of this package that import torch.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from ._pg_agree import CheckedTransport, fingerprint, mismatch
-from ._pg_ops import TensorBackend
-from ._pg_shim import group_facts, group_libraries, make_group
-from ._pg_solo import SoloTransport
-from ._pg_torch import TorchTransport
-from ._pg_transport import RawCall, RawWork, TorchObject, Transport
-from ._pg_work import completed_future
+from ._process_group.agree import CheckedTransport, fingerprint, mismatch
+from ._process_group.cost_table import table_by_store
+from ._process_group.ops import TensorBackend
+from ._process_group.shim import group_facts, group_libraries, make_group
+from ._process_group.solo import SoloTransport
+from ._process_group.torch_transport import TorchTransport
+from ._process_group.transport import RawCall, RawWork, TorchObject, Transport
+from ._process_group.work import completed_future
 from .comm_backend import BackendSpec, CommBackendProtocol
 from .errors import ConfigError
-from .topology import CostModelProtocol, TopologyManagerProtocol
+from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
     "ProcessGroupBackend",
@@ -33,6 +34,7 @@ __all__ = [
     "group_libraries",
     "make_group",
     "mismatch",
+    "table_by_store",
 ]
 
 
@@ -50,7 +52,10 @@ class ProcessGroupBackend(TensorBackend):
         device: Where tensors live; None is the current device of the spec's first type.
         timeout_s: Deadline of every call and wait that gives none.
         topology_manager: Kept for subclasses that choose an algorithm by it.
-        cost_model: Lets `explain` name an algorithm and a time.
+        cost_model: Lets `explain` name an algorithm and a time. All ranks hand one in or none
+            does: the constructor then gives every rank the table of rank 0's, so that they choose
+            alike.
+        cost_table: A table that the ranks agreed on before; nothing is exchanged then.
         options: `check_calls` (bool): compare every collective with the peers' before it is
             sent, so that each rank raises `CollectiveMismatchError` naming both calls; one small
             exchange a call. Others are the spec's; unknown ones are refused.
@@ -71,6 +76,7 @@ class ProcessGroupBackend(TensorBackend):
         cost_model: CostModelProtocol | None = None,
         options: Mapping[str, Any] | None = None,
         owned: bool = False,
+        cost_table: CostTable | None = None,
     ) -> None:
         where = _device(spec, device)
         transport: TorchTransport | SoloTransport
@@ -78,7 +84,7 @@ class ProcessGroupBackend(TensorBackend):
             transport = SoloTransport(where)
         else:
             transport = TorchTransport(process_group, where, timeout_s, owned=owned)
-        self._init(spec, transport, timeout_s, topology_manager, cost_model, options)
+        self._init(spec, transport, timeout_s, topology_manager, cost_model, options, cost_table)
 
     def _init(
         self,
@@ -88,6 +94,7 @@ class ProcessGroupBackend(TensorBackend):
         topology_manager: TopologyManagerProtocol | None,
         cost_model: CostModelProtocol | None,
         options: Mapping[str, Any] | None,
+        cost_table: CostTable | None,
     ) -> None:
         self.options = dict(options or {})
         unknown = sorted(set(self.options) - {"check_calls", *spec.options})
@@ -102,6 +109,7 @@ class ProcessGroupBackend(TensorBackend):
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
+            cost_table=cost_table,
         )
         if isinstance(transport, TorchTransport):
             transport.on_expired = self._expired
@@ -125,6 +133,7 @@ class ProcessGroupBackend(TensorBackend):
             self.topology_manager,
             self.cost_model,
             self.options,
+            self._cost_table,
         )
         return backend
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
-from ._pg_transport import TorchObject
+import pydantic
+
+from ._process_group.transport import TorchObject
 from .comm_backend import BackendSpec
+from .config import Settings
 from .errors import (
     BackendUnavailableError,
     CollectiveMismatchError,
@@ -24,6 +27,7 @@ __all__ = [
     "BACKENDS_GROUP",
     "BACKEND_SETTING",
     "Selection",
+    "SelectionSettings",
     "backend_registry",
     "select_backend",
 ]
@@ -31,14 +35,45 @@ __all__ = [
 BACKENDS_GROUP = "sagellm.comm.backends"
 """Entry-point group of `BackendSpec`s."""
 BACKEND_SETTING = "SAGELLM_COMM_BACKEND"
-"""Environment variable that overrides `auto`; unset or `auto` leaves the choice open."""
+"""Environment variable of `SelectionSettings.backend`: a name, by default `auto`."""
 
 _OURS = "pip install sagellm-comm-collective-ops"
 _DOMESTIC = "pip install sagellm-comm-domestic"
 _HINTS = {
     **dict.fromkeys(("gloo", "mock", "nccl", "rccl"), _OURS),
-    **dict.fromkeys(("bccl", "bkcl", "cncl", "eccl", "flagcx", "hccl", "ixccl", "mccl"), _DOMESTIC),
+    **dict.fromkeys(
+        (
+            "bccl",
+            "cncl",
+            "eccl",
+            "hccl",
+            "hygon",
+            "iluvatar",
+            "kunlun",
+            "mccl",
+            "metax",
+            "sccl",
+            "tccl",
+        ),
+        _DOMESTIC,
+    ),
 }
+
+
+class SelectionSettings(Settings, package="selection"):
+    """Section `selection` of the configuration.
+
+    Attributes:
+        backend: Name of the backend that `auto` stands for; `auto` leaves the choice open. Its
+            variable is SAGELLM_COMM_BACKEND, which wins over SAGELLM_COMM_SELECTION_BACKEND.
+
+    """
+
+    env_names: ClassVar[Mapping[str, str]] = {BACKEND_SETTING: "backend"}
+
+    backend: Annotated[
+        str, pydantic.AfterValidator(lambda name: name.strip().lower() or "auto")
+    ] = "auto"
 
 
 def backend_registry() -> Registry[BackendSpec]:
@@ -83,8 +118,8 @@ def select_backend(
 ) -> Selection:
     """The backend that `auto` stands for; the same answer on every rank, or an error.
 
-    In this order: `setting` or the environment's SAGELLM_COMM_BACKEND; the library of `group` or
-    of the initialised default group; a device that is present, by priority; the CPU's fastest.
+    In this order: `setting` or the configuration's (SAGELLM_COMM_BACKEND); the library of `group`
+    or of the initialised default group; a device that is present, by priority; the CPU's fastest.
     A spec of negative priority is taken only by name. With more than one rank the answers are
     exchanged over `store`, and every rank must make this call.
 
@@ -96,7 +131,7 @@ def select_backend(
         size: How many choose.
         candidates: Where backends come from; None is the installed ones.
         timeout_s: Longest wait for the other ranks.
-        setting: A backend's name; None reads the environment, `auto` leaves the choice open.
+        setting: A backend's name; None reads `SelectionSettings`, `auto` leaves the choice open.
 
     Raises:
         ConfigError: An unknown name, or several ranks without a store.
@@ -106,8 +141,8 @@ def select_backend(
 
     """
     registry = backend_registry() if candidates is None else candidates
-    named = os.environ.get(BACKEND_SETTING, "auto") if setting is None else setting
     try:
+        named = SelectionSettings.load().backend if setting is None else setting
         chosen = _choose(registry, device_type, group, named.strip().lower())
     except (ConfigError, BackendUnavailableError) as e:
         # The others must learn of it, or they would wait for this rank until their deadline.
@@ -209,7 +244,7 @@ def _libraries(group: TorchObject) -> dict[str, str]:
     """Library per device type of `group` or of the default group; empty without one."""
     if group is None and "torch" not in sys.modules:
         return {}
-    from ._pg_shim import group_libraries
+    from ._process_group.shim import group_libraries
 
     return group_libraries(group)
 

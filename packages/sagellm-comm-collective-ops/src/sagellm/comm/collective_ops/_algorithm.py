@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from sagellm.core.protocols import (
 )
 
 __all__ = ["AlgorithmChoice", "Fabric", "apply_algorithm", "choose_algorithm", "read_fabric"]
+
+logger = logging.getLogger(__name__)
 
 ALGORITHMS = ("ring", "tree")
 NCCL_SETTING = "NCCL_ALGO"
@@ -144,15 +147,32 @@ def choose_algorithm(
     )
 
 
-def apply_algorithm(choice: AlgorithmChoice) -> str:
-    """Set NCCL_ALGO for communicators made from now on; what was done, in words.
+def apply_algorithm(choice: AlgorithmChoice, *, group_exists: bool = False) -> AlgorithmChoice:
+    """Set NCCL_ALGO for communicators made from now on; what that forces, and why.
 
-    The variable is the process's, so a value that is there already is respected.
+    The variable is the process's, so a value that is there already is respected. A communicator
+    that exists keeps what it was made with.
+
+    Args:
+        choice: What should be used.
+        group_exists: Whether the group was there before: nothing is claimed of it then.
+
     """
     there = os.environ.get(NCCL_SETTING)
     if there:
-        return f"{NCCL_SETTING}={there} was set before and stays; {choice.reason}"
+        forced = choice.algorithm if there.lower() == choice.algorithm else None
+        reason = f"{NCCL_SETTING}={there} was set before and stays; {choice.reason}"
+        return AlgorithmChoice(None if group_exists else forced, reason)
     if choice.algorithm is None:
-        return choice.reason
-    os.environ[NCCL_SETTING] = choice.algorithm.capitalize()
-    return f"{NCCL_SETTING}={choice.algorithm.capitalize()}; {choice.reason}"
+        return choice
+    value = choice.algorithm.capitalize()
+    os.environ[NCCL_SETTING] = value
+    if not group_exists:
+        return AlgorithmChoice(choice.algorithm, f"{NCCL_SETTING}={value}; {choice.reason}")
+    reason = (
+        f"{NCCL_SETTING}={value} was set for the whole process, but the group was there before and "
+        f"may keep what its communicator was made with; make the backend before the group's first "
+        f"call, or set {NCCL_SETTING} before the program starts; {choice.reason}"
+    )
+    logger.warning("%s", reason)
+    return AlgorithmChoice(None, reason)

@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from sagellm.core.protocols import BackendSpec, CommTimeoutError, ConfigError
 from sagellm.core.protocols.process_group import group_facts, group_libraries, make_group
 
-__all__ = ["GroupSource", "find_source", "group_for"]
+__all__ = ["GroupSource", "find_source", "group_for", "is_used_as_it_is"]
 
 _lock = threading.Lock()
 _stores: dict[tuple[str, int, int], tuple[Store, int, int]] = {}
@@ -106,7 +106,7 @@ def group_for(
     deadline = timedelta(seconds=timeout_s)
     try:
         if source.group is not None:
-            if _serves(source.group, spec.c10d_name, device):
+            if is_used_as_it_is(spec, source, device):
                 return source.group, False
             everyone = range(source.size)
             made = make_group(source.group, everyone, spec.c10d_name, timeout_s, spec.name)
@@ -128,6 +128,13 @@ def group_for(
             f"within {timeout_s} s, this is rank {source.rank}: {e}"
         ) from e
     return cast("dist.ProcessGroup", dist.group.WORLD), True
+
+
+def is_used_as_it_is(spec: BackendSpec, source: GroupSource, device: torch.device) -> bool:
+    """Whether `group_for` would give an existing group, whose communicator may exist too."""
+    if source.group is None or spec.c10d_name is None:
+        return False
+    return _serves(source.group, spec.c10d_name, device)
 
 
 def _serves(group: dist.ProcessGroup, library: str, device: torch.device) -> bool:

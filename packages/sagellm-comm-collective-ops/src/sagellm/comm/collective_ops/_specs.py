@@ -178,12 +178,15 @@ GLOO = BackendSpec(
     priority=10,
     capabilities=Capabilities(
         ops=_OPS,
-        reduce_ops=_ARITHMETIC | _BITWISE,
+        reduce_ops=(_ARITHMETIC - {"avg"}) | _BITWISE,
         dtypes=_DTYPES,
         uneven=True,
         verified_on_hardware=True,
     ),
-    lowering=_WIDEN,
+    lowering=(
+        *_WIDEN,
+        Lowering("avg", "avg_as_sum_div", "gloo of torch 2.6 has no avg; later ones divide too"),
+    ),
     install_hint="pip install torch",
     probe=_probe_gloo,
     load=_load_gloo,

@@ -15,6 +15,7 @@ from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
     CostModelProtocol,
+    CostTable,
     PeerLostError,
     TopologyManagerProtocol,
 )
@@ -104,6 +105,7 @@ class MockBackend(TensorBackend):
         cost_model: CostModelProtocol | None = None,
         options: Mapping[str, Any] | None = None,  # Any: each option has its own type
         transport: MockTransport | None = None,
+        cost_table: CostTable | None = None,
     ) -> None:
         if process_group is not None:
             raise ConfigError("mock does not run on process groups; use MockWorld(size)")
@@ -117,6 +119,7 @@ class MockBackend(TensorBackend):
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
+            cost_table=cost_table,
         )
 
     def _wrap(self, transport: Transport) -> CommBackendProtocol:
@@ -127,6 +130,7 @@ class MockBackend(TensorBackend):
             topology_manager=self.topology_manager,
             cost_model=self.cost_model,
             transport=transport,
+            cost_table=self._cost_table,
         )
 
 

@@ -15,10 +15,10 @@ from sagellm.core.protocols import (
     CostModelProtocol,
     TopologyManagerProtocol,
 )
-from sagellm.core.protocols.process_group import ProcessGroupBackend
+from sagellm.core.protocols.process_group import ProcessGroupBackend, table_by_store
 
 from ._algorithm import apply_algorithm, choose_algorithm, read_fabric
-from ._groups import find_source, group_for
+from ._groups import find_source, group_for, is_used_as_it_is
 from ._specs import NCCL
 
 __all__ = ["NCCLBackend"]
@@ -68,20 +68,25 @@ class NCCLBackend(ProcessGroupBackend):
         if not torch.cuda.is_available():
             raise BackendUnavailableError(
                 f"backend {facts.name!r} cannot run here: torch {torch.__version__} sees no "
-                f"device; check the driver and what CUDA_VISIBLE_DEVICES shows"
+                f"device; next step: check the driver and what CUDA_VISIBLE_DEVICES shows, or use "
+                f"create_comm_backend('auto')"
             )
         where = torch.device("cuda" if device is None else device)
         if where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
         source = find_source(process_group, timeout_s)
+        table = None if cost_model is None else cost_model.freeze()
+        if table is not None and source.size > 1 and source.store is not None:
+            # Before there is a group: the algorithm is told to the library when it is made.
+            table = table_by_store(source.store, source.rank, table, timeout_s)
         choice = choose_algorithm(
             str((options or {}).get("algorithm", "auto")),
             source.size,
             cost_model,
-            None if cost_model is None else cost_model.freeze(),
+            table,
             None if topology_manager is None else read_fabric(topology_manager),
         )
-        applied = apply_algorithm(choice)
+        applied = apply_algorithm(choice, group_exists=is_used_as_it_is(facts, source, where))
         group, owned = group_for(facts, source, where, timeout_s)
         super().__init__(
             facts,
@@ -92,9 +97,11 @@ class NCCLBackend(ProcessGroupBackend):
             cost_model=cost_model,
             options=options,
             owned=owned,
+            # A group without a store has the table broadcast over it.
+            cost_table=None if source.store is None else table,
         )
-        self.algorithm = choice.algorithm
-        self.algorithm_reason = applied
+        self.algorithm = applied.algorithm
+        self.algorithm_reason = applied.reason
 
     def explain(self, op: str, nbytes: int) -> Choice:
         """What would run for such a call: the forced algorithm, or the one the model expects."""

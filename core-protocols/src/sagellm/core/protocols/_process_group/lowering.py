@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ._pg_shim import dtype_name
-from ._pg_transport import RawCall
-from .comm_backend import BackendSpec, Lowering, ReduceOp
-from .errors import ConfigError, UnsupportedOperationError
+from sagellm.core.protocols.comm_backend import BackendSpec, Lowering, ReduceOp
+from sagellm.core.protocols.errors import ConfigError, UnsupportedOperationError
+
+from .shim import dtype_name
+from .transport import RawCall
 
 __all__ = ["CALL_RULES", "Lowered", "ReductionPlan", "Reductions", "lower_call", "refusal"]
 

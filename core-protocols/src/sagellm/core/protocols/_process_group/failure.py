@@ -13,8 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from ._pg_transport import TorchObject
-from .errors import CommError, CommTimeoutError, DistributedRuntimeError, PeerLostError
+from sagellm.core.protocols.errors import (
+    CommError,
+    CommTimeoutError,
+    DistributedRuntimeError,
+    PeerLostError,
+)
+
+from .transport import TorchObject
 
 __all__ = ["FailureBoard", "classify"]
 

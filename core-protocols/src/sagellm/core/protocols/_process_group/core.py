@@ -12,13 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._pg_checks import check_tensor
-from ._pg_kv import KVReceive
-from ._pg_lowering import Reductions, lower_call, refusal
-from ._pg_stats import CallCounters
-from ._pg_transport import RawCall, RawWork, Transport
-from ._pg_work import GroupWork, describe
-from .comm_backend import (
+from sagellm.core.protocols.comm_backend import (
     BackendSpec,
     BandwidthStats,
     Capabilities,
@@ -28,9 +22,17 @@ from .comm_backend import (
     CommStats,
     Registration,
 )
-from .errors import CommError, ConfigError, DistributedRuntimeError
-from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
-from .work import Work
+from sagellm.core.protocols.errors import CommError, ConfigError, DistributedRuntimeError
+from sagellm.core.protocols.topology import CostModelProtocol, CostTable, TopologyManagerProtocol
+from sagellm.core.protocols.work import Work
+
+from .checks import check_tensor
+from .cost_table import table_by_broadcast
+from .kv import KVReceive
+from .lowering import Reductions, lower_call, refusal
+from .stats import CallCounters
+from .transport import RawCall, RawWork, Transport
+from .work import GroupWork, describe
 
 __all__ = ["BackendCore", "Started"]
 
@@ -74,6 +76,9 @@ class _NoRegistration:
 class BackendCore(CommBackendProtocol):
     """State of one group on this rank; `TensorBackend` adds the operations.
 
+    With a `cost_model` in a group of several ranks, making one is collective: all ranks take
+    rank 0's frozen table, unless they hold an agreed `cost_table` already.
+
     One thread at a time issues calls. Works may be waited for, and `abort` called, from any.
     """
 
@@ -85,6 +90,7 @@ class BackendCore(CommBackendProtocol):
         timeout_s: float = 30.0,
         topology_manager: TopologyManagerProtocol | None = None,
         cost_model: CostModelProtocol | None = None,
+        cost_table: CostTable | None = None,
     ) -> None:
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
@@ -92,7 +98,11 @@ class BackendCore(CommBackendProtocol):
         self.timeout_s = float(timeout_s)
         self.topology_manager = topology_manager
         self.cost_model = cost_model
-        self._cost_table: CostTable | None = None if cost_model is None else cost_model.freeze()
+        self._cost_table = cost_table
+        if cost_model is not None and cost_table is None:
+            frozen = cost_model.freeze()
+            alone = transport.size == 1
+            self._cost_table = frozen if alone else table_by_broadcast(transport, frozen, timeout_s)
         self._transport = transport
         # A group's identity does not change: properties of the protocol read these.
         self._rank, self._size = transport.rank, transport.size

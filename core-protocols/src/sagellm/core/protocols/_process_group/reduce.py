@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._pg_checks import check_rank, check_same, check_tensor
-from ._pg_core import BackendCore, Started
-from ._pg_shim import as_contiguous
-from ._pg_transport import RawCall
-from .comm_backend import ReduceOp
-from .work import Work
+from sagellm.core.protocols.comm_backend import ReduceOp
+from sagellm.core.protocols.work import Work
+
+from .checks import check_rank, check_same, check_tensor
+from .core import BackendCore, Started
+from .shim import as_contiguous
+from .transport import RawCall
 
 __all__ = ["ReducingOps"]
 

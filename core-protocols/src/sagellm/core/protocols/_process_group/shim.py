@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from ._pg_transport import RawCall, TorchObject
-from .comm_backend import ReduceOp
-from .errors import UnsupportedOperationError
+from sagellm.core.protocols.comm_backend import ReduceOp
+from sagellm.core.protocols.errors import UnsupportedOperationError
+
+from .transport import RawCall, TorchObject
 
 __all__ = [
     "abort_group",

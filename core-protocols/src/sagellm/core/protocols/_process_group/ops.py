@@ -9,14 +9,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._pg_checks import check_rank, check_same, check_splits, check_tensor
-from ._pg_core import Started
-from ._pg_p2p import PointToPointOps
-from ._pg_reduce import ReducingOps
-from ._pg_shim import as_contiguous
-from ._pg_transport import RawCall
-from .errors import ConfigError
-from .work import Work
+from sagellm.core.protocols.errors import ConfigError, IntegrityError
+from sagellm.core.protocols.work import Work
+
+from .checks import check_rank, check_same, check_splits, check_tensor
+from .core import Started
+from .p2p import PointToPointOps
+from .part_shapes import MAX_PART_DIMS, part_row, read_part_rows
+from .reduce import ReducingOps
+from .shim import as_contiguous
+from .transport import RawCall
 
 __all__ = ["TensorBackend"]
 
@@ -201,19 +203,36 @@ class TensorBackend(ReducingOps, PointToPointOps):
         )
 
     def _exchange_shapes(self, parts: list[Tensor]) -> list[tuple[int, ...]]:
-        """Shapes that the other ranks have for this one; every rank asks in every call."""
-        width = 1 + 8
-        if any(p.dim() > width - 1 for p in parts):
-            raise ConfigError(f"all_to_all of uneven parts takes at most {width - 1} dimensions")
+        """Shapes that the other ranks have for this one; every rank asks in every call.
+
+        Raises:
+            IntegrityError: A peer's answer is no shape, or beyond `MAX_PART_BYTES`; the group
+                is dead then, because the peers go on to send.
+
+        """
+        if any(p.dim() > MAX_PART_DIMS for p in parts):
+            raise ConfigError(
+                f"all_to_all of uneven parts takes at most {MAX_PART_DIMS} dimensions"
+            )
         if self._size == 1:
             return [tuple(parts[0].shape)]
-        rows = [[p.dim(), *p.shape, *[0] * (width - 1 - p.dim())] for p in parts]
+        itemsize = parts[0].itemsize
+        rows = [part_row(p.shape, itemsize) for p in parts]
         mine = torch.tensor(rows, dtype=torch.int64, device=self._device)
         theirs = torch.empty_like(mine)
         work = self.all_to_all_single(theirs, mine, async_op=True)
         assert not isinstance(work, Tensor)
-        table = work.synchronize().tolist()
-        return [tuple(row[1 : 1 + row[0]]) for row in table]
+        try:
+            shapes = read_part_rows(work.synchronize().tolist(), itemsize)
+            if shapes[self._rank] != tuple(parts[self._rank].shape):
+                raise IntegrityError(
+                    f"rank {self._rank} got {shapes[self._rank]} back for its own part of shape "
+                    f"{tuple(parts[self._rank].shape)}"
+                )
+        except IntegrityError as e:
+            text = f"all_to_all of group {self.group_name} (rank {self._rank} of {self._size})"
+            raise self._declare_dead(text, IntegrityError(f"{text}: {e}")) from None
+        return shapes
 
     # -- rooted ---------------------------------------------------------------------------
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ._pg_shim import dtype_name
-from ._pg_transport import RawCall, RawWork, Transport
-from .errors import CollectiveMismatchError, CommTimeoutError
+from sagellm.core.protocols.errors import CollectiveMismatchError, CommTimeoutError
+
+from .shim import dtype_name
+from .transport import RawCall, RawWork, Transport
 
 __all__ = ["CheckedTransport", "fingerprint", "mismatch"]
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ._pg_transport import RawCall, RawWork, Transport
-from .errors import UnsupportedOperationError
+from sagellm.core.protocols.errors import UnsupportedOperationError
+
+from .transport import RawCall, RawWork, Transport
 
 __all__ = ["SoloTransport"]
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ._pg_checks import check_peer, check_tensor
-from ._pg_core import BackendCore, Started
-from ._pg_kv import KV_TAG, KVReceive, send_calls
-from ._pg_shim import as_contiguous
-from ._pg_transport import RawCall, RawWork
-from .comm_backend import KVBlock, P2POp
-from .errors import ConfigError
-from .work import Work
+from sagellm.core.protocols.comm_backend import KVBlock, P2POp
+from sagellm.core.protocols.errors import ConfigError
+from sagellm.core.protocols.work import Work
+
+from .checks import check_peer, check_tensor
+from .core import BackendCore, Started
+from .kv import KV_TAG, KVReceive, send_calls
+from .shim import as_contiguous
+from .transport import RawCall, RawWork
 
 __all__ = ["PointToPointOps"]
 

@@ -10,9 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from ._pg_transport import RawWork
-from .comm_backend import CommCall
-from .errors import CommTimeoutError
+from sagellm.core.protocols.comm_backend import CommCall
+from sagellm.core.protocols.errors import CommTimeoutError
+
+from .transport import RawWork
 
 __all__ = ["GroupWork", "WorkOwner", "completed_future", "describe"]
 

@@ -17,10 +17,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ._pg_shim import dtype_name
-from ._pg_transport import RawCall, RawWork, Transport
-from .comm_backend import KVBlock
-from .errors import ConfigError, IntegrityError, ResourceError
+from sagellm.core.protocols.comm_backend import KVBlock
+from sagellm.core.protocols.errors import ConfigError, IntegrityError, ResourceError
+
+from .shim import dtype_name
+from .transport import RawCall, RawWork, Transport
 
 __all__ = ["KV_TAG", "MAX_KV_BYTES", "KVReceive", "encode", "send_calls"]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._pg_shim import dtype_name
-from .errors import ConfigError
+from sagellm.core.protocols.errors import ConfigError
+
+from .shim import dtype_name
 
 __all__ = ["check_peer", "check_rank", "check_same", "check_splits", "check_tensor"]
 

@@ -215,17 +215,25 @@ def leave(state):
     return refusal(lambda: state.backend.all_reduce(x))
 
 
-def lowering_on_cpu(state, name):
-    """A vendor's rules over gloo on CPU tensors: needs nothing that is private to torch."""
+def gloo_backend(name):
+    """A vendor's adapter over gloo on CPU tensors: needs nothing that is private to torch."""
     from dataclasses import replace
 
     from sagellm.comm.domestic import backend_spec, find_vendor
-    from sagellm.core.protocols.process_group import ProcessGroupBackend
+    from sagellm.comm.domestic.groups import OpenedGroup
+    from sagellm.comm.domestic.specs import backend_class
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    spec = replace(backend_spec(find_vendor(name)), device_types=("cpu",), c10d_name="gloo")
-    backend = ProcessGroupBackend(spec, dist.group.WORLD, timeout_s=20)
+    row = find_vendor(name)
+    spec = replace(backend_spec(row), device_types=("cpu",), c10d_name="gloo")
+    opened = OpenedGroup(dist.group.WORLD, False, {}, "the test's")
+    return backend_class(row).over(spec, opened, timeout_s=20)
+
+
+def lowering_on_cpu(state, name):
+    backend = gloo_backend(name)
+    spec = backend.spec
     # gloo has no average to lend to a row that has one of its own.
     native = "avg" in spec.capabilities.reduce_ops
     mean = None if native else backend.all_reduce(torch.tensor([state.rank + 1.0]), "avg").item()
@@ -238,3 +246,53 @@ def lowering_on_cpu(state, name):
     found["band"] = refusal(lambda: backend.all_reduce(torch.ones(1, dtype=torch.int32), "band"))
     found["float64"] = refusal(lambda: backend.all_reduce(torch.ones(1, dtype=torch.float64)))
     return found
+
+
+def self_test_on_cpu(state, name, broken=None):
+    """The self-test over gloo, with one operation that reports success and does nothing."""
+    from sagellm.comm.domestic.self_test import run_self_test
+
+    backend = gloo_backend(name)
+    if broken is not None:
+        setattr(backend, broken, lambda *args, **named: args[0])
+    return run_self_test(backend)
+
+
+def adapter_on_cpu(state):
+    backend = gloo_backend("hccl")
+    with backend.split([0, 1], "both") as both:
+        total = both.all_reduce(torch.ones(1)).item()
+    return {
+        "class": type(backend).__name__,
+        "about": [backend.vendor, backend.library, backend.row.device],
+        "claims": len(backend.link_claims()),
+        "ratio": backend.efficiency("910C RoCE", 25e9).ratio,
+        "split": [type(both).__name__, total],
+    }
+
+
+def groups_on_meta(state):
+    """Groups of a row whose device is torch's `meta` and whose library is gloo: no vendor needed."""
+    from dataclasses import replace
+
+    from sagellm.comm.domestic import find_vendor
+    from sagellm.comm.domestic.groups import group_map, open_group, split_group
+
+    row = replace(find_vendor("hccl"), device="meta", c10d_name="gloo")
+    options = {"hccl_algo": "level0:NA"}
+    made = open_group(row, timeout_s=20)
+    again, given = open_group(row), open_group(row, group=made.group)
+    part = split_group(row, [0, 1], "both", 20, {})
+    x = torch.ones(1)
+    dist.all_reduce(x, group=part.group)
+    other = replace(row, device="xpu", c10d_name="xccl")
+    return {
+        "why": [made.why, again.why, given.why, part.why],
+        "owned": [made.owned, again.owned, given.owned, part.owned],
+        "map": group_map(part.group),
+        "sum": x.item(),
+        "late": refusal(lambda: open_group(row, group=made.group, options=options)),
+        "options": refusal(lambda: open_group(row, options=options)),
+        "other": refusal(lambda: open_group(other, group=made.group)),
+        "library": refusal(lambda: open_group(replace(row, c10d_name="nosuch"))),
+    }

@@ -213,6 +213,46 @@ def test_a_run_inside_a_task_does_not_hang(manager, lane):
     assert getattr(result, lane) == ((11, 12),)
 
 
+@pytest.mark.parametrize("lane", ["compute", "comm"])
+def test_a_run_inside_a_task_waits_for_its_handles(manager, lane):
+    waited = []
+
+    class Handle:
+        def wait(self, timeout_s=None):
+            waited.append("waited")
+            return 5
+
+        def exception(self):
+            return None
+
+    def nested():
+        return manager.schedule(lambda: 1, lambda: Handle()).wait().comm
+
+    def nothing():
+        return manager.schedule([], []).wait().comm
+
+    pair = (nested, nothing) if lane == "compute" else (nothing, nested)
+    result = manager.schedule(*pair).wait()
+
+    assert getattr(result, lane) == ((5,),)
+    assert waited == ["waited"]
+    assert manager.get_stats().runs == 3  # the empty one inside counts and ends as well
+
+
+def test_a_failed_batch_aborts_the_group(make_manager):
+    backend = group()
+    manager = make_manager(comm_backend=backend)
+
+    def bad():
+        yield CompletedWork(1)
+        raise ValueError("bad batch")
+
+    with pytest.raises(ValueError, match="bad batch"):
+        manager.overlap_batches([bad()])
+
+    assert "bad batch" in backend.abort.call_args.args[0]
+
+
 def test_what_a_nested_run_raises_comes_through_both(manager):
     def inner():
         raise KeyError("inner")

@@ -92,6 +92,32 @@ def test_batches_in_turn_equal_batches_one_by_one(rank_pool):
         assert communicated
 
 
+def ring_in_batches(rank, size, store):
+    """Works of point-to-point calls tell nobody when they end."""
+    peer = 1 - rank
+    with torch_group(rank, size, store), OverlapManager(device="cpu", timeout_s=20) as manager:
+
+        def swap(tag):
+            got = torch.empty(2)
+            yield [
+                dist.isend(torch.full((2,), rank + 10.0 * tag), peer, tag=tag),
+                dist.irecv(got, peer, tag=tag),
+            ]
+            sent = dist.isend(got, peer, tag=tag + 8)
+            back = torch.empty(2)
+            yield dist.irecv(back, peer, tag=tag + 8)
+            yield sent
+            return got[0].item(), back[0].item()
+
+        return manager.overlap_batches([swap(1), swap(2)])
+
+
+def test_batches_may_send_and_receive(rank_pool):
+    got = rank_pool.run(ring_in_batches, rank_pool.store_path())
+
+    assert got == [[(11.0, 10.0), (21.0, 20.0)], [(10.0, 11.0), (20.0, 21.0)]]
+
+
 def late(rank, size, store, gate):
     """Rank 1 comes only after rank 0 has seen its deadline."""
     with torch_group(rank, size, store, timeout_s=20):

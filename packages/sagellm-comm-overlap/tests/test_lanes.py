@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from sagellm.comm.overlap import OverlapManager, OverlapPolicy
-from sagellm.core.protocols import CompletedWork, ConfigError
+from sagellm.core.protocols import CommTimeoutError, CompletedWork, ConfigError
 
 WAIT_S = 10.0
 
@@ -74,6 +74,8 @@ def test_independent_lists_may_differ_in_length(manager):
         ([list, 4], [list, list], "zip", "task 1 is 4"),
         (lambda x: x, list, "zip", "needs 1 arguments"),
         ([list], [lambda x, y: x], "zip", "needs 2 arguments"),
+        ([list], [(lambda x, y: x, (1,))], "zip", "missing a required argument: 'y'"),
+        ((lambda: 1, (1, 2)), list, "zip", "the 2 given"),
         (list, list, "cross", "not one of"),
     ],
 )
@@ -135,6 +137,60 @@ def test_futures_and_works_are_waited_for(manager):
         finisher.result(WAIT_S)
 
     assert result.comm == ("concurrent", "torch", "work", [1, 2])
+
+
+def test_works_beside_other_values_are_waited_for(manager):
+    future = Future()
+
+    def late():
+        future.set_result("landed")
+
+    handle = manager.schedule([lambda: 0, late], [lambda: ("tensor", future), lambda: [None]])
+
+    assert handle.wait().comm == (("tensor", "landed"), [None])
+
+
+def test_compute_may_return_a_future_too(manager):
+    future = Future()
+
+    def free():
+        future.set_result(3)
+
+    assert manager.schedule(lambda: future, free).wait().compute == (3,)
+
+
+def test_a_paired_communication_that_takes_nothing_still_waits_for_its_compute(manager):
+    begun, hold, order = threading.Event(), threading.Event(), []
+
+    def compute():
+        begun.set()
+        assert hold.wait(WAIT_S)
+        order.append("compute")
+
+    handle = manager.schedule([compute], [lambda: order.append("comm")])
+    assert begun.wait(WAIT_S)
+    hold.set()
+    handle.wait()
+
+    assert order == ["compute", "comm"]
+
+
+def test_a_communication_ends_when_its_future_says_so(manager):
+    first, second = Future(), Future()
+
+    def end_out_of_order():
+        second.set_result(None)
+        first.set_result(None)
+
+    graph = manager.graph()
+    a = graph.comm(lambda: first)
+    b = graph.comm(lambda: second)
+    graph.compute(end_out_of_order)
+    handle = manager.run(manager.compile(graph))
+    handle.wait()
+
+    ends = {item.task: item.end_s for item in handle.metrics.intervals}
+    assert ends[b] < ends[a]
 
 
 def test_a_dependant_waits_for_the_work_and_gets_its_result(manager):
@@ -206,6 +262,24 @@ def test_a_run_can_be_awaited(manager):
 
     assert first == second
     assert first.comm == (True,)
+
+
+def test_awaiting_a_run_has_the_deadline_of_wait(make_manager):
+    manager = make_manager(timeout_s=0.1)
+    hold = threading.Event()
+
+    def stuck():
+        return hold.wait(WAIT_S)
+
+    handle = manager.schedule(stuck, lambda: 1)
+
+    async def main():
+        await handle
+
+    with pytest.raises(CommTimeoutError, match=r"'stuck\[0\]' on lane 'compute'"):
+        asyncio.run(main())
+    hold.set()
+    assert handle.wait(WAIT_S).compute == (True,)
 
 
 def test_three_lanes_run_side_by_side(manager):

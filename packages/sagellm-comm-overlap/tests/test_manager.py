@@ -121,6 +121,23 @@ def test_disabled_means_serial_until_reset(manager):
         manager.disable("")
 
 
+def test_disabling_keeps_the_order_that_peers_follow(manager):
+    issued = []
+    graph = manager.graph()
+    for name, (compute, comm) in {"a": (5.0, 1.0), "b": (1.0, 5.0)}.items():
+        made = graph.compute(lambda: None, cost_s=compute)
+        graph.comm(lambda _, name=name: issued.append(name), made, cost_s=comm)
+    plan = manager.compile(graph)
+
+    manager.disable("a test")
+    handle = manager.run(plan)
+    handle.wait()
+
+    assert plan.order["comm"] == (3, 1)
+    assert issued == ["b", "a"]
+    assert handle.metrics.overlapped_s == 0
+
+
 def test_explain_tells_order_gain_and_candidates(manager):
     graph = manager.graph()
     for compute, comm in ((5.0, 1.0), (1.0, 5.0)):

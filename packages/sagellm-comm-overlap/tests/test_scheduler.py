@@ -124,3 +124,13 @@ def test_bad_costs_are_refused():
         compile_graph(tasks, {7: 1.0})
     with pytest.raises(ConfigError, match="below 0"):
         compile_graph(tasks, {0: -1.0})
+
+
+def test_what_feeds_a_communication_is_found_through_other_tasks():
+    graph = TaskGraph()
+    a = graph.compute(nothing)
+    b = graph.compute(nothing, a)
+    graph.comm(nothing, b)
+    graph.compute(nothing, b)
+
+    assert compile_graph(graph.tasks).feeds_comm == {0, 1, 2}

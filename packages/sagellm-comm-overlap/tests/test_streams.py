@@ -2,12 +2,19 @@
 
 import contextlib
 from concurrent.futures import Future
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from sagellm.comm.overlap import OverlapManager, manager as manager_module
-from sagellm.core.protocols import BackendUnavailableError, CommTimeoutError, CompletedWork
+from sagellm.core.protocols import (
+    BackendUnavailableError,
+    CommBackendProtocol,
+    CommTimeoutError,
+    CompletedWork,
+    ConfigError,
+)
 
 
 class FakeEvent:
@@ -163,3 +170,51 @@ def test_without_a_device_cuda_is_refused():
 
     with pytest.raises(BackendUnavailableError, match="no device"):
         OverlapManager(device="cuda")
+
+
+def test_lanes_wait_for_what_the_caller_issued_before(device):
+    OverlapManager(device="cuda").schedule(
+        lambda: device.log.append(("ran", "compute")), lambda: device.log.append(("ran", "comm"))
+    )
+
+    for lane in ("s1", "s2"):
+        assert device.log.index(("wait", lane, "main")) < device.log.index(("ran", "compute"))
+
+
+def test_traces_of_a_device_hold_its_own_times(device):
+    manager = OverlapManager(device="cuda", trace=True)
+    device.finished = False
+    manager.schedule([lambda: 1], [lambda: 2])
+    before = manager.trace_runs(), manager.get_stats().runs
+    device.finished = True
+
+    (run,) = manager.trace_runs()
+
+    assert before == ((), 0)
+    assert all(item.end_s > item.start_s for item in run.intervals)
+    assert manager.get_stats().tasks == 2
+
+
+def test_a_run_that_fails_while_it_is_issued_aborts_the_group(device):
+    backend = Mock(spec=CommBackendProtocol)
+    backend.size, backend.rank = 2, 0
+    manager = OverlapManager(backend, device="cuda")
+
+    with pytest.raises(ZeroDivisionError):
+        manager.schedule([lambda: 1 / 0], [lambda: None]).wait()
+
+    assert "ZeroDivisionError" in backend.abort.call_args.args[0]
+
+
+def test_close_waits_for_the_device_and_refuses_new_runs(device):
+    manager = OverlapManager(device="cuda", timeout_s=0.05)
+    manager.schedule(lambda: 1, lambda: 2)
+    device.finished = False
+
+    with pytest.raises(CommTimeoutError, match="lanes comm, compute"):
+        manager.close()
+    device.finished = True
+    manager.close()
+
+    with pytest.raises(ConfigError, match="closed"):
+        manager.schedule(lambda: 1, lambda: 2)

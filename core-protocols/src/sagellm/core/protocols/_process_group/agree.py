@@ -110,7 +110,8 @@ class CheckedTransport(Transport):
                 call.describe,
                 CommTimeoutError(f"not every rank made a call within {call.timeout_s} s"),
             )
-        texts = [bytes(row).decode().rstrip() for row in out.cpu().view(self.size, _BYTES).numpy()]
+        rows = out.cpu().view(self.size, _BYTES).tolist()  # numpy may be absent
+        texts = [bytes(row).decode().rstrip() for row in rows]
         if len(set(texts)) > 1:
             calls = {rank: _readable(text) for rank, text in enumerate(texts)}
             raise mismatch(call.describe, calls)

@@ -178,7 +178,7 @@ class KVReceive(RawWork):
 
     def _received(self) -> bytes:
         assert self._buffer is not None
-        return self._buffer.cpu().numpy().tobytes()
+        return bytes(self._buffer.cpu().tolist())  # torch without numpy has no shorter way
 
     def _read_prefix(self) -> None:
         magic, version, self._flags, header_bytes, self.nbytes = _PREFIX.unpack(self._received())

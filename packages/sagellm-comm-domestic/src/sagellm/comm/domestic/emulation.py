@@ -128,6 +128,12 @@ def _install_plugin(row: VendorSpec, device_module: ModuleType, group: type) -> 
 def _register(row: VendorSpec, group: type) -> None:
     import torch.distributed as dist
 
+    # From 2.15 torch records the calls of groups whose library does not do so itself, which fails
+    # for a group that is a Python class.
+    recording = getattr(dist.distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", None)
+    if recording is not None:
+        recording.add(row.c10d_name)
+
     def extended(given: _Torch, options: _Torch) -> _Torch:
         # Vendors replace an options object of another class by their defaults, silently.
         own = options if isinstance(options, group.Options) else group.Options()  # type: ignore[attr-defined]  # set by _group_class

@@ -1,8 +1,8 @@
 """Micro-batches in turn: one computes while another's communication is under way.
 
 This is the static interleaving that serving engines use: no threads, the same order on all
-ranks. Times of communication are taken from the work's own future where it has one on a CPU, so
-that a work that was long done when its batch went on is not counted as running until then.
+ranks. A work that was long done when its batch went on is not counted as running until then: its
+future says when it ended, or else each step of another batch looks whether it has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from sagellm.core.protocols import CommTimeoutError, Interval
 
 from ._values import Foreign
-from .completion import StillRunning, is_handle, resolve
+from .completion import StillRunning, is_handle, note_end, resolve
 
 __all__ = ["BatchRun", "token_count"]
 
@@ -35,7 +35,13 @@ class _Batch:
         self.value: Foreign = None  # what it returned
         self.step = 0
         self.issued = 0.0
-        self.done_at: list[float] = []
+        self.ended: list[float] = []
+
+    def look(self) -> None:
+        """Note the end of a work that is over and told nobody."""
+        done = getattr(self.handle, "done", None)
+        if not self.ended and callable(done) and done():
+            self.ended.append(time.perf_counter())
 
 
 class BatchRun:
@@ -74,7 +80,10 @@ class BatchRun:
         try:
             while waiting:
                 batch = waiting.popleft()
-                if self._advance(batch):
+                goes_on = self._advance(batch)
+                for other in waiting:
+                    other.look()
+                if goes_on:
                     if self._serial:
                         waiting.appendleft(batch)
                     else:
@@ -115,9 +124,7 @@ class BatchRun:
             raise
         batch.step += 1
         batch.handle, batch.issued = handle, time.perf_counter()
-        done_at: list[float] = []
-        batch.done_at = done_at
-        _note_end(handle, done_at)
+        batch.ended = note_end(handle)
         return True
 
     def _landed(self, batch: _Batch, where: str) -> Foreign:  # the handle's result
@@ -130,15 +137,7 @@ class BatchRun:
             raise CommTimeoutError(
                 f"the communication of {where} was not done in {self._timeout_s:.3g} s"
             ) from error
-        end = batch.done_at[0] if batch.done_at else time.perf_counter()
+        end = batch.ended[0] if batch.ended else time.perf_counter()
         name = f"batch{batch.index}.{batch.step - 1}"
         self._spans.append((name, "comm", batch.issued, max(end, batch.issued)))
         return value
-
-
-def _note_end(handle: Foreign, done_at: list[float]) -> None:  # Work or future
-    future = handle
-    if not hasattr(future, "add_done_callback") and hasattr(handle, "get_future"):
-        future = handle.get_future()
-    if hasattr(future, "add_done_callback"):
-        future.add_done_callback(lambda _: done_at.append(time.perf_counter()))

@@ -12,14 +12,14 @@ import contextvars
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sagellm.core.protocols import CommTimeoutError, ConfigError, TaskId
 
 from ._values import Foreign
-from .completion import StillRunning, is_handle, resolve
+from .completion import StillRunning, is_handle, note_end, resolve
 from .handle import DONE, FAILED, PENDING, RUNNING, SKIPPED, Run
 from .scheduler import lane_kind
 
@@ -47,6 +47,7 @@ class _Flight:
     handle: Foreign  # Work or future
     start: float
     deadline: float
+    ended: list[float]  # from `note_end`: works of a lane may end in another order than they began
 
 
 class _Lane:
@@ -100,21 +101,20 @@ class LaneExecutor:
             ConfigError: The executor is closed.
 
         """
-        if getattr(_here, "executor", None) is self:
-            self._run_inline(run)
-            return
+        inside = getattr(_here, "executor", None) is self
         with self.lock:
-            if self._closed:
-                raise ConfigError("the overlap manager is closed")
+            if self._closed and not inside:
+                raise ConfigError("the overlap manager is closed; make another")
             self._active.add(run)
-            if run.remaining:
-                for name, tasks in order.items():
-                    lane = self._lanes.get(name) or self._open(name)
-                    lane.queue.append(_Segment(run, tasks, run.context.for_lane()))
-                    if lane.idle:
-                        lane.ready.notify()
-            else:
-                self._retired(run)
+            if self._retired(run):
+                return
+            for name, tasks in {} if inside else order.items():
+                lane = self._lanes.get(name) or self._open(name)
+                lane.queue.append(_Segment(run, tasks, run.context.for_lane()))
+                if lane.idle:
+                    lane.ready.notify()
+        if inside:
+            self._run_inline(run)
 
     def wake(self) -> None:
         """Make idle lanes look again, after tasks were skipped."""
@@ -231,7 +231,8 @@ class LaneExecutor:
             value = run.context.call(segment.variables, fn, args)
             if is_handle(value):
                 if len(lane.threads) > 1:
-                    flight = _Flight(run, task, value, start, time.monotonic() + run.timeout_s)
+                    deadline = time.monotonic() + run.timeout_s
+                    flight = _Flight(run, task, value, start, deadline, note_end(value))
                     with self.lock:
                         lane.flights.append(flight)
                         lane.landing.notify()
@@ -260,7 +261,7 @@ class LaneExecutor:
                 self._failed(run, task, error, flight.start)
             else:
                 self._landed(lane)
-                self._finished(run, task, value, flight.start, None)
+                self._finished(run, task, value, flight.start, None, flight.ended)
             del flight, run
 
     def _landed(self, lane: _Lane) -> None:
@@ -286,9 +287,15 @@ class LaneExecutor:
             ) from error
 
     def _finished(
-        self, run: Run, task: TaskId, value: Foreign, start: float, lane: _Lane | None
+        self,
+        run: Run,
+        task: TaskId,
+        value: Foreign,
+        start: float,
+        lane: _Lane | None,
+        ended: Sequence[float] = (),
     ) -> None:
-        end = time.perf_counter()
+        end = max(ended[0], start) if ended else time.perf_counter()
         with self.lock:
             ready = run.finish(task, value, start - run.begun, end - run.begun)
             for later in ready:
@@ -327,8 +334,6 @@ class LaneExecutor:
 
     def _run_inline(self, run: Run) -> None:
         variables = run.context.for_lane()
-        with self.lock:
-            self._active.add(run)
         for task in run.plan.sequence:
             with self.lock:
                 if run.state[task] != PENDING:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from sagellm.core.protocols import (
     CommTimeoutError,
@@ -116,17 +116,21 @@ class Run:
         more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
         return ", ".join(shown[:8]) + more
 
-    def intervals(self) -> tuple[Interval, ...]:
-        """What ran when, in order of start."""
+    def intervals(
+        self, spans: list[tuple[TaskId, float, float]] | None = None
+    ) -> tuple[Interval, ...]:
+        """What ran when, in order of start; from a device's own times where they are given."""
         tasks = self.plan.tasks
         return tuple(
             Interval(task, tasks[task].name, tasks[task].lane, start, end, tasks[task].nbytes)
-            for task, start, end in sorted(self.spans, key=lambda span: span[1:])
+            for task, start, end in sorted(
+                self.spans if spans is None else spans, key=lambda span: span[1:]
+            )
         )
 
-    def metrics(self) -> OverlapMetrics:
-        """Metrics of a run that is over."""
-        intervals = self.intervals()
+    def metrics(self, spans: list[tuple[TaskId, float, float]] | None = None) -> OverlapMetrics:
+        """Metrics of a run that is over; spans as for `intervals`."""
+        intervals = self.intervals(spans)
         if self.plan.costs is not None:
             return measure(
                 intervals,
@@ -221,12 +225,9 @@ class RunHandle:
         run = self._run
         limit = run.timeout_s if timeout_s is None else timeout_s
         with run.over:
-            if not run.over.wait_for(lambda: run.remaining == 0, limit):
-                if run.error is not None:
-                    raise run.error
-                raise CommTimeoutError(
-                    f"overlap run not over after {limit:.3g} s: {run.unfinished()}"
-                )
+            over = run.over.wait_for(lambda: run.remaining == 0, limit)
+        if not over:
+            self._not_over(limit)
         if run.error is not None:
             raise run.error
         if self._fence is not None and not self._fence.wait(limit):
@@ -245,7 +246,10 @@ class RunHandle:
         )
 
     def __await__(self) -> Generator[Any, None, OverlapResult]:
-        """Wait without blocking the event loop; cancelling the awaiter cancels no task."""
+        """Wait without blocking the event loop; cancelling the awaiter cancels no task.
+
+        The deadline is that of `wait()`.
+        """
         loop = asyncio.get_running_loop()
         waker: asyncio.Future[None] = loop.create_future()
 
@@ -258,10 +262,27 @@ class RunHandle:
             if pending:
                 self._run.callbacks.append(partial(_wake_loop, loop, wake))
         if pending:
-            yield from waker
+            timer = loop.call_later(self._run.timeout_s, wake)
+            try:
+                yield from waker
+            finally:
+                timer.cancel()
+            if self._run.remaining:
+                self._not_over(self._run.timeout_s)
         if self._fence is not None:
             yield from loop.run_in_executor(None, self.wait)
         return self.wait(0)
+
+    def _not_over(self, limit_s: float) -> NoReturn:
+        run = self._run
+        with run.over:
+            unfinished = run.unfinished()
+        if run.error is not None:
+            raise run.error
+        raise CommTimeoutError(
+            f"overlap run not over after {limit_s:.3g} s: {unfinished}; wait again, or close the "
+            "manager"
+        )
 
     def result(self) -> OverlapResult:
         """The result of a finished run; the same as `wait(0)`."""
@@ -304,7 +325,6 @@ class RunHandle:
         if not self.done():
             raise ConfigError("metrics of a run that is not over: wait for it first")
         if self._metrics is None:
-            if self._fence is not None:
-                self._run.spans = self._fence.spans()
-            self._metrics = self._run.metrics()
+            spans = None if self._fence is None else self._fence.spans()
+            self._metrics = self._run.metrics(spans)
         return self._metrics

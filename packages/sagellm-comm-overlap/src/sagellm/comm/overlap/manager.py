@@ -36,8 +36,8 @@ from .kv_hooks import LayerHook
 from .metrics import measure
 from .pairing import pair_up
 from .policy import OverlapPolicy
-from .scheduler import StaticPlan, TaskGraph, compile_graph, lane_kind, serial_plan
-from .streams import StreamLanes, device_api
+from .scheduler import StaticPlan, TaskGraph, compile_graph, lane_kind, made_serial, serial_plan
+from .streams import StreamFence, StreamLanes, device_api
 from .trace import TraceRun, write_chrome_trace
 
 __all__ = ["LaneInfo", "OverlapManager"]
@@ -118,7 +118,9 @@ class OverlapManager(OverlapManagerProtocol):
         self._device = torch.device(device).type
         self._streams: StreamLanes | None = None
         if self._device != "cpu":
-            self._streams = StreamLanes(device_api(self._device), timed=bool(trace))
+            self._streams = StreamLanes(
+                device_api(self._device), timed=bool(trace), on_broken=self._abort_group
+            )
         size = getattr(comm_backend, "size", 0)
         rank = getattr(comm_backend, "rank", 0)
         self._has_peers = size != 1
@@ -129,6 +131,7 @@ class OverlapManager(OverlapManagerProtocol):
         self._disabled = ""
         self._to_fold: deque[tuple[Interval, ...]] = deque()
         self._runs: deque[TraceRun] = deque(maxlen=_KEPT_RUNS)
+        self._issued: deque[tuple[Run, StreamFence]] = deque(maxlen=_KEPT_RUNS)
         self._executor = LaneExecutor(
             max_inflight=self._policy.max_inflight,
             on_over=self._note_over,
@@ -226,8 +229,8 @@ class OverlapManager(OverlapManagerProtocol):
 
         """
         plan = _ours(plan)
-        if self._disabled and not plan.serial:
-            plan = serial_plan(plan.tasks, self._disabled, costs=plan.costs)
+        if self._disabled:
+            plan = made_serial(plan, self._disabled)
         return self._start(plan, bindings or {}, loads_s)
 
     def calibrate(self, plan: Plan, repeats: int = 3) -> dict[TaskId, float]:
@@ -283,7 +286,8 @@ class OverlapManager(OverlapManagerProtocol):
 
         Each generator yields after issuing a communication: the `Work` to wait for before it
         goes on; it is sent the work's result. Everything runs on the calling thread, in an order
-        that does not depend on timing. Returns what each generator returned.
+        that does not depend on timing. Returns what each generator returned. After an error the
+        group is aborted as after a failed run, because peers wait for what was not issued.
 
         Args:
             step_generators: One per micro-batch.
@@ -304,6 +308,9 @@ class OverlapManager(OverlapManagerProtocol):
         try:
             returned = batches.run()
             failed = False
+        except BaseException as error:
+            self._abort_group(f"a micro-batch failed: {type(error).__name__}: {error}")
+            raise
         finally:
             self._count(batches.intervals(), failed=failed, serial=serial)
             if self._trace:
@@ -338,6 +345,7 @@ class OverlapManager(OverlapManagerProtocol):
             self._stats = OverlapStats()
             self._to_fold.clear()
             self._runs.clear()
+            self._issued.clear()
 
     def explain(self, plan: Plan) -> str:
         """The plan in words: order, expected gain, and why it is serial if it is."""
@@ -360,12 +368,14 @@ class OverlapManager(OverlapManagerProtocol):
 
     def get_stats(self) -> OverlapStats:
         """A snapshot of the counters; runs that failed count the tasks that ran."""
+        self._note_issued()
         with self._lock:
             self._fold()
             return self._stats
 
     def trace_runs(self) -> tuple[TraceRun, ...]:
         """What ran so far, the latest 10 000 runs; empty unless the manager traces."""
+        self._note_issued()
         return tuple(self._runs)
 
     def write_trace(self, path: str | Path) -> Path:
@@ -389,6 +399,8 @@ class OverlapManager(OverlapManagerProtocol):
         """
         try:
             self._executor.close(self._timeout_s)
+            if self._streams is not None:
+                self._streams.close(self._timeout_s)
         finally:
             if isinstance(self._trace, (str, Path)):
                 self.write_trace(self._trace)
@@ -416,12 +428,23 @@ class OverlapManager(OverlapManagerProtocol):
             executor.submit(run, plan.order)
             return RunHandle(run, executor.wake, has_peers=self._has_peers)
         fence = self._streams.issue(run)
-        with executor.lock:
+        if self._trace:
+            self._issued.append((run, fence))  # its times are known when the device is through
+        else:
             self._note_over(run)
         return RunHandle(run, executor.wake, has_peers=self._has_peers, fence=fence)
 
-    def _note_over(self, run: Run) -> None:
-        intervals = run.intervals()
+    def _note_issued(self) -> None:
+        """Note traced runs that the device is through with."""
+        with self._lock:
+            over: list[tuple[Run, StreamFence]] = []
+            while self._issued and self._issued[0][1].done():
+                over.append(self._issued.popleft())
+        for run, fence in over:
+            self._note_over(run, fence.spans())
+
+    def _note_over(self, run: Run, spans: list[tuple[TaskId, float, float]] | None = None) -> None:
+        intervals = run.intervals(spans)
         self._count(intervals, failed=run.error is not None, serial=run.plan.serial)
         if self._trace:
             flows = tuple(

@@ -77,10 +77,24 @@ def _listed(
         if not _is_task(item):
             raise ConfigError(f"{kind} task {at} is {item!r}: neither callable nor (fn, args)")
         if isinstance(item, tuple):
+            _check_arguments(item[0], item[1], f"{kind} task {at}")
             listed.append((partial(item[0], *item[1]), 0))
         else:
             listed.append((item, _required(item)))
     return listed
+
+
+def _check_arguments(fn: Callable[..., Any], args: Sequence[Any], what: str) -> None:  # as above
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ConfigError(
+            f"{what} takes other arguments than the {len(args)} given: {error}"
+        ) from None
 
 
 def _required(fn: Callable[..., Any]) -> int:  # the user's function

@@ -264,8 +264,10 @@ def plan_in_order(
 
     """
     shape = Shape.of([task.lane for task in tasks], [task.deps for task in tasks])
-    costs = facts.get("costs") or [1.0] * len(tasks)
-    return StaticPlan(tasks, order, sequence=simulate(shape, order, costs).sequence, **facts)
+    costs = facts.get("costs")
+    run = simulate(shape, order, costs or [1.0] * len(tasks))
+    predicted_s = run.makespan_s if costs else None
+    return StaticPlan(tasks, order, sequence=run.sequence, predicted_s=predicted_s, **facts)
 
 
 def serial_plan(tasks: tuple[TaskSpec, ...], reason: str, **facts: Foreign) -> StaticPlan:
@@ -280,6 +282,23 @@ def serial_plan(tasks: tuple[TaskSpec, ...], reason: str, **facts: Foreign) -> S
         reason=reason,
         predicted_s=None if costs is None else float(sum(costs)),
         **facts,
+    )
+
+
+def made_serial(plan: StaticPlan, reason: str) -> StaticPlan:
+    """The plan, one task after another. Its lanes keep their order, which peers still follow."""
+    if plan.serial:
+        return plan
+    return StaticPlan(
+        plan.tasks,
+        plan.order,
+        sequence=plan.sequence,
+        serial=True,
+        reason=reason,
+        rule=plan.rule,
+        predicted_s=None if plan.costs is None else sum(plan.costs),
+        costs=plan.costs,
+        candidates=plan.candidates,
     )
 
 

@@ -7,14 +7,15 @@ events, without a host synchronisation; a `Work` makes its lane's stream wait.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
-from sagellm.core.protocols import BackendUnavailableError, CommTimeoutError, TaskId
+from sagellm.core.protocols import BackendUnavailableError, CommTimeoutError, ConfigError, TaskId
 
 from ._values import Foreign
 from .completion import StillRunning, is_handle, resolve
@@ -94,18 +95,28 @@ class StreamFence:
 
 
 class StreamLanes:
-    """Streams by lane name, made at first use.
+    """Streams by lane name, made at first use. Thread-safe: runs are issued one after another.
 
     Args:
         api: The module that has streams and events.
         timed: Take timing events around each task. They cost a little and, with
             CUDA_DEVICE_MAX_CONNECTIONS=1, keep streams from overlapping at all.
+        on_broken: Called with a reason when an error left communications unissued.
 
     """
 
-    def __init__(self, api: StreamApi, *, timed: bool = False) -> None:
+    def __init__(
+        self,
+        api: StreamApi,
+        *,
+        timed: bool = False,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> None:
         self._api = api
         self._timed = timed
+        self._on_broken = on_broken
+        self._lock = threading.RLock()  # a task may schedule a run of its own
+        self._closed = False
         self._streams: dict[str, Any] = {}  # streams of the module
 
     def add(self, name: str, stream: object = None, priority: int = 0) -> Foreign:
@@ -113,18 +124,46 @@ class StreamLanes:
 
         torch wants low numbers for high priority; communication lanes get -1 unless told.
         """
-        if stream is not None:
-            self._streams[name] = stream
-        elif name not in self._streams:
-            urgent = -priority if priority else (-1 if lane_kind(name) == "comm" else 0)
-            self._streams[name] = self._api.Stream(priority=urgent)
-        return self._streams[name]
+        with self._lock:
+            if stream is not None:
+                self._streams[name] = stream
+            elif name not in self._streams:
+                urgent = -priority if priority else (-1 if lane_kind(name) == "comm" else 0)
+                self._streams[name] = self._api.Stream(priority=urgent)
+            return self._streams[name]
+
+    def close(self, timeout_s: float) -> None:
+        """Refuse new runs and wait until the device is through with those issued. Idempotent.
+
+        Raises:
+            CommTimeoutError: It was not, at the deadline.
+
+        """
+        with self._lock:
+            self._closed = True
+            ends = [self._recorded(stream) for stream in self._streams.values()]
+            names = ", ".join(sorted(self._streams))
+        if not StreamFence(self._api, ends, None, {}).wait(timeout_s):
+            raise CommTimeoutError(
+                f"close() gave up after {timeout_s:.3g} s: the device is not through with lanes "
+                f"{names}"
+            )
 
     def issue(self, run: Run) -> StreamFence:
         """Issue all tasks of a run on this thread, and return where it ends.
 
         What a task raises while it is issued fails the run; what it had issued runs on.
+
+        Raises:
+            ConfigError: The lanes are closed.
+
         """
+        with self._lock:
+            if self._closed:
+                raise ConfigError("the overlap manager is closed; make another")
+            return self._issue(run)
+
+    def _issue(self, run: Run) -> StreamFence:
         origin = self._api.current_stream()
         streams = {lane: self.add(lane) for lane in run.plan.order}
         base = self._api.Event(enable_timing=self._timed)
@@ -157,7 +196,10 @@ class StreamLanes:
                     events[task] = self._recorded(stream)
             except BaseException as error:
                 with run.over:
-                    run.fail(task, error, now, now)
+                    broken = run.fail(task, error, now, now)
+                if broken and self._on_broken is not None:
+                    why = f"overlap task {spec.name!r} failed: {type(error).__name__}: {error}"
+                    self._on_broken(why)
                 break
             timed[task] = (start, events[task])
             with run.over:

@@ -156,7 +156,9 @@ class BackendSpec:
         install_hint: What to install or source when it is missing.
         probe: Cheap test without side effects: no import of a vendor plug-in, no device context.
         load: Returns the backend class or factory; called once it has been chosen. It is called
-            as `load()(spec, process_group, **options)` for c10d backends.
+            as `load()(spec, process_group, **options)` for c10d backends. Of any other the
+            conformance kit reads attribute `in_process_world`, a class `World(size, timeout_s=…)`
+            with `backend(rank)`, or `join(rank, size, meet, timeout_s=…)`, a rank's backend.
         vendor: Who makes the device; None for backends of the CPU.
 
     """

@@ -100,9 +100,10 @@ class Hangs(Plain):
             pass
 
 
-def spec(load, lossless=True, available=True):
+def spec(load, lossless=True, available=True, compresses=True):
     probe = lambda: Probe(available, "because")  # noqa: E731
-    return CodecSpec("toy", lossless, probe, lambda: load, install_hint="pip install toy")
+    hint = "pip install toy"
+    return CodecSpec("toy", lossless, probe, lambda: load, hint, compresses)
 
 
 def test_sound_codecs_pass():
@@ -124,6 +125,12 @@ def test_a_seeded_bug_is_caught(bug):
 def test_a_lossy_codec_may_lose_bits_but_says_so():
     assert check_codec(spec(LosesABit, lossless=False)).ok()
     assert not check_codec(spec(LosesABit)).ok()
+
+
+def test_a_codec_shrinks_what_it_can_exactly_if_its_spec_says_so():
+    assert check_codec(spec(Plain, compresses=False)).ok(reference=True)
+    assert not check_codec(spec(Plain)).ok()
+    assert not check_codec(spec(Zlib, compresses=False)).ok()
 
 
 def test_a_codec_that_cannot_work_here_is_no_failure_of_the_contract():

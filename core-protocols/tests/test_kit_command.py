@@ -78,7 +78,7 @@ def test_a_failure_is_one_and_named(module, capsys):
         (["--codec", "json:Nothing"], "has no 'Nothing'"),
         (["--codec", "json:__all__"], "neither a spec nor"),
         (["--transport", "pigeon"], "has no 'pigeon'"),
-        (["--overlap-manager", "none-such"], "has no 'none-such'"),
+        (["--overlap-manager", "none-such"], "is not module:attribute"),
         (["--backend", "none-such"], "has no 'none-such'"),
         (["--codec", "zlib:compress", "--only", "x"], "no check matches"),
     ],

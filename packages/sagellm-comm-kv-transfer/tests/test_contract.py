@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
     [
         ["--codec", "lz4", "--reference"],
         ["--codec", "zstd", "--reference"],
-        ["--codec", "none"],
+        ["--codec", "none", "--reference"],
         ["--transport", "tcp", "--reference"],
     ],
 )

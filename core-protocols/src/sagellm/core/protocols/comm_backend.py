@@ -158,7 +158,10 @@ class BackendSpec:
         load: Returns the backend class or factory; called once it has been chosen. What it
             returns is called as `load()(spec, group, device=, timeout_s=, topology_manager=,
             cost_model=, options=)`: `group` is a torch process group or None, `options` a mapping
-            by name or None, and the others are as in `create_comm_backend`.
+            by name or None, and the others are as in `create_comm_backend`. A backend that is
+            not c10d may have attribute `in_process_world`, a class `World(size, timeout_s=…)` with
+            `backend(rank)`, or `join(rank, size, meet, timeout_s=…)`, a rank's backend; the
+            conformance kit makes its ranks by it.
         vendor: Who makes the device; None for backends of the CPU.
 
     """

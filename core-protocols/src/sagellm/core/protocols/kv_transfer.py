@@ -742,6 +742,8 @@ class CodecSpec:
         lossless: Whether decoding gives the same bits.
         probe: Cheap, without side effects.
         load: Returns the class or factory of the codec.
+        compresses: Whether frames of data that can shrink are smaller; False only for a codec
+            that copies.
 
     """
 
@@ -750,3 +752,4 @@ class CodecSpec:
     probe: Callable[[], Probe]
     load: Callable[[], Callable[..., KVCodec]]
     install_hint: str = ""
+    compresses: bool = True

@@ -134,6 +134,8 @@ class OverlapHandle(Awaitable[OverlapResult], Protocol):
 
         Raises:
             CommTimeoutError: Tasks are still running; the message names them and their lanes.
+            CancelledError: `cancel` skipped tasks, so there is no whole result
+                (`concurrent.futures.CancelledError`).
             Exception: What the first failing task raised; later tasks of all lanes were skipped.
 
         """

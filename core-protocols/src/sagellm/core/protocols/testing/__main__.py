@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m sagellm.core.protocols.testing", description="Run contract suites."
     )
     what = "module:attribute, or the name of an entry point; may be given more than once"
+    whats = {"overlap-manager": "module:attribute; may be given more than once"}
     kinds = ("backend", "transport", "codec", "detector", "overlap-manager")
     for kind in kinds:
-        parser.add_argument(f"--{kind}", action="append", default=[], metavar="NAME", help=what)
+        parser.add_argument(f"--{kind}", action="append", default=[], metavar="NAME",
+                            help=whats.get(kind, what))  # fmt: skip
     parser.add_argument("--world-size", type=int, default=2, help="ranks of a backend (2)")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN",
                         help="only these checks, such as 'all_reduce*'")  # fmt: skip

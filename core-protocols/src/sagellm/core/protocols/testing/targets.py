@@ -20,9 +20,8 @@ GROUPS = {
     "transport": "sagellm.comm.kv_transfer.transports",
     "codec": "sagellm.comm.kv_transfer.codecs",
     "detector": "sagellm.comm.topology.detectors",
-    "overlap_manager": "sagellm.comm.overlap.managers",
 }
-"""Entry-point group of each suite."""
+"""Entry-point group of each suite that has one; overlap managers are handed in, not looked up."""
 
 
 def name_of(target: object) -> str:
@@ -36,8 +35,8 @@ def resolve(kind: str, name: object) -> Any:  # noqa: ANN401 - a class, function
     """The object that `name` stands for; anything but a string stands for itself.
 
     Args:
-        kind: Suite, a key of `GROUPS`.
-        name: `package.module:attribute`, or an entry point's name.
+        kind: Suite: a key of `GROUPS`, or `overlap_manager`.
+        name: `package.module:attribute`, or an entry point's name where `GROUPS` has the suite.
 
     Raises:
         ConfigError: There is no such object.
@@ -47,6 +46,8 @@ def resolve(kind: str, name: object) -> Any:  # noqa: ANN401 - a class, function
     if not isinstance(name, str):
         return name
     if ":" not in name:
+        if kind not in GROUPS:
+            raise ConfigError(f"{name!r} is not module:attribute, which {kind} is given by")
         return Registry[Any](GROUPS[kind]).load(name)
     module, _, attribute = name.partition(":")
     try:

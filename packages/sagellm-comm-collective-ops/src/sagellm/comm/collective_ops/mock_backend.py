@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -93,6 +93,9 @@ class MockBackend(TensorBackend):
     It says nothing about speed. It keeps the protocol: order, deadlines that name the missing
     ranks, mismatches that name both calls, dead ranks, sub-groups.
     """
+
+    in_process_world: ClassVar[type[MockWorld]]
+    """How the conformance kit gets ranks of this backend, which are threads of its process."""
 
     def __init__(
         self,
@@ -239,3 +242,6 @@ class MockWorld:
         if not 0 <= rank < self.size:
             raise ConfigError(f"rank {rank} is not in 0..{self.size - 1}")
         return rank
+
+
+MockBackend.in_process_world = MockWorld

@@ -128,7 +128,9 @@ def _importable(module: str, hint: str) -> Callable[[], Probe]:
     return probe
 
 
-NONE = CodecSpec("none", True, lambda: Probe(True, "needs nothing"), lambda: NoneCodec)
+NONE = CodecSpec(
+    "none", True, lambda: Probe(True, "needs nothing"), lambda: NoneCodec, compresses=False
+)
 LZ4 = CodecSpec(
     "lz4", True, _importable("lz4", "pip install lz4"), lambda: Lz4Codec, "pip install lz4"
 )

@@ -272,7 +272,7 @@ def adapter_on_cpu(state):
 
 
 def groups_on_meta(state):
-    """Groups of a row whose device is torch's `meta` and whose library is gloo: no vendor needed."""
+    """Groups of a row on torch's `meta` device and gloo: no vendor needed."""
     from dataclasses import replace
 
     from sagellm.comm.domestic import find_vendor

@@ -10,6 +10,7 @@ from sagellm.core.protocols import (
     CommBackendProtocol,
     ConfigError,
     CostModelProtocol,
+    CostTable,
     DomesticCommBackend,
     Efficiency,
     LinkClaim,
@@ -95,10 +96,11 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
         topology_manager: TopologyManagerProtocol | None,
         cost_model: CostModelProtocol | None,
         options: Mapping[str, Any] | None,
+        cost_table: CostTable | None,
     ) -> None:
         self._row = find_vendor(spec.name)
         self._library_options = vendor_options(self._row, options)
-        super()._init(spec, transport, timeout_s, topology_manager, cost_model, options)
+        super()._init(spec, transport, timeout_s, topology_manager, cost_model, options, cost_table)
         self._check_delivered()
 
     def _check_delivered(self) -> None:

@@ -123,7 +123,7 @@ class EmulatedGroup(c10d.ProcessGroup):
     def __init__(
         self, store: _Torch, rank: int, size: int, timeout: timedelta, options: _Options | None
     ) -> None:
-        super().__init__(rank, size)  # type: ignore[call-arg]  # the stub lacks this overload
+        super().__init__(rank, size)  # type: ignore[call-arg,unused-ignore]  # not in torch 2.13
         self._gloo: _Torch = c10d.ProcessGroupGloo(store, rank, size, timeout)
         self._batch: list[_Work] | None = None
         self._store, self._name = store, ""

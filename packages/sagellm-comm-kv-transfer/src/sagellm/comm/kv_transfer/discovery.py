@@ -149,7 +149,7 @@ class StoreDiscovery(Discovery):
     ) -> None:
         self._given = store  # the first rank's may be the server itself: it lives as long as we
         try:  # a connection of its own: a caller that waits in the store must not block us
-            self._store = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
+            self._store = store.clone()  # type: ignore[attr-defined,unused-ignore]  # not in torch 2.13
         except (AttributeError, RuntimeError):  # older torch, or a store that cannot
             self._store = store
         self._world_size = world_size

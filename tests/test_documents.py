@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 
 import pytest
 
@@ -57,6 +58,17 @@ def test_each_set_up_line_stands_alone(name, root):
 
     assert f"{boot}demo\n" in fences
     assert f"{boot}lint types tests build\n" in fences
+
+
+def test_the_check_of_a_change_runs_the_readmes_lines(root):
+    commands = [
+        shlex.split(line, comments=True)
+        for line in (root / ".ci" / "run").read_text("utf-8").splitlines()
+        if line.startswith("step ")
+    ]
+    nox = [" ".join(words[3:]) for words in commands if words[2:3] == [".boot/bin/nox"]]
+
+    assert nox == ["-s lint types tests build", "-s docs", "-s demo", "-s lock -- --check"]
 
 
 def test_links_lead_somewhere(root, tracked):

@@ -121,7 +121,8 @@ class Run:
     def metrics(self):
         if not self.done():
             raise ConfigError("the run is not over")
-        total = max((i.end_s for i in self.intervals), default=0.0)
+        ends = [i.end_s for i in self.intervals]
+        total = max(ends) - min(i.start_s for i in self.intervals) if ends else 0.0
         found = measure(self.intervals, total)
         idle = {k.removeprefix("idle:"): v for k, v in found.items() if k.startswith("idle:")}
         comm, hidden = found["comm_s"], found["overlapped_s"]

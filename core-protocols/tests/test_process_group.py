@@ -96,6 +96,8 @@ class Ranks:
             kind = dist.ProcessGroup.BackendType.GLOO
             group._register_backend(torch.device("cpu"), kind, gloo)
             group._set_default_backend(kind)
+            if not hasattr(group, "get_group_store"):  # torch 2.6 keeps stores in a table
+                dist.distributed_c10d._world.pg_map[group] = ("gloo", prefix)
             return group
 
         return list(self.pool.map(make, range(self.size)))

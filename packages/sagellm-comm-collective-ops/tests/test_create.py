@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import threading
 from importlib.metadata import entry_points
 
@@ -230,3 +231,10 @@ def test_world_from_the_environment(tmp_path):
 def test_importing_starts_nothing():
     names = {thread.name for thread in threading.enumerate()}
     assert not [name for name in names if name.startswith("sagellm-comm-watchdog")]
+
+
+def test_windows_is_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    with pytest.raises(ConfigError, match=r"Windows .*use Linux"):
+        create_comm_backend("no-such-backend")

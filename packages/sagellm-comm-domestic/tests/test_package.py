@@ -1,11 +1,13 @@
 """The package as a whole: what it exports, and what importing it must not do."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 import sagellm.comm.domestic as domestic
+from sagellm.core.protocols import ConfigError
 
 SOURCE = Path(domestic.__file__).parent
 
@@ -46,3 +48,14 @@ def test_the_readme_lists_every_vendor_as_unverified():
 
     assert [line.split("`")[1] for line in rows] == list(domestic.VENDORS)
     assert all("unverified" in line for line in rows)
+
+
+def test_names_that_need_torch_are_listed_too():
+    assert set(domestic._NEED_TORCH) <= set(dir(domestic))
+
+
+def test_windows_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    with pytest.raises(ConfigError, match=r"Windows .*use Linux"):
+        domestic.create_domestic_backend("hccl")

@@ -1,5 +1,6 @@
 """The rest of the manager: protocol, plans, bindings, batches, hooks, switching off, figures."""
 
+import sys
 from concurrent.futures import Future
 from unittest.mock import Mock
 
@@ -286,3 +287,10 @@ def test_statistics_add_up(manager):
     assert (stats.runs, stats.failed, stats.tasks, stats.serial_runs) == (70, 0, 280, 0)
     assert stats.compute_s > 0
     assert 0 <= stats.overlapped_s <= stats.comm_s
+
+
+def test_windows_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    with pytest.raises(ConfigError, match=r"Windows .*use Linux"):
+        OverlapManager()

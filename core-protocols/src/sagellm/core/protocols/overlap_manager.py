@@ -72,7 +72,7 @@ class OverlapMetrics:
     lanes, T the makespan, and Tc, Tm the loads measured apart:
 
     Attributes:
-        makespan_s: T.
+        makespan_s: T, from the start of the first task to the end of the last.
         compute_s: |K|.
         comm_s: |C|.
         overlapped_s: |C and K|.

@@ -15,6 +15,7 @@ from sagellm.core.protocols import (
     CostModelProtocol,
     TopologyManagerProtocol,
 )
+from sagellm.core.protocols.doctor import require_supported_platform
 from sagellm.core.protocols.selection import Selection, backend_registry, select_backend
 
 from ._groups import find_source
@@ -52,7 +53,8 @@ def create_comm_backend(
         options: The backend's own, by name.
 
     Raises:
-        ConfigError: Unknown name or option; the message lists what exists and what to install.
+        ConfigError: Unknown name or option; the message lists what exists and what to install. Or
+            Windows.
         BackendUnavailableError: What the backend needs is missing here.
         CollectiveMismatchError: `auto` would choose differently on some ranks.
         CommTimeoutError: Some rank did not come.
@@ -61,6 +63,7 @@ def create_comm_backend(
     ...     backend.name, backend.size
     ('gloo', 1)
     """
+    require_supported_platform()
     registry = backend_registry()
     name = name.strip().lower()
     if name == "auto":

@@ -62,3 +62,7 @@ def __getattr__(name: str) -> object:
 
     import_torch()
     return getattr(import_module(f".{_NEED_TORCH[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,6 +14,7 @@ from sagellm.core.protocols import (
     DistributedRuntimeError,
     TopologyManagerProtocol,
 )
+from sagellm.core.protocols.doctor import require_supported_platform
 
 from .auto import choose_vendor
 from .groups import open_group
@@ -65,13 +66,14 @@ def create_domestic_backend(
 
     Raises:
         ConfigError: An unknown or ambiguous name, an option that cannot be delivered, a device
-            that does not exist, a group that does not serve it.
+            that does not exist, a group that does not serve it; Windows.
         BackendUnavailableError: Plug-in, runtime, library or device is missing; the message
             says which and what to do, and the cause is chained. For `auto`, one line per vendor.
         CommTimeoutError: The other ranks did not come.
         DistributedRuntimeError: The library could not make the group, or failed its self-test.
 
     """
+    require_supported_platform()
     row = _choose(name)
     wanted = vendor_options(row, options)
     unknown = sorted(set(options or {}) - {"check_calls", *row.options})

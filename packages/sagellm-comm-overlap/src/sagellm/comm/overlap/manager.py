@@ -27,6 +27,7 @@ from sagellm.core.protocols import (
     Task,
     TaskId,
 )
+from sagellm.core.protocols.doctor import require_supported_platform
 
 from .agreement import agree_on
 from .batches import BatchRun, token_count
@@ -89,7 +90,7 @@ class OverlapManager(OverlapManagerProtocol):
 
     Raises:
         BackendUnavailableError: The device asked for is not usable here.
-        ConfigError: `timeout_s` is not above 0.
+        ConfigError: `timeout_s` is not above 0, or this is Windows.
 
     Example:
         >>> with OverlapManager() as manager:
@@ -107,6 +108,7 @@ class OverlapManager(OverlapManagerProtocol):
         timeout_s: float = 30.0,
         trace: bool | str | Path = False,
     ) -> None:
+        require_supported_platform()
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s {timeout_s} is not above 0")
         self._backend = comm_backend

@@ -5,19 +5,21 @@ environment or looks at a device when imported.
 """
 
 from ._version import __version__ as __version__
-from .comm_backend import (
+from .backend_spec import (
     BackendSpec as BackendSpec,
-    BandwidthStats as BandwidthStats,
     Capabilities as Capabilities,
+    Lowering as Lowering,
+    Probe as Probe,
+)
+from .comm_backend import CommBackendProtocol as CommBackendProtocol
+from .comm_types import (
+    BandwidthStats as BandwidthStats,
     Choice as Choice,
-    CommBackendProtocol as CommBackendProtocol,
     CommCall as CommCall,
     CommStats as CommStats,
     KVBlock as KVBlock,
-    Lowering as Lowering,
     OpStats as OpStats,
     P2POp as P2POp,
-    Probe as Probe,
     ReduceOp as ReduceOp,
     Registration as Registration,
 )
@@ -49,31 +51,37 @@ from .errors import (
     UnsupportedOperationError as UnsupportedOperationError,
     error_from_code as error_from_code,
 )
-from .kv_transfer import (
+from .kv_layout import (
     Axis as Axis,
     BlockIds as BlockIds,
     Blocks as Blocks,
     CacheGroup as CacheGroup,
     CacheKind as CacheKind,
+    KVLayout as KVLayout,
+    Shard as Shard,
+)
+from .kv_plugins import (
     CodecSpec as CodecSpec,
-    Completion as Completion,
     KVCodec as KVCodec,
     KVConnection as KVConnection,
-    KVLayout as KVLayout,
-    KVStream as KVStream,
-    KVTransferChannelProtocol as KVTransferChannelProtocol,
     KVTransport as KVTransport,
+    TransportSpec as TransportSpec,
+)
+from .kv_status import (
+    Completion as Completion,
     PeerInfo as PeerInfo,
-    Pool as Pool,
     Progress as Progress,
-    ReadyEvent as ReadyEvent,
-    Shard as Shard,
-    Transfer as Transfer,
     TransferKey as TransferKey,
     TransferMetrics as TransferMetrics,
     TransferState as TransferState,
     TransferStats as TransferStats,
-    TransportSpec as TransportSpec,
+)
+from .kv_transfer import (
+    KVStream as KVStream,
+    KVTransferChannelProtocol as KVTransferChannelProtocol,
+    Pool as Pool,
+    ReadyEvent as ReadyEvent,
+    Transfer as Transfer,
 )
 from .overlap_manager import (
     Graph as Graph,

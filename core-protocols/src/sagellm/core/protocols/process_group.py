@@ -18,7 +18,8 @@ from ._process_group.solo import SoloTransport
 from ._process_group.torch_transport import TorchTransport
 from ._process_group.transport import RawCall, RawWork, TorchObject, Transport
 from ._process_group.work import completed_future
-from .comm_backend import BackendSpec, CommBackendProtocol
+from .backend_spec import BackendSpec
+from .comm_backend import CommBackendProtocol
 from .errors import ConfigError
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 

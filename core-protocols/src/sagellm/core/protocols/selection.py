@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 import pydantic
 
 from ._process_group.transport import TorchObject
-from .comm_backend import BackendSpec
+from .backend_spec import BackendSpec
 from .config import Settings
 from .errors import (
     BackendUnavailableError,

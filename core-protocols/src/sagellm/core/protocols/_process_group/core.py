@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols.comm_backend import (
-    BackendSpec,
+from sagellm.core.protocols.backend_spec import BackendSpec, Capabilities
+from sagellm.core.protocols.comm_backend import CommBackendProtocol
+from sagellm.core.protocols.comm_types import (
     BandwidthStats,
-    Capabilities,
     Choice,
-    CommBackendProtocol,
     CommCall,
     CommStats,
     Registration,

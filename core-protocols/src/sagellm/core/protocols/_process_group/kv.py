@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols.comm_backend import KVBlock
+from sagellm.core.protocols.comm_types import KVBlock
 from sagellm.core.protocols.errors import ConfigError, IntegrityError, ResourceError
 
 from .shim import dtype_name

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols.comm_backend import BackendSpec, Lowering, ReduceOp
+from sagellm.core.protocols.backend_spec import BackendSpec, Lowering
+from sagellm.core.protocols.comm_types import ReduceOp
 from sagellm.core.protocols.errors import ConfigError, UnsupportedOperationError
 
 from .shim import dtype_name

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from sagellm.core.protocols.comm_backend import KVBlock, P2POp
+from sagellm.core.protocols.comm_types import KVBlock, P2POp
 from sagellm.core.protocols.errors import ConfigError
 from sagellm.core.protocols.work import Work
 

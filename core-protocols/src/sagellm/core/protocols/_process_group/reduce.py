@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols.comm_backend import ReduceOp
+from sagellm.core.protocols.comm_types import ReduceOp
 from sagellm.core.protocols.work import Work
 
 from .checks import check_rank, check_same, check_tensor

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from sagellm.core.protocols.comm_backend import ReduceOp
+from sagellm.core.protocols.comm_types import ReduceOp
 from sagellm.core.protocols.errors import UnsupportedOperationError
 
 from .transport import RawCall, TorchObject

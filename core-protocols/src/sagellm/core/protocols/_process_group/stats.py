@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Mapping
 
-from sagellm.core.protocols.comm_backend import BandwidthStats, OpStats
+from sagellm.core.protocols.comm_types import BandwidthStats, OpStats
 
 __all__ = ["CallCounters", "busbw_factor"]
 

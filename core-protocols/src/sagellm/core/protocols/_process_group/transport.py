@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sagellm.core.protocols.comm_backend import ReduceOp
+from sagellm.core.protocols.comm_types import ReduceOp
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from sagellm.core.protocols.comm_backend import CommCall
+from sagellm.core.protocols.comm_types import CommCall
 from sagellm.core.protocols.errors import CommTimeoutError
 
 from .transport import RawWork

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sagellm.core.protocols.errors import IntegrityError
-from sagellm.core.protocols.kv_transfer import KVCodec
+from sagellm.core.protocols.kv_plugins import KVCodec
 
 from .contract import Check, Report, Skipped, run_local, select
 from .targets import factory_of, name_of, resolve

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sagellm.core.protocols.comm_backend import Capabilities, Choice, CommCall
+from sagellm.core.protocols.backend_spec import Capabilities
+from sagellm.core.protocols.comm_types import Choice, CommCall
 from sagellm.core.protocols.errors import CommError, CommTimeoutError, ConfigError
 from sagellm.core.protocols.work import CompletedWork, Work
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sagellm.core.protocols.comm_backend import KVBlock, P2POp
+from sagellm.core.protocols.comm_types import KVBlock, P2POp
 
 from .contract import Check
 from .ranks import Ranks, expect_equal, values

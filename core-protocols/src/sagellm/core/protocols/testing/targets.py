@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sagellm.core.protocols.comm_backend import BackendSpec, CommBackendProtocol
+from sagellm.core.protocols.backend_spec import BackendSpec
+from sagellm.core.protocols.comm_backend import CommBackendProtocol
 from sagellm.core.protocols.errors import BackendUnavailableError, ConfigError
 from sagellm.core.protocols.registry import Registry
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sagellm.core.protocols.errors import CommError, CommTimeoutError, PeerLostError
-from sagellm.core.protocols.kv_transfer import KVConnection, KVTransport
+from sagellm.core.protocols.kv_plugins import KVConnection, KVTransport
 
 from .contract import Check, Report, run_local, select
 from .targets import factory_of, name_of, resolve

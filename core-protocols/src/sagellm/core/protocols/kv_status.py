@@ -1,0 +1,165 @@
+"""What is told of KV transfers: keys, states, progress, costs, completions and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from .kv_layout import KVLayout
+
+__all__ = [
+    "Completion",
+    "PeerInfo",
+    "Progress",
+    "TransferKey",
+    "TransferMetrics",
+    "TransferState",
+    "TransferStats",
+]
+
+
+class TransferKey(NamedTuple):
+    """Names one attempt at one transfer on every side of it.
+
+    Attributes:
+        id: The engine's id of the transfer, unique among those in flight.
+        attempt: Counts the engine's retries. The channel retries inside an attempt by itself.
+
+    """
+
+    id: str
+    attempt: int = 0
+
+
+class TransferState(StrEnum):
+    """Where a transfer is; each state has a deadline and a terminal error."""
+
+    OFFERED = "offered"
+    ACCEPTED = "accepted"
+    MOVING = "moving"
+    LANDED = "landed"
+    RELEASED = "released"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the transfer can change no more, apart from LANDED becoming RELEASED."""
+        return self in (TransferState.RELEASED, TransferState.FAILED, TransferState.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How much of a transfer is in place and verified."""
+
+    bytes_done: int = 0
+    bytes_total: int = 0
+    blocks_done: int = 0
+    blocks_total: int = 0
+    layers_done: int = 0
+    layers_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TransferMetrics:
+    """What one transfer cost.
+
+    Attributes:
+        bytes: Payload as it lies in memory.
+        wire_bytes: What crossed the wire for it, headers included.
+        runs: Contiguous stretches after coalescing.
+        syscalls: Calls into the kernel that moved its bytes; 0 where unknown.
+        queue_s: From the request to the first byte.
+        wire_s: From the first byte to the last.
+        verify_s: Spent on checksums.
+        codec_s: Spent on encoding or decoding.
+        path: How it went, such as `tcp:1`.
+        retries: Blocks asked for again.
+
+    """
+
+    bytes: int = 0
+    wire_bytes: int = 0
+    runs: int = 0
+    syscalls: int = 0
+    queue_s: float = 0.0
+    wire_s: float = 0.0
+    verify_s: float = 0.0
+    codec_s: float = 0.0
+    path: str = ""
+    retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The end of one transfer, as `poll` reports it, exactly once.
+
+    Attributes:
+        key: Which transfer.
+        status: `landed`, `failed` or `cancelled`.
+        direction: Whether this node sent or received; one key may end in both on one node.
+        cause: `code` of the error, empty on success.
+        message: The error's text, empty on success.
+        invalid_blocks: Destination blocks that must not be read.
+        blocks_safe: True when no late byte can reach the blocks any more: only then do they
+            go back to the allocator.
+
+    """
+
+    key: TransferKey
+    status: Literal["landed", "failed", "cancelled"]
+    direction: Literal["send", "receive"]
+    cause: str = ""
+    message: str = ""
+    invalid_blocks: tuple[int, ...] = ()
+    blocks_safe: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """What is known of a connected peer.
+
+    Attributes:
+        node_id: The peer's node id.
+        address: Where it listens, for people.
+        protocol_version: Wire version agreed on.
+        layout: The peer's layout, None when it has registered none.
+        path: How bytes go to it, such as `tcp:1`.
+
+    """
+
+    node_id: int
+    address: str
+    protocol_version: int
+    layout: KVLayout | None
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """A channel's counters since it was made.
+
+    Attributes:
+        transfers: Ended transfers by status.
+        failures: Failed transfers by cause code.
+        bytes_sent: Payload sent.
+        bytes_received: Payload received, verified.
+        wire_bytes_sent: Bytes on the wire, sent.
+        wire_bytes_received: Bytes on the wire, received.
+        in_flight: Transfers now in flight.
+        peers: Connected peers.
+        rejected_connections: Connections that did not authenticate or broke the protocol.
+
+    """
+
+    transfers: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    wire_bytes_sent: int = 0
+    wire_bytes_received: int = 0
+    in_flight: int = 0
+    peers: int = 0
+    rejected_connections: int = 0

@@ -115,6 +115,35 @@ def test_other_hardware_is_said(folders, gate):
     assert "other hardware" in gate().stdout
 
 
+def test_the_same_machine_under_another_load_is_the_same(folders, gate):
+    folders(result(({}, 2.0), hardware={"cpu": "x", "load_1min": 9.0}), result(({}, 2.0)))
+
+    assert "other hardware" not in gate().stdout
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_run_and_a_full_one_are_not_compared(quick, folders, gate):
+    folders(result(({}, 2.0), quick=quick), result(({}, 2.0), quick=not quick))
+
+    done = gate()
+
+    assert done.returncode == 1
+    assert done.stdout.startswith("OTHER")
+
+
+def test_the_gate_reads_what_a_benchmark_of_ours_writes(tmp_path, gate, run_python):
+    for folder in ("bench-out", "baseline"):
+        out = tmp_path / folder / "core_protocols" / "bench_metrics.json"
+        out.parent.mkdir(parents=True)
+        module = "sagellm.core.protocols.benchmarks.bench_metrics"
+        run_python("-m", module, "--quick", "--json", str(out))
+
+    done = gate("--tolerance", "0.9")  # how fast it was is not the question here
+
+    assert done.returncode == 0, done.stdout
+    assert "ok    metrics" in done.stdout
+
+
 def test_accepted_results_become_the_baseline(folders, gate):
     folders(result(({}, 0.5)), result(({}, 2.0)))
 

@@ -5,7 +5,8 @@
 
 Only ratios are compared: a contender over another in the same run says the same on every
 machine, or nearly so; microseconds do not. A ratio fails when it is more than the tolerance
-below the accepted one, or when it is no longer measured. Both folders hold
+below the accepted one, or when it is no longer measured; a quick run is compared with a quick
+one only, because it measures other sizes and less often. Both folders hold
 <package>/<bench>.json. `--accept` copies the current files over the baseline.
 """
 
@@ -17,6 +18,8 @@ import sys
 from pathlib import Path
 
 import bench_results
+
+MACHINE = ("machine", "cpu", "cpus", "accelerators")  # of the hardware; its load changes
 
 
 def compare(current: Path, baseline: Path, tolerance: float) -> tuple[list[str], list[str]]:
@@ -55,8 +58,14 @@ def gate(current: Path, baseline: Path, tolerance: float) -> int:
             print(f"GONE  {other}: not there; run `nox -s bench`")
             failed += 1
             continue
-        hardware = [bench_results.read(f)["hardware"] for f in (file, other)]
-        if hardware[0] != hardware[1]:
+        results = [bench_results.read(f) for f in (file, other)]
+        kinds = ["quick" if r.get("quick") else "full" for r in results]
+        if kinds[0] != kinds[1]:
+            print(f"OTHER {other}: a {kinds[1]} run, and a {kinds[0]} one was accepted")
+            failed += 1
+            continue
+        machines = [{name: r["hardware"].get(name) for name in MACHINE} for r in results]
+        if machines[0] != machines[1]:
             print(f"note  {other}: other hardware than the accepted run's")
         lines, failures = compare(other, file, tolerance)
         print("\n".join(lines))

@@ -17,7 +17,9 @@ from sagellm.core.protocols.testing.targets import BackendTarget, factory_of, re
 
 MODULE = """
 import zlib
-from sagellm.core.protocols import IntegrityError, KVCodec, TopologyFragment
+from sagellm.core.protocols import (
+    BackendSpec, Capabilities, IntegrityError, KVCodec, Probe, TopologyFragment
+)
 
 class Plain(KVCodec):
     def encode(self, block, *, dtype):
@@ -30,6 +32,10 @@ class Plain(KVCodec):
 class Broken(Plain):
     def decode(self, frame, out, *, dtype):
         out[:] = bytes(len(out))
+
+ABSENT = BackendSpec(
+    "absent", ("cpu",), "gloo", 1, Capabilities(), lambda: Probe(False, "no device"), lambda: None
+)
 
 class Nothing:
     def detect(self, ctx):
@@ -86,6 +92,14 @@ def test_a_failure_is_one_and_named(module, capsys):
 def test_what_cannot_be_tried_is_two(argv, match, capsys):
     assert main(argv) == 2
     assert match in capsys.readouterr().err
+
+
+def test_a_backend_without_its_device_is_two_and_starts_no_rank(module, capsys):
+    assert main(["--backend", f"{module}:ABSENT"]) == 2
+
+    said = capsys.readouterr()
+    assert said.err == "absent: no device\n"
+    assert said.out == ""
 
 
 @pytest.mark.parametrize("argv", [[], ["--world-size", "0", "--codec", "x"]])

@@ -176,9 +176,20 @@ def test_a_paired_communication_that_takes_nothing_still_waits_for_its_compute(m
 
 
 def test_a_communication_ends_when_its_future_says_so(manager):
-    first, second = Future(), Future()
+    class Watched(Future):
+        def __init__(self):
+            super().__init__()
+            self.watched = threading.Event()
+
+        def add_done_callback(self, fn):
+            super().add_done_callback(fn)
+            self.watched.set()
+
+    first, second = Watched(), Watched()
 
     def end_out_of_order():
+        assert first.watched.wait(WAIT_S)
+        assert second.watched.wait(WAIT_S)
         second.set_result(None)
         first.set_result(None)
 

@@ -40,8 +40,13 @@ def check_backend(
         only: Patterns of checks' names (`all_reduce*`); empty runs all.
         timeout_s: Longest time for one check; None is the check's own.
 
+    Raises:
+        ConfigError: There is no such backend, or no such check.
+        BackendUnavailableError: It cannot work on this host.
+
     """
     target = target if isinstance(target, BackendTarget) else BackendTarget(target)
+    target.require_available()
     checks = select(comm_backend_checks(), only)
     if ranks is not None:
         return _run(target, ranks, checks, timeout_s)

@@ -75,15 +75,19 @@ def factory_of(found: Any) -> Callable[..., Any]:  # noqa: ANN401 - as `resolve`
         if not callable(found):
             raise ConfigError(f"{found!r} is neither a spec nor something that can be called")
         return found  # type: ignore[no-any-return]  # callable was checked
-    probe = getattr(found, "probe", None)
-    if probe is not None and not (probed := probe()).available:
-        hint = getattr(found, "install_hint", "")
-        raise BackendUnavailableError(f"{found.name}: {probed.reason}" + f" ({hint})" * bool(hint))
+    _require_available(found)
     loaded: Any = found.load()
     # A detector's spec loads the detector itself, every other spec its class or factory.
     return (
         (lambda: loaded) if hasattr(loaded, "detect") and not isinstance(loaded, type) else loaded
     )
+
+
+def _require_available(spec: Any) -> None:  # noqa: ANN401 - as `resolve`
+    probe = getattr(spec, "probe", None)
+    if probe is not None and not (probed := probe()).available:
+        hint = getattr(spec, "install_hint", "")
+        raise BackendUnavailableError(f"{spec.name}: {probed.reason}" + f" ({hint})" * bool(hint))
 
 
 _worlds: dict[str, Any] = {}
@@ -111,6 +115,18 @@ class BackendTarget:
     """
 
     name: object
+
+    def require_available(self) -> None:
+        """Raise unless it can work on this host, as far as its spec's probe can tell.
+
+        Raises:
+            ConfigError: There is no such object.
+            BackendUnavailableError: The probe refuses, or the import failed.
+
+        """
+        found = resolve("comm_backend", self.name)
+        if isinstance(found, BackendSpec):
+            _require_available(found)
 
     def in_process(self) -> bool:
         """Whether its ranks are threads of one process."""

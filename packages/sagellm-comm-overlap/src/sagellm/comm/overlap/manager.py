@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 import threading
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,7 +17,6 @@ from sagellm.core.protocols import (
     CommBackendProtocol,
     ConfigError,
     Graph,
-    Interval,
     KVStream,
     OverlapManagerProtocol,
     OverlapStats,
@@ -29,22 +27,21 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.doctor import require_supported_platform
 
+from ._ledger import Ledger
 from .agreement import agree_on
 from .batches import BatchRun, token_count
 from .executor import LaneExecutor
 from .handle import Run, RunHandle
 from .kv_hooks import LayerHook
-from .metrics import measure
 from .pairing import pair_up
 from .policy import OverlapPolicy
 from .scheduler import StaticPlan, TaskGraph, compile_graph, lane_kind, made_serial, serial_plan
-from .streams import StreamFence, StreamLanes, device_api
+from .streams import StreamLanes, device_api
 from .trace import TraceRun, write_chrome_trace
 
 __all__ = ["LaneInfo", "OverlapManager"]
 
 _log = logging.getLogger(__name__)
-_KEPT_RUNS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +126,11 @@ class OverlapManager(OverlapManagerProtocol):
         self._rank = rank if isinstance(rank, int) else 0
         self._lock = threading.Lock()
         self._lanes: dict[str, LaneInfo] = {}
-        self._stats = OverlapStats()
         self._disabled = ""
-        self._to_fold: deque[tuple[Interval, ...]] = deque()
-        self._runs: deque[TraceRun] = deque(maxlen=_KEPT_RUNS)
-        self._issued: deque[tuple[Run, StreamFence]] = deque(maxlen=_KEPT_RUNS)
+        self._ledger = Ledger(self._rank, traced=bool(trace))
         self._executor = LaneExecutor(
             max_inflight=self._policy.max_inflight,
-            on_over=self._note_over,
+            on_over=self._ledger.over,
             on_broken=self._abort_group,
         )
 
@@ -314,10 +308,8 @@ class OverlapManager(OverlapManagerProtocol):
             self._abort_group(f"a micro-batch failed: {type(error).__name__}: {error}")
             raise
         finally:
-            self._count(batches.intervals(), failed=failed, serial=serial)
-            if self._trace:
-                trace = TraceRun(batches.intervals(), self._rank, "batches", batches.origin_s)
-                self._runs.append(trace)
+            trace = TraceRun(batches.intervals(), self._rank, "batches", batches.origin_s)
+            self._ledger.add(trace, failed=failed, serial=serial)
         return returned
 
     def layer_hooks(self, kv_stream: KVStream) -> LayerHook:
@@ -338,16 +330,13 @@ class OverlapManager(OverlapManagerProtocol):
         _log.warning("overlap is off: %s", reason)
         with self._lock:
             self._disabled = reason
-            self._stats = replace(self._stats, disabled_reason=reason)
+            self._ledger.disabled(reason)
 
     def reset(self) -> None:
         """Overlap again, and forget counters and traces."""
         with self._lock:
             self._disabled = ""
-            self._stats = OverlapStats()
-            self._to_fold.clear()
-            self._runs.clear()
-            self._issued.clear()
+            self._ledger.clear()
 
     def explain(self, plan: Plan) -> str:
         """The plan in words: order, expected gain, and why it is serial if it is."""
@@ -370,15 +359,11 @@ class OverlapManager(OverlapManagerProtocol):
 
     def get_stats(self) -> OverlapStats:
         """A snapshot of the counters; runs that failed count the tasks that ran."""
-        self._note_issued()
-        with self._lock:
-            self._fold()
-            return self._stats
+        return self._ledger.stats()
 
     def trace_runs(self) -> tuple[TraceRun, ...]:
         """What ran so far, the latest 10 000 runs; empty unless the manager traces."""
-        self._note_issued()
-        return tuple(self._runs)
+        return self._ledger.runs()
 
     def write_trace(self, path: str | Path) -> Path:
         """Write what ran as a Chrome trace, and return its path.
@@ -430,58 +415,8 @@ class OverlapManager(OverlapManagerProtocol):
             executor.submit(run, plan.order)
             return RunHandle(run, executor.wake, has_peers=self._has_peers)
         fence = self._streams.issue(run)
-        if self._trace:
-            self._issued.append((run, fence))  # its times are known when the device is through
-        else:
-            self._note_over(run)
+        self._ledger.issued(run, fence)
         return RunHandle(run, executor.wake, has_peers=self._has_peers, fence=fence)
-
-    def _note_issued(self) -> None:
-        """Note traced runs that the device is through with."""
-        with self._lock:
-            over: list[tuple[Run, StreamFence]] = []
-            while self._issued and self._issued[0][1].done():
-                over.append(self._issued.popleft())
-        for run, fence in over:
-            self._note_over(run, fence.spans())
-
-    def _note_over(self, run: Run, spans: list[tuple[TaskId, float, float]] | None = None) -> None:
-        intervals = run.intervals(spans)
-        self._count(intervals, failed=run.error is not None, serial=run.plan.serial)
-        if self._trace:
-            flows = tuple(
-                (dep, task.id)
-                for task in run.plan.tasks
-                for dep in task.deps
-                if run.plan.tasks[dep].lane != task.lane
-            )
-            name = f"{'serial ' if run.plan.serial else ''}{run.plan.rule}"
-            self._runs.append(TraceRun(intervals, self._rank, name, run.origin_s, flows))
-
-    def _count(self, intervals: tuple[Interval, ...], *, failed: bool, serial: bool) -> None:
-        with self._lock:
-            old = self._stats
-            self._stats = replace(
-                old,
-                runs=old.runs + 1,
-                failed=old.failed + failed,
-                tasks=old.tasks + len(intervals),
-                serial_runs=old.serial_runs + serial,
-            )
-            self._to_fold.append(intervals)
-            if len(self._to_fold) > 64:
-                self._fold()
-
-    def _fold(self) -> None:
-        while self._to_fold:
-            metrics = measure(self._to_fold.popleft())
-            old = self._stats
-            self._stats = replace(
-                old,
-                compute_s=old.compute_s + metrics.compute_s,
-                comm_s=old.comm_s + metrics.comm_s,
-                overlapped_s=old.overlapped_s + metrics.overlapped_s,
-            )
 
     def _abort_group(self, reason: str) -> None:
         if self._backend is None or not self._policy.abort_group or not self._has_peers:

@@ -271,8 +271,22 @@ def adapter_on_cpu(state):
     }
 
 
+def adapter_that_cannot_be_made(state):
+    """Options that the group does not hold, on a group that was made for the backend."""
+    from sagellm.comm.domestic.groups import OpenedGroup
+    from sagellm.comm.domestic.specs import backend_class
+
+    backend = gloo_backend("hccl")
+    made = OpenedGroup(dist.new_group(), True, {}, "the test's")
+    dist.barrier(made.group)  # nobody closes it while another still connects
+    before = len(dist.distributed_c10d._world.pg_map)
+    wrong = {"hccl_buffer_size": "64"}
+    said = refusal(lambda: backend_class(backend.row).over(backend.spec, made, options=wrong))
+    return [said[0], before - len(dist.distributed_c10d._world.pg_map), dist.is_initialized()]
+
+
 def groups_on_meta(state):
-    """Groups of a row on torch's `meta` device and gloo: no vendor needed."""
+    """Groups of a row whose device is torch's `meta` and library gloo: no vendor is needed."""
     from dataclasses import replace
 
     from sagellm.comm.domestic import find_vendor

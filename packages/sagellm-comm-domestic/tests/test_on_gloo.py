@@ -49,6 +49,10 @@ def test_the_adapter_tells_the_vendors_facts(pools):
     assert seen["split"] == ["HCCLBackend", 2.0]
 
 
+def test_a_group_made_for_a_backend_that_cannot_be_made_is_closed(pools):
+    assert pools("cpu").run("adapter_that_cannot_be_made") == [["ConfigError", 1, True]] * 2
+
+
 def test_groups_are_found_made_and_refused(own_pool):
     for seen in own_pool("cpu").run("groups_on_meta"):
         assert seen["why"][0] == "RANK, WORLD_SIZE and MASTER_ADDR"

@@ -20,7 +20,7 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.process_group import ProcessGroupBackend
 
 from .claims import rate
-from .groups import OpenedGroup, split_group
+from .groups import OpenedGroup, close_group, split_group
 from .options import delivered_options, vendor_options
 from .self_test import run_self_test
 from .vendor_spec import VendorSpec
@@ -72,20 +72,27 @@ class DomesticBackend(ProcessGroupBackend, DomesticCommBackend):
         cost_model: CostModelProtocol | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> DomesticBackend:
-        """A backend over a group from `open_group`, which it closes if the group was made there."""
+        """A backend over a group from `open_group`; one that was made there is closed with it.
+
+        It is closed at once when the backend cannot be made.
+        """
         backend = cls.__new__(cls)
         backend._opened = opened
-        ProcessGroupBackend.__init__(
-            backend,
-            spec,
-            opened.group,
-            owned=opened.owned,
-            device=device,
-            timeout_s=timeout_s,
-            topology_manager=topology_manager,
-            cost_model=cost_model,
-            options=options,
-        )
+        try:
+            ProcessGroupBackend.__init__(
+                backend,
+                spec,
+                opened.group,
+                owned=opened.owned,
+                device=device,
+                timeout_s=timeout_s,
+                topology_manager=topology_manager,
+                cost_model=cost_model,
+                options=options,
+            )
+        except BaseException:
+            close_group(opened)
+            raise
         return backend
 
     def _init(

@@ -4,9 +4,10 @@
 process, so that a program for the device runs where there is none: tests, demonstrations, CI. It
 proves names, options, lowering and refusals; it says nothing of speed or of the vendor's bugs.
 
-Limits: torch's interface for this is private (present in torch 2.13); one vendor per process;
-the device index is always 0, `data_ptr()` is 0, a view with other strides looks contiguous, and
-tensors cannot grow in place. CPU tensors cannot use a group that has an emulated library.
+Limits: torch's interface for this is private (present in 2.13 and 2.15, missing in 2.6); one vendor
+per process; the device index is always 0, `data_ptr()` is 0, a view with other strides looks
+contiguous, and tensors cannot grow in place.
+CPU tensors cannot use a group that has an emulated library.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sagellm.core.protocols import CommError, CommTimeoutError, ConfigError, Dis
 from .options import build_pg_options
 from .vendor_spec import VendorSpec
 
-__all__ = ["OpenedGroup", "group_map", "open_group", "split_group"]
+__all__ = ["OpenedGroup", "close_group", "group_map", "open_group", "split_group"]
 
 _Group: TypeAlias = Any
 """A torch ProcessGroup, C++ or Python."""
@@ -120,6 +120,14 @@ def split_group(
         ),
     )
     return OpenedGroup(made, True, dict(options), f"split as {name!r}")
+
+
+def close_group(opened: OpenedGroup) -> None:
+    """Destroy a group that was made here; one that was given stays."""
+    import torch.distributed as dist
+
+    if opened.owned and opened.group is not None and dist.is_initialized():
+        dist.destroy_process_group(opened.group)
 
 
 def _make(row: VendorSpec, options: Mapping[str, object], timeout_s: float, call: _Group) -> _Group:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
 
-from sagellm.core.protocols import CommBackendProtocol, P2POp
+from sagellm.core.protocols import CommBackendProtocol, KVBlock, P2POp
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,8 @@ _STANDS_ON = {
     "all_gather": "all_gather_into_tensor",
     "reduce_scatter": "reduce_scatter_tensor",
     "all_to_all": "all_to_all_single",
+    "recv": "send",
+    "send_kv_blocks": "batch_p2p",
 }
 """Which operation another sends its parts by."""
 
@@ -116,6 +118,34 @@ def _checks(backend: CommBackendProtocol) -> Iterator[tuple[str, Callable[[], bo
         backend.scatter(out, [mark(0, t) for t in range(size)] if rank == 0 else None, 0)
         return _same(out, mark(0, rank))
 
+    def passed_on(sends: bool) -> bool:
+        """One direction between ranks 2k and 2k + 1; an odd rank out has nothing to check."""
+        other = rank ^ 1
+        if other >= size:
+            return True
+        if sends:
+            backend.send(mark(rank), other)
+            return True
+        out = blank()
+        backend.recv(out, other)
+        return _same(out, every[other])
+
+    def send() -> bool:
+        return passed_on(rank % 2 == 0)
+
+    def recv() -> bool:
+        return passed_on(rank % 2 == 1)
+
+    def send_kv_blocks() -> bool:
+        other = rank ^ 1
+        if other >= size:
+            return True
+        if rank % 2 == 0:
+            backend.send_kv_blocks([mark(rank), mark(rank, 1)], other)
+            return True
+        found = cast("list[KVBlock]", backend.recv_kv_blocks(other))
+        return _same_lists([block.tensor for block in found], [every[other], mark(other, 1)])
+
     def batch_p2p() -> bool:
         if size == 1:
             return True
@@ -132,7 +162,8 @@ def _checks(backend: CommBackendProtocol) -> Iterator[tuple[str, Callable[[], bo
 
     for check in (
         barrier, all_reduce, all_gather_into_tensor, reduce_scatter_tensor, all_to_all_single,
-        all_gather, reduce_scatter, all_to_all, broadcast, reduce, gather, scatter, batch_p2p,
+        all_gather, reduce_scatter, all_to_all, broadcast, reduce, gather, scatter, send, recv,
+        batch_p2p, send_kv_blocks,
     ):  # fmt: skip
         yield check.__name__, check
 

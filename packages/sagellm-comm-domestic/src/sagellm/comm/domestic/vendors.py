@@ -25,7 +25,7 @@ from ._rows_own_device import (
 )
 from .vendor_spec import VendorSpec
 
-__all__ = ["ALIASES", "AMBIGUOUS", "VENDORS", "find_vendor", "find_vendor_by_key"]
+__all__ = ["ALIASES", "AMBIGUOUS", "VENDORS", "find_vendor"]
 
 _ROWS = (
     ASCEND,
@@ -83,17 +83,3 @@ def find_vendor(name: str) -> VendorSpec:
     near = difflib.get_close_matches(wanted, [*VENDORS, *ALIASES], n=1)
     text = f"no domestic backend {name!r}; there are auto, {', '.join(VENDORS)}"
     raise ConfigError(f"{text}; did you mean {near[0]!r}?" if near else text)
-
-
-def find_vendor_by_key(vendor: str, c10d_name: str) -> VendorSpec:
-    """The row identified by vendor and torch's name for the library.
-
-    Raises:
-        ConfigError: No such row.
-
-    """
-    for row in _ROWS:
-        if row.key == (vendor, c10d_name):
-            return row
-    keys = ", ".join(f"{v}/{c}" for v, c in (row.key for row in _ROWS))
-    raise ConfigError(f"no vendor row {vendor}/{c10d_name}; there are {keys}")

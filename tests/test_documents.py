@@ -92,6 +92,28 @@ def test_every_package_has_an_api_page(package, root):
     assert f"api/{package.name}" in (root / "docs" / "index.md").read_text()
 
 
+def test_every_readme_says_what_a_reader_looks_for(package):
+    text = (package.path / "README.md").read_text("utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    wanted = ["The problem", "Limits", "Quick start", "Test and benchmark", "Key figures"]
+
+    assert [w for w in wanted if w not in headings] == []
+    assert f"nox -s tests-{package.name}\n" in text
+    assert f"nox -s bench-{package.name} " in text
+
+
+def test_key_figures_have_target_measured_and_baseline(package):
+    text = (package.path / "README.md").read_text("utf-8").partition("## Key figures\n")[2]
+    header, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+
+    assert header.startswith("| figure | target | measured | baseline")
+    assert set(rule) <= set("|- ")
+    assert rows
+    for row in rows:
+        figure, _, measured, _ = re.split(r"(?<!\\)\|", row.strip("|"))
+        assert measured.strip(" -\u2013"), f"{figure}: a figure nobody measured says so"
+
+
 def test_decisions_are_numbered_once(root):
     pages = sorted((root / "docs" / "decisions").glob("0*.md"))
     numbers = [int(p.name[:4]) for p in pages]

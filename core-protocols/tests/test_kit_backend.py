@@ -362,6 +362,32 @@ def test_a_seeded_bug_is_caught(bug, name):
     assert report.of("failed"), report.text()
 
 
+class LazyBoard(Board):
+    lazy_op, lazy_rank = "", 0
+
+    def land(self, call, everybody):
+        if (call.op, self.rank) != (self.lazy_op, self.lazy_rank):
+            super().land(call, everybody)
+
+
+@pytest.mark.parametrize("lazy_rank", [0, 1])
+@pytest.mark.parametrize(
+    "op",
+    ["all_gather", "all_reduce", "all_to_all", "broadcast", "gather", "reduce", "reduce_scatter",
+     "scatter"],
+)  # fmt: skip
+def test_any_operation_silently_not_done_on_one_rank_is_caught(op, lazy_rank):
+    board = type("Lazy", (LazyBoard,), {"lazy_op": op, "lazy_rank": lazy_rank})
+
+    class LazyWorld(World):
+        def backend(self, rank):
+            return Backend(self.spec, board(self.group, rank), timeout_s=self.timeout_s)
+
+    report = check_backend(LazyWorld, only=[f"{op}*"], timeout_s=3)
+
+    assert report.of("failed"), report.text()
+
+
 def test_a_wait_that_never_ends_is_reported_with_its_stack():
     report = check_backend(world(NoDeadline), only=["a peer that never comes"], timeout_s=3)
 

@@ -11,6 +11,7 @@ from sagellm.core.protocols import (
     CommTimeoutError,
     IntegrityError,
     KVTransferError,
+    LayoutMismatchError,
     PeerLostError,
     ResourceError,
     TransferKey,
@@ -320,3 +321,58 @@ def test_nothing_leaks(channel, layout, tensors, eventually):
         round_trip()
 
     eventually(lambda: count() == before)
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4"])
+def test_blocks_swapped_on_the_way_are_asked_for_again(channel, proxy, layout, tensors, codec):
+    """Right bytes in the wrong place: only the position in the checksum tells."""
+    out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors, codec=codec)
+    size = a["layer0"][0].nbytes
+    swapped = []
+
+    def swap(position, data):
+        first = 48 + 48 + 8 * 3  # token, header, table of three sums
+        if not swapped and position == 48 and len(data) >= 48 + 24 + 3 * size:
+            at = first - position
+            data[at : at + size], data[at + size : at + 2 * size] = (
+                data[at + size : at + 2 * size],
+                data[at : at + size],
+            )
+            swapped.append(at)
+        return data
+
+    gate.flip = swap
+    t = out.transfer([1, 2, 3], 1, key=TransferKey("k"))
+    r = into.receive(TransferKey("k"), [4, 5, 6])
+    r.wait(10)
+    t.wait(10)
+
+    assert swapped
+    assert r.metrics.retries == t.metrics.retries == 2
+    assert all(torch.equal(a[n][[1, 2, 3]], b[n][[4, 5, 6]]) for n in a)
+
+
+def test_a_refused_layout_is_told_with_both(channel, layout, tensors):
+    """Also to a sender whose own layout fits: a fellow's does not."""
+    into, good, bad = channel(), channel(), channel()
+    into.register(layout(4), tensors(layout(4)))
+    good.register(layout(4, 2, 0), tensors(layout(4, 2, 0)))
+    bad.register(layout(4, 2, 1, dtype="float16"), tensors(layout(4, 2, 1, dtype="float16")))
+    stream = good.begin(TransferKey("k"), 0, [1])
+    r = into.receive(TransferKey("k"), [1], source_node=[1, 2])
+    stream.send_layer(0)
+
+    t = bad.transfer([1], 0, key=TransferKey("k"))
+
+    seen = {}
+    for name, handle in (("good", stream.transfer), ("into", r), ("bad", t)):
+        with pytest.raises(KVTransferError) as caught:
+            handle.wait(10)
+        seen[name] = caught.value.__cause__
+    assert {type(e) for e in seen.values()} == {LayoutMismatchError}
+    assert "float32" in seen["into"].ours
+    assert "float16" in seen["into"].theirs
+    assert "float16" in seen["bad"].ours
+    assert "float32" in seen["bad"].theirs
+    assert "float16" in str(seen["good"])
+    assert str(seen["good"]).count("ours:") == 1

@@ -215,3 +215,63 @@ def disaggregated(rank, size, path, tp_prefill, tp_decode):
             dist.barrier()
             want = cache(tp_decode, mine, seed=0)
             return all(torch.equal(data[n][dst], want[n][src]) for n in want)
+
+
+def stopped_in_the_middle(rank, size, path, stopped):
+    """Rank 0 pushes to rank 1; one of them is stopped by a signal while bytes are under way."""
+    with torch_group(rank, size, path, timeout_s=60):
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"pid{rank}", str(os.getpid()))
+        with KVTransferChannel() as channel:
+            channel.register(layout(1, 0), cache(1, 0, seed=rank))
+            pid = int(store.get(f"pid{stopped}"))
+            deadline_s = 3.0
+            began = time.monotonic()
+            try:
+                if rank == 0:
+                    stream = channel.begin(KEY, 1, range(BLOCKS), deadline_s=deadline_s)
+                    stream.send_layer(0)
+                    store.wait(["first"])
+                else:
+                    handle = channel.receive(KEY, range(BLOCKS), deadline_s=deadline_s)
+                    handle.wait_layer(0, 20)
+                    store.set("first", "1")
+                if rank != stopped:
+                    os.kill(pid, signal.SIGSTOP)
+                if rank == 0:
+                    for i in range(1, LAYERS):  # more than the kernel's buffers hold
+                        stream.send_layer(i)
+                    handle = stream.transfer  # never sealed: it cannot land in spite of the signal
+                handle.wait(20)
+            except KVTransferError as e:
+                seconds = time.monotonic() - began
+                if rank != stopped:
+                    os.kill(pid, signal.SIGCONT)
+                (done,) = channel.poll()
+                # nothing may come late: what is there now stays
+                before = [t.clone() for t in channel._engine.pool.tensors.values()]
+                dist.barrier()
+                after = channel._engine.pool.tensors.values()
+                same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+                return (
+                    e.cause,
+                    seconds - deadline_s,
+                    done.blocks_safe,
+                    same,
+                    channel._engine.pool.leases,
+                )
+    return None
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_holds_up_nobody_beyond_the_deadline(rank_pools, stopped):
+    pool = rank_pools(4)
+
+    outcomes = pool.submit(stopped_in_the_middle, pool.store_path(), stopped, ranks=2).wait(60)
+
+    for rank, (cause, late_s, safe, same, leases) in enumerate(outcomes):
+        assert cause in ("comm_timeout", "peer_lost")
+        assert (safe, same, leases) == (True, True, 0)
+        if rank != stopped:
+            assert cause == "comm_timeout"
+            assert late_s < 2

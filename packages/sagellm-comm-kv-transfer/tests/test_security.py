@@ -1,8 +1,10 @@
+import contextlib
 import os
 import random
 import socket
 import stat
 import struct
+import threading
 
 import msgspec
 import pytest
@@ -133,7 +135,7 @@ def test_connections_that_say_nothing_are_bounded(channel, port, eventually):
         sock.close()
 
 
-def authenticated(b, node_id=9):
+def authenticated(b, node_id=9, then=b""):
     """A control connection of an attacker that has the key."""
     sock = dial(b.address)
     hello = wire.encode(wire.Hello(wire.PROTOCOL, node_id, b.node_id, b"n" * 32, 1, 1))
@@ -154,7 +156,8 @@ def authenticated(b, node_id=9):
     key = b._engine.discovery.key
     sock.sendall(wire.encode(wire.Proof(auth.proof(key, digest, initiator=True))))
     welcome = wire.decode(read())
-    sock.sendall(wire.encode(wire.Ready(b._engine.pool.layout, [], "none", "tcp", True, "")))
+    ready = wire.Ready(b._engine.pool.layout, [], "none", "tcp", True, "")
+    sock.sendall(wire.encode(ready) + then)
     token = auth.data_token(auth.session_key(key, digest), 0)
     return sock, welcome, token, lambda: wire.decode(read())
 
@@ -360,8 +363,6 @@ def test_tokens_are_good_once():
 
     transport = TcpTransport(handshake_timeout_s=0.5)
     token = b"t" * 32
-    import threading
-
     found = []
     thread = threading.Thread(target=lambda: found.append(transport.accept(token, 5)))
     thread.start()
@@ -386,3 +387,113 @@ def test_damaged_headers_are_recognised():
         damaged[at] ^= 1
         with pytest.raises(IntegrityError):
             Header.unpack(damaged)
+
+
+def test_an_offer_is_taken_once_from_each_peer(pair):
+    """Else one peer could make a receive grow without bound."""
+    _, _, b, _ = pair()
+    r = b.receive(TransferKey("k"), [3])
+    sock, _, _, read = authenticated(b)
+    for tid in (1, 2):
+        sock.sendall(wire.encode(wire.Offer(tid, "k", 0, {"kv": 1})))
+
+    while not isinstance(reply := read(), wire.Fail):
+        pass
+
+    assert (reply.tid, "second time" in reply.message) == (2, True)
+    assert len(r.owner.sources) == 1
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [wire.Offer(1, "p", 0, {"kv": 1}), wire.Fetch(1, "o", 0, {"kv": 1}, {})],
+)
+def test_a_transfer_id_used_twice_ends_the_link(pair, message):
+    _, _, b, _ = pair()
+    sock, _, _, _ = authenticated(b)
+
+    sock.sendall(2 * wire.encode(message))
+
+    assert closed(sock)
+    sock.close()
+
+
+def test_fetches_that_are_served_are_bounded(channel, layout, tensors):
+    b = channel(settings=KVTransferSettings(max_in_flight=4))
+    b.register(layout(), tensors(layout()))
+    b.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=10)
+    sock, _, _, read = authenticated(b)
+    for tid in range(8):
+        sock.sendall(wire.encode(wire.Fetch(tid, "o", tid, {"kv": 1}, {"kv": wire.Part("", 0, 1)})))
+
+    replies = [read() for _ in range(4)]
+
+    assert {r.code for r in replies if isinstance(r, wire.Fail)} == {"resource_exhausted"}
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((0,), "uint8", 0, 0)] * 4000, 4096),
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((1,) * 100_000, "uint8", 0, 0)], 4096),
+    ],
+)
+def test_what_has_no_bytes_takes_memory_too(channel, layout, tensors, message):
+    settings = KVTransferSettings(max_bounce_bytes=1 << 20, max_backlog_bytes=1 << 20)
+    b = channel(settings=settings)
+    b.register(layout(), tensors(layout()))
+    r = b.receive(TransferKey("h"))
+    sock, _, _, read = authenticated(b)
+
+    sock.sendall(wire.encode(message))
+    while not isinstance(reply := read(), wire.Fail):
+        pass
+
+    assert reply.code in ("invalid_argument", "resource_exhausted")
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+    sock.close()
+
+
+def test_a_broken_message_right_behind_the_handshake_ends_the_link(pair):
+    _, _, b, _ = pair()
+    sock, _, _, _ = authenticated(b, then=b"\x00\x00\x00\x01\xc1")
+
+    assert closed(sock)
+    assert b.get_stats().peers == 0
+    sock.close()
+
+
+@pytest.mark.parametrize("port", ["control", "data"])
+def test_a_flood_of_garbage_does_not_keep_peers_out(channel, port):
+    """Four attackers at once, each a few hundred connections, while new links are made."""
+    b = channel(node_id=1, peers={}, key=KEY)
+    address = b.address if port == "control" else b._engine.transport.endpoint()
+    over = threading.Event()
+    tried = [0] * 4
+
+    def attack(which):
+        rng = random.Random(which)
+        while not over.is_set() and tried[which] < 500:
+            with contextlib.suppress(OSError), dial(address) as sock:
+                sock.sendall(rng.randbytes(48))
+            tried[which] += 1
+
+    before = len(os.listdir("/proc/self/fd"))
+    attackers = [threading.Thread(target=attack, args=(i,)) for i in range(4)]
+    for t in attackers:
+        t.start()
+    try:
+        for attempt in range(5):
+            a = channel(node_id=0, peers={1: b.address}, key=KEY)
+            assert works(a, b, attempt)
+            a.close()
+    finally:
+        over.set()
+        for t in attackers:
+            t.join(30)
+
+    assert sum(tried) > 20
+    assert len(os.listdir("/proc/self/fd")) - before < 64 + 64 + 20

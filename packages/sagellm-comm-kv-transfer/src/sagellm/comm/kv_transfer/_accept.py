@@ -163,7 +163,10 @@ class Doorkeeper:
         guest.node_id, guest.version = hello.node_id, version
         challenge = wire.encode(wire.Challenge(self._node_id, auth.new_nonce(), version))
         guest.digest = auth.transcript(body, challenge[4:])
-        guest.sock.send(challenge)
+        try:
+            guest.sock.send(challenge)
+        except OSError as e:
+            raise AuthenticationError(f"it went away during the handshake: {e}") from e
 
     def _send(self, guest: _Guest, message: wire.Message) -> None:
         data = wire.encode(message)

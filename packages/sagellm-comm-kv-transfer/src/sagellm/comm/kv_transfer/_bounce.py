@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Destination", "block_ids", "bounce_for_layout", "bounce_for_tensors", "torch_dtype"]
 
 _MIN_PAGE_BYTES = 4096
+_TENSOR_BYTES = 512
+"""What a tensor takes besides its elements: a peer may offer a million empty ones."""
 
 
 class Destination:
@@ -69,12 +71,16 @@ class _TensorDestination(Destination):
     """Plain tensors made for one receive."""
 
     def __init__(
-        self, tensors: list[torch.Tensor], infos: Sequence[TensorInfo], page_bytes: int
+        self,
+        tensors: list[torch.Tensor],
+        infos: Sequence[TensorInfo],
+        page_bytes: int,
+        bounce_bytes: int,
     ) -> None:
         self._tensors = tensors
         self._infos = infos
         self._page_bytes = page_bytes
-        self.bounce_bytes = sum(t.nbytes for t in tensors)
+        self.bounce_bytes = bounce_bytes
         self.counts = {}
         self.group_names = []
 
@@ -131,11 +137,13 @@ def bounce_for_tensors(
     if page_bytes < _MIN_PAGE_BYTES or any(d < 0 for i in infos for d in i.shape):
         raise ConfigError("the offer's tensors make no sense")
     dtypes = [torch_dtype(i.dtype) for i in infos]
-    size = sum(math.prod(i.shape) * d.itemsize for i, d in zip(infos, dtypes, strict=True))
+    size = sum(
+        _TENSOR_BYTES + math.prod(i.shape) * d.itemsize for i, d in zip(infos, dtypes, strict=True)
+    )
     if not _fits(size, room):
         return None
     tensors = [torch.empty(i.shape, dtype=d) for i, d in zip(infos, dtypes, strict=True)]
-    return _TensorDestination(tensors, infos, page_bytes)
+    return _TensorDestination(tensors, infos, page_bytes, size)
 
 
 def bounce_for_layout(
@@ -154,7 +162,8 @@ def bounce_for_layout(
     if any(n < 0 for n in wanted.values()):
         raise ConfigError(f"an offer of {wanted} blocks")
     size = sum(
-        wanted[g.name]
+        len(g.tensor_names) * _TENSOR_BYTES
+        + wanted[g.name]
         * len(g.layers)
         * max(1, len(g.parts))
         * math.prod(g.block_shape)

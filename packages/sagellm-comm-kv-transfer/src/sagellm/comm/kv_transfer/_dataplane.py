@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -14,21 +13,14 @@ import xxhash
 from sagellm.core.protocols import IntegrityError, KVCodec, KVConnection
 
 from ._flows import Chunk, Inflow, Outflow
+from ._meters import Traffic
 from .frames import CODED, HEADER_BYTES, RAW_BIT, Header, block_sums
 from .memory import Extent, Views
 
-__all__ = ["DataReader", "DataWriter", "Traffic"]
+__all__ = ["DataReader", "DataWriter"]
 
 _NOT_READY_S = 0.0005
 _SCRATCH_BYTES = 1 << 16
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes of one direction of a link; written by one thread."""
-
-    payload: int = 0
-    wire: int = 0
 
 
 class DataWriter:
@@ -37,11 +29,12 @@ class DataWriter:
     Args:
         chunk_bytes: Payload of a frame at most, unless one block is larger.
         io_timeout_s: Without progress for so long, the peer is lost.
+        traffic: Counts what is sent.
 
     """
 
-    def __init__(self, chunk_bytes: int, io_timeout_s: float) -> None:
-        self.traffic = Traffic()
+    def __init__(self, chunk_bytes: int, io_timeout_s: float, traffic: Traffic) -> None:
+        self.traffic = traffic
         self.checksum = True
         self.codec: KVCodec | None = None
         self._chunk_bytes = chunk_bytes
@@ -56,12 +49,6 @@ class DataWriter:
         with self._changed:
             if flow not in self._flows:
                 self._flows.append(flow)
-            self._poked = True
-            self._changed.notify()
-
-    def poke(self) -> None:
-        """Look again: something has been queued."""
-        with self._changed:
             self._poked = True
             self._changed.notify()
 
@@ -129,8 +116,7 @@ class DataWriter:
         runs = len(payload)
         calls = conn.send([memoryview(head), *payload], self._io_timeout_s)
         wire = len(head) + sum(map(len, payload))
-        self.traffic.payload += raw
-        self.traffic.wire += wire
+        self.traffic.count(raw, wire)
         flow.handle.moved(
             raw,
             count,
@@ -166,6 +152,7 @@ class DataReader:
             damaged blocks (again). Called on this thread.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
         scratch_bytes: Coded bytes that are held at once, unless one block is larger.
+        traffic: Counts what is received.
 
     """
 
@@ -176,8 +163,9 @@ class DataReader:
         *,
         io_timeout_s: float,
         scratch_bytes: int,
+        traffic: Traffic,
     ) -> None:
-        self.traffic = Traffic()
+        self.traffic = traffic
         self.checksum = True
         self.codec: KVCodec | None = None
         self._flows = flows
@@ -194,10 +182,10 @@ class DataReader:
             head = Header.unpack(head_bytes)
             table = memoryview(bytearray(head.table_bytes))
             conn.receive([table], self._io_timeout_s)
-            self.traffic.wire += HEADER_BYTES + len(table) + head.payload_bytes
             flow = self._flows.get(head.tid)
             if flow is None or not flow.claim(head):
                 self._discard(conn, head.payload_bytes)  # late bytes of a transfer that has ended
+                self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
             try:
                 fresh, again = self._take(conn, flow, head, table)
@@ -242,11 +230,12 @@ class DataReader:
         fresh, again = flow.landed(head, bad)
         good = head.count - len(bad)
         done = raw if not bad else good * extent.unit_bytes(layer)
-        self.traffic.payload += done
+        wire = HEADER_BYTES + len(table) + head.payload_bytes
+        self.traffic.count(done, wire)
         flow.handle.moved(
             done,
             good,
-            wire_bytes=HEADER_BYTES + len(table) + head.payload_bytes,
+            wire_bytes=wire,
             runs=runs,
             syscalls=calls,
             verify_s=verify_s,

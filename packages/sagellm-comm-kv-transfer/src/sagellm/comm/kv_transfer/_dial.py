@@ -26,6 +26,8 @@ __all__ = ["Dialled", "Dialler"]
 
 M = TypeVar("M", wire.Challenge, wire.Welcome)
 
+_LEAST_ATTEMPT_S = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Dialled:
@@ -108,17 +110,18 @@ class Dialler:
         raise PeerLostError("the channel is closed", rank=self._target)
 
     def _attempt(self, address: str) -> Dialled:
-        sock = socket.create_connection(parse_address(address), timeout=self._timeout_s)
+        left = min(self._timeout_s, max(_LEAST_ATTEMPT_S, self.until - time.monotonic()))
+        end = time.monotonic() + left
+        sock = socket.create_connection(parse_address(address), timeout=left)
         with contextlib.ExitStack() as undo:
             undo.callback(sock.close)
-            dialled = self._handshake(sock, address)
+            dialled = self._handshake(sock, address, end)
             undo.pop_all()
         return dialled
 
-    def _handshake(self, sock: socket.socket, address: str) -> Dialled:
+    def _handshake(self, sock: socket.socket, address: str, end: float) -> Dialled:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        end = time.monotonic() + self._timeout_s
         buffer = wire.FrameBuffer(self._max_message_bytes)
         low, high = wire.VERSIONS
         nonce = auth.new_nonce()

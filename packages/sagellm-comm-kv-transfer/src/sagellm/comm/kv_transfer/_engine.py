@@ -30,8 +30,9 @@ from ._dial import Dialled, Dialler
 from ._flows import Inflow
 from ._link import Link
 from ._loop import EventLoop
+from ._meters import Meters, Traffic
 from ._receiving import Receiving
-from ._records import CANCELLED, CompletionQueue, code_of, error_of
+from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
 from ._sending import Sending
 from .compression import codec_names, create_codec
 from .discovery import Discovery
@@ -86,6 +87,7 @@ class Engine:
         self._ends: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._past = Counter[str]()
+        self._meters = Meters(settings.transport)
         self._closed = False
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
@@ -155,13 +157,14 @@ class Engine:
                 ),
                 io_timeout_s=s.io_timeout_s,
                 scratch_bytes=s.chunk_bytes,
+                traffic=Traffic(self._meters, "receive"),
             )
 
         link = Link(
             self.loop,
             peer,
             outgoing=outgoing,
-            writer=DataWriter(s.chunk_bytes, s.io_timeout_s),
+            writer=DataWriter(s.chunk_bytes, s.io_timeout_s, Traffic(self._meters, "send")),
             make_reader=make_reader,
             max_backlog_bytes=s.max_backlog_bytes,
             on_message=self._on_message,
@@ -359,12 +362,12 @@ class Engine:
             case wire.Fetch():
                 self.sending.on_fetch(link, message)
             case wire.Fail():
-                error = error_of(message.code, message.message)
+                error = error_of(message)
                 if not self.sending.on_fail(link, message.tid, error):
                     self.receiving.on_fail(link, message.tid, error)
             case wire.KeyFail():
                 key = TransferKey(message.id, message.attempt)
-                error = error_of(message.code, message.message)
+                error = error_of(message)
                 self.sending.fail_key(key, error)
                 self.receiving.fail_key(key, error)
             case wire.LayoutChanged():
@@ -373,12 +376,13 @@ class Engine:
                     link.compare(self.pool.layout if self.pool is not None else None)
                     self.receiving.layout_changed(link)
             case wire.Bye():
-                text = f"node {link.peer} has closed its channel {message.message}".strip()
+                why = message.message[:MAX_MESSAGE]
+                text = f"node {link.peer} has closed its channel {why}".strip()
                 link.lose(PeerLostError(text, rank=link.peer))
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""
-        message = wire.KeyFail(key.id, key.attempt, code_of(error), str(error))
+        message = key_failure(key, error)
         skip = set(told)
         for link in [k for k in self.links if k.up and k not in skip]:
             link.send(message)
@@ -403,6 +407,7 @@ class Engine:
             if status == "failed":
                 self._causes[error.cause] += 1
         self._ends[status] += 1
+        self._meters.ended(handle, status, "" if error is None else error.cause)
         self.completions.put(
             Completion(
                 key=handle.key,

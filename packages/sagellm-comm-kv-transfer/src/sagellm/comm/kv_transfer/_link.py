@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sagellm.core.protocols import (
     CommError,
@@ -121,8 +121,7 @@ class Link:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._loop.watch(sock, READ, self._ready)
-        for body in rest:
-            self._receive(body)
+        self._take(rest)
 
     def open_data(self, conn: KVConnection, path: str) -> bool:
         """Take over the data connection; False when the link is gone already."""
@@ -217,11 +216,14 @@ class Link:
         if not data:
             self.lose(PeerLostError(f"node {self.peer} is gone", rank=self.peer))
             return
+        self._take(self._buffer.feed(data))
+
+    def _take(self, bodies: Iterable[bytes]) -> None:
         try:
-            for body in self._buffer.feed(data):
-                self._receive(body)
+            for body in bodies:
                 if self.error is not None:
                     return
+                self._receive(body)
         except CommError as e:
             self.lose(e)
 

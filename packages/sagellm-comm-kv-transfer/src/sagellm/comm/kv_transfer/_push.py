@@ -67,6 +67,14 @@ class Push:
         """Its key."""
         return self.handle.key
 
+    def sends_what(self, other: Push) -> bool:
+        """Whether both were given the same blocks; of plain tensors only their number counts."""
+        if self.tensors is not None and other.tensors is not None:
+            return len(self.tensors) == len(other.tensors)
+        return self.blocks.keys() == other.blocks.keys() and all(
+            np.array_equal(ids, other.blocks[n]) for n, ids in self.blocks.items()
+        )
+
     def all_spans(self, after: ReadyEvent | None = None) -> list[Span]:
         """Everything it has, layer by layer."""
         if self.pool is None:

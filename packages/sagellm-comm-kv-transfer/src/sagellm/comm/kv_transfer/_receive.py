@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sagellm.core.protocols import CommError, TransferKey
 
@@ -14,7 +15,14 @@ from .plan import Part
 from .pool import BlockTable, RegisteredPool
 from .transfer import TransferHandle
 
-__all__ = ["Receive", "Source"]
+__all__ = ["End", "Receive", "Source"]
+
+
+class End(NamedTuple):
+    """How a transfer ended here: None is success."""
+
+    error: CommError | None
+    fingerprint: int | None
 
 
 class Source:

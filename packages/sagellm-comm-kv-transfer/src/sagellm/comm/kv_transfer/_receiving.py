@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +18,7 @@ from sagellm.core.protocols import (
     CommError,
     CommTimeoutError,
     ConfigError,
+    DistributedRuntimeError,
     IntegrityError,
     KVBlock,
     ResourceError,
@@ -29,8 +30,8 @@ from . import wire
 from ._flows import Inflow
 from ._granting import Granter
 from ._link import Link
-from ._receive import Receive, Source
-from ._records import Memory, code_of
+from ._receive import End, Receive, Source
+from ._records import Memory, failure
 from .frames import Header
 from .plan import check_layouts, coverage_gap, shared_parts
 from .pool import BlockTable, PoolExtent
@@ -42,13 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["Receiving"]
 
 logger = logging.getLogger(__name__)
-
-
-class _End(NamedTuple):
-    """How a transfer ended here: None is success."""
-
-    error: CommError | None
-    fingerprint: int | None
 
 
 class Receiving:
@@ -66,7 +60,7 @@ class Receiving:
         self._fetches: set[Receive] = set()
         self._parked: dict[tuple[Link, int], wire.Offer] = {}
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
-        self._ended: Memory[TransferKey, _End] = Memory(engine.settings.max_remembered)
+        self._ended: Memory[TransferKey, End] = Memory(engine.settings.max_remembered)
         self._granter = Granter(lambda: engine.pool, engine.settings.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
 
@@ -86,6 +80,10 @@ class Receiving:
         """
         if r.named:
             if (same := self._active.get(r.key)) is not None:
+                if r.blocks is not None and same.fingerprint() != r.fingerprint():
+                    raise ConfigError(
+                        f"{r.key.id}/{r.key.attempt} is being received already, in other blocks"
+                    )
                 return same.handle
             if (end := self._ended.get(r.key)) is not None:
                 return self._repeat(r, end)
@@ -109,7 +107,7 @@ class Receiving:
                 self.layout_changed(link)
         return r.handle
 
-    def _repeat(self, r: Receive, end: _End) -> TransferHandle:
+    def _repeat(self, r: Receive, end: End) -> TransferHandle:
         if end.error is not None:
             r.error = end.error
             self._quiet(r)
@@ -169,6 +167,11 @@ class Receiving:
 
     def on_offer(self, link: Link, offer: wire.Offer) -> None:
         """A peer wants to push."""
+        if (link, offer.tid) in self._by_tid or (link, offer.tid) in self._parked:
+            link.lose(
+                DistributedRuntimeError(f"node {link.peer} uses transfer id {offer.tid} twice")
+            )
+            return
         key = TransferKey(offer.id, offer.attempt)
         r = self._active.get(key)
         if r is not None:
@@ -177,7 +180,7 @@ class Receiving:
             if end.error is None:
                 link.send(wire.Done(offer.tid))
             else:
-                link.send(wire.Fail(offer.tid, code_of(end.error), str(end.error)))
+                link.send(failure(offer.tid, end.error))
         else:
             self._parked[link, offer.tid] = offer
             for candidate in list(self._next):
@@ -187,13 +190,11 @@ class Receiving:
                     return
             mine = [o for (of, _), o in self._parked.items() if of is link]
             limits = self._engine.settings
-            if (
-                len(mine) > limits.max_in_flight
-                or sum(map(_weight, mine)) > limits.max_backlog_bytes
-            ):
+            held = sum(map(wire.held_bytes, mine))
+            if len(mine) > limits.max_in_flight or held > limits.max_backlog_bytes:
                 del self._parked[link, offer.tid]
                 full = f"node {self._engine.node_id} holds too many offers nobody has received"
-                link.send(wire.Fail(offer.tid, ResourceError.code, full))
+                link.send(failure(offer.tid, ResourceError(full)))
 
     def on_sealed(self, link: Link, message: wire.Sealed) -> None:
         """A stream is complete."""
@@ -246,7 +247,7 @@ class Receiving:
         for (link, tid), offer in list(self._parked.items()):
             if (offer.id, offer.attempt) == key:
                 del self._parked[link, tid]
-                link.send(wire.Fail(tid, code_of(error), str(error)))
+                link.send(failure(tid, error))
         if self._ended.get(key) is None:
             self._remember(key, error)
 
@@ -341,7 +342,13 @@ class Receiving:
         """Let a sender contribute to a receive."""
         if r.senders is not None and link.peer not in r.senders:
             refused = f"node {self._engine.node_id} takes it from {sorted(r.senders)} only"
-            link.send(wire.Fail(offer.tid, ConfigError.code, refused))
+            link.send(failure(offer.tid, ConfigError(refused)))
+            return
+        if any(s.link is link for s in r.sources) or any(
+            x is r and of is link for x, of, _ in self._starved
+        ):
+            twice = f"node {link.peer} offers {r.key.id}/{r.key.attempt} a second time"
+            link.send(failure(offer.tid, ConfigError(twice)))
             return
         # the offer is answered from here on, whichever way this goes
         try:
@@ -349,7 +356,7 @@ class Receiving:
         except (CommError, RuntimeError, ValueError, TypeError, OverflowError) as e:
             # torch refuses odd shapes and dtypes of a hostile offer in its own ways
             error = e if isinstance(e, CommError) else ConfigError(f"a senseless offer: {e}")
-            link.send(wire.Fail(offer.tid, code_of(error), str(error)))
+            link.send(failure(offer.tid, error))
             self.fail(r, error)
             return
         if joined is None:
@@ -423,11 +430,11 @@ class Receiving:
         self._forget(r)
         told = set()
         for link, offer in [(of, o) for x, of, o in self._starved if x is r]:
-            link.send(wire.Fail(offer.tid, code_of(error), str(error)))
+            link.send(failure(offer.tid, error))
             told.add(link)
         self._starved = [entry for entry in self._starved if entry[0] is not r]
         for s in r.sources:
-            s.link.send(wire.Fail(s.inflow.tid, code_of(error), str(error)))
+            s.link.send(failure(s.inflow.tid, error))
             told.add(s.link)
             self._by_tid.pop((s.link, s.inflow.tid), None)
             s.link.inflows.pop(s.inflow.tid, None)
@@ -471,7 +478,7 @@ class Receiving:
     def _remember(
         self, key: TransferKey, error: CommError | None, fingerprint: int | None = None
     ) -> None:
-        self._ended[key] = _End(error, fingerprint)
+        self._ended[key] = End(error, fingerprint)
 
     def _forget(self, r: Receive) -> None:
         if r.timer is not None:
@@ -491,9 +498,3 @@ class Receiving:
             for waiting, link, offer in starved:
                 if waiting.error is None:
                     self._join(waiting, link, offer)
-
-
-def _weight(offer: wire.Offer) -> int:
-    """Bytes that an offer holds on to, about."""
-    named = sum(map(len, (offer.dst_blocks or {}).values()))
-    return 512 + named + 256 * len(offer.tensors or ()) + 128 * len(offer.counts)

@@ -7,12 +7,32 @@ import threading
 from collections import OrderedDict, deque
 from typing import Generic, TypeVar
 
-from sagellm.core.protocols import CommError, Completion, KVTransferError, error_from_code
+from sagellm.core.protocols import (
+    CommError,
+    Completion,
+    KVTransferError,
+    LayoutMismatchError,
+    TransferKey,
+    error_from_code,
+)
 
-__all__ = ["CANCELLED", "CompletionQueue", "Memory", "code_of", "error_of"]
+from . import wire
+
+__all__ = [
+    "CANCELLED",
+    "MAX_MESSAGE",
+    "CompletionQueue",
+    "Memory",
+    "code_of",
+    "error_of",
+    "failure",
+    "key_failure",
+]
 
 CANCELLED = "cancelled"
-_MAX_MESSAGE = 8192
+MAX_MESSAGE = 2048
+"""Characters that are kept of what a peer says went wrong."""
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -24,12 +44,34 @@ def code_of(error: BaseException) -> str:
     return error.code if isinstance(error, CommError) else KVTransferError.code
 
 
-def error_of(code: str, message: str) -> CommError:
-    """The error that a peer named."""
-    message = message[:_MAX_MESSAGE]
+def failure(tid: int, error: CommError) -> wire.Fail:
+    """What tells a peer that a transfer is over."""
+    text, ours, theirs = _told(error)
+    return wire.Fail(tid, code_of(error), text, ours, theirs)
+
+
+def key_failure(key: TransferKey, error: CommError) -> wire.KeyFail:
+    """What tells every peer that an attempt is over."""
+    text, ours, theirs = _told(error)
+    return wire.KeyFail(key.id, key.attempt, code_of(error), text, ours, theirs)
+
+
+def _told(error: CommError) -> tuple[str, str, str]:
+    if not isinstance(error, LayoutMismatchError):
+        return str(error), "", ""
+    bare = str(error).removesuffix(f"; ours: {error.ours}; theirs: {error.theirs}")
+    return bare, error.ours, error.theirs
+
+
+def error_of(message: wire.Fail | wire.KeyFail) -> CommError:
+    """The error that a peer named, seen from here: its layout is theirs."""
+    code, text = message.code, message.message[:MAX_MESSAGE]
     if code in (CANCELLED, KVTransferError.code):
-        return KVTransferError(message, cause=code)
-    return error_from_code(code, message)
+        return KVTransferError(text, cause=code)
+    if code == LayoutMismatchError.code:
+        ours, theirs = message.theirs[:MAX_MESSAGE], message.ours[:MAX_MESSAGE]
+        return LayoutMismatchError(text, ours=ours, theirs=theirs)
+    return error_from_code(code, text)
 
 
 class Memory(Generic[K, V]):
@@ -48,10 +90,6 @@ class Memory(Generic[K, V]):
     def get(self, key: K) -> V | None:
         """What was put in; None when nothing was, or it is forgotten."""
         return self._items.get(key)
-
-    def forget(self, key: K) -> None:
-        """Take it out."""
-        self._items.pop(key, None)
 
 
 class CompletionQueue:

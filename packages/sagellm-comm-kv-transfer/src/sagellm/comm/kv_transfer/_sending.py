@@ -29,7 +29,7 @@ from ._bounce import block_ids
 from ._flows import Span
 from ._link import Link
 from ._push import Offered, Push
-from ._records import Memory, code_of
+from ._records import Memory, failure, key_failure
 from .memory import TensorExtent
 from .plan import Part, held_part, inner_axes
 from .pool import BlockTable, PoolExtent
@@ -69,6 +69,11 @@ class Sending:
         """Begin to push; the result may be an earlier, equal push."""
         name = (p.target, p.key)
         if (same := self._active.get(name)) is not None:
+            if not same.sends_what(p):
+                raise ConfigError(
+                    f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way already, "
+                    "with other blocks; another try needs another attempt number"
+                )
             return same
         if self._landed.get(name):
             p.landed = True
@@ -96,8 +101,7 @@ class Sending:
     def _start(self, p: Push, link: Link, error: CommError | None) -> None:
         if p.error is not None:
             if error is None:  # it failed before they met: the receiver may be waiting for it
-                failure = wire.KeyFail(p.key.id, p.key.attempt, code_of(p.error), str(p.error))
-                link.send(failure)
+                link.send(key_failure(p.key, p.error))
             return
         if error is not None:
             self.fail(p, error)
@@ -177,14 +181,23 @@ class Sending:
     def on_fetch(self, link: Link, fetch: wire.Fetch) -> None:
         """A peer wants to pull."""
         self._engine.ensure_writer(link)
+        if (link, fetch.tid) in self._by_tid or (link, fetch.tid) in self._fetches:
+            link.lose(
+                DistributedRuntimeError(f"node {link.peer} uses transfer id {fetch.tid} twice")
+            )
+            return
+        limits = self._engine.settings
+        if len(self._serving) >= limits.max_in_flight:
+            busy = f"node {self._engine.node_id} serves {len(self._serving)} fetches already"
+            link.send(failure(fetch.tid, ResourceError(f"{busy}; fetch again later")))
+            return
         if (offered := self._offers.get(fetch.id)) is not None:
             self._serve(offered, link, fetch)
             return
-        held = sum(len(i) for f in self._fetches.values() for i in (f.src_blocks or {}).values())
-        limits = self._engine.settings
+        held = sum(map(wire.held_bytes, (*self._fetches.values(), fetch)))
         if len(self._fetches) >= limits.max_in_flight or held > limits.max_backlog_bytes:
             full = f"node {self._engine.node_id} holds too many fetches nobody has offered"
-            link.send(wire.Fail(fetch.tid, ResourceError.code, full))
+            link.send(failure(fetch.tid, ResourceError(full)))
             return
         self._fetches[link, fetch.tid] = fetch
 
@@ -270,7 +283,7 @@ class Sending:
             _check_parts(o.pool.layout, fetch.parts, link.peer)
             p.flow.extent = PoolExtent(o.pool, p.blocks, fetch.parts)
         except CommError as e:
-            link.send(wire.Fail(fetch.tid, code_of(e), str(e)))
+            link.send(failure(fetch.tid, e))
             return
         o.served.add(p)
         self._serving.add(p)
@@ -302,7 +315,7 @@ class Sending:
         links = set()
         if p.link is not None:
             if self._by_tid.pop((p.link, p.tid), None) is not None and not told:
-                p.link.send(wire.Fail(p.tid, code_of(error), str(error)))
+                p.link.send(failure(p.tid, error))
                 links.add(p.link)
             elif told:
                 links.add(p.link)

@@ -27,6 +27,7 @@ from sagellm.core.protocols import (
     TransferStats,
     UnsupportedOperationError,
 )
+from sagellm.core.protocols.doctor import require_supported_platform
 from sagellm.core.protocols.ports import PortSettings
 
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
@@ -77,7 +78,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         codec: Codec of what this node sends, over the one in `settings`.
 
     Raises:
-        ConfigError: The node id is taken, or the arguments do not fit.
+        ConfigError: The node id is taken, the arguments do not fit, or this is Windows.
         ResourceError: The port is in use.
 
     """
@@ -96,6 +97,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         settings: KVTransferSettings | None = None,
         codec: str | None = None,
     ) -> None:
+        require_supported_platform()
         chosen = settings or KVTransferSettings.load()
         if codec is not None:
             chosen = chosen.model_copy(update={"codec": codec})
@@ -131,7 +133,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
         except BaseException:
             discovery.withdraw()
             raise
-        discovery.publish(self._engine.address)
+        try:
+            discovery.publish(self._engine.address)
+        except BaseException:
+            self._engine.close()
+            raise
 
     def __repr__(self) -> str:
         return f"<KVTransferChannel node {self.node_id} at {self.address}>"
@@ -196,7 +202,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
         engine.loop.run(begin)
         link = found[0]
-        if not met.wait(wait_s + engine.settings.handshake_timeout_s):
+        if not met.wait(wait_s):
             raise CommTimeoutError(
                 f"node {peer} never came within {wait_s:g} s ({engine.why_absent(peer)})"
             )

@@ -61,4 +61,4 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     max_unauthenticated: Count = 64
     max_in_flight: Count = 4096
     max_bounce_bytes: Count = 256 * MIB
-    max_remembered: Count = 65536
+    max_remembered: Count = 16384

@@ -53,7 +53,7 @@ class TransferHandle:
         self._totals = (0, 0, 0)
         self._bytes_done = 0
         self._blocks_done = 0
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._first: float | None = None
         self._last: float | None = None
         self._meter = _Meter()
@@ -98,7 +98,7 @@ class TransferHandle:
                 wire_bytes=m.wire_bytes,
                 runs=m.runs,
                 syscalls=m.syscalls,
-                queue_s=(first or time.monotonic()) - self._started,
+                queue_s=(first or time.monotonic()) - self.started,
                 wire_s=(self._last or first or 0.0) - (first or 0.0),
                 verify_s=m.verify_s,
                 codec_s=m.codec_s,

@@ -43,6 +43,7 @@ __all__ = [
     "Welcome",
     "decode",
     "encode",
+    "held_bytes",
 ]
 
 PROTOCOL = "sagellm-kv"
@@ -190,11 +191,13 @@ class Release(_Message, frozen=True, tag="release"):
 
 
 class Fail(_Message, frozen=True, tag="fail"):
-    """Either way: this transfer is over."""
+    """Either way: this transfer is over; layouts when they are why, as the teller sees them."""
 
     tid: int
     code: str
     message: str
+    ours: str = ""
+    theirs: str = ""
 
 
 class KeyFail(_Message, frozen=True, tag="key_fail"):
@@ -204,6 +207,8 @@ class KeyFail(_Message, frozen=True, tag="key_fail"):
     attempt: int
     code: str
     message: str
+    ours: str = ""
+    theirs: str = ""
 
 
 class Bye(_Message, frozen=True, tag="bye"):
@@ -239,6 +244,18 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {e}") from None
+
+
+def held_bytes(message: Offer | Fetch) -> int:
+    """Bytes of memory that a message takes while it waits for its other half, about."""
+    if isinstance(message, Offer):
+        ids, names = message.dst_blocks, [*message.counts]
+        more = sum(256 + 32 * len(i.shape) + len(i.dtype) for i in message.tensors or ())
+    else:
+        ids, names = message.src_blocks, [*message.counts, *message.parts]
+        more = 32 * len(message.layers or ())
+    named = sum(len(n) + len(i) for n, i in (ids or {}).items())
+    return 512 + named + sum(256 + len(n) for n in names) + more
 
 
 class FrameBuffer:

@@ -92,7 +92,7 @@ LINES = {
 
 # What is missing, and what to do about it: an answer has to hold one of each.
 NO_NVIDIA = ("without CUDA", "CUDA_VISIBLE_DEVICES", "no NVIDIA device")
-NO_AMD = ("without ROCm", "/dev/kfd is missing")
+NO_AMD = ("without ROCm", "libtorch_hip.so", "/dev/kfd is missing")
 NO_ASCEND = ("torch_npu", "CANN", "npu")
 NO_CAMBRICON = ("torch_mlu", "Neuware", "mlu")
 COLLECTIVES = "from sagellm.comm.collective_ops import create_comm_backend, NCCLBackend\n"

@@ -138,7 +138,8 @@ def bounce_for_tensors(
         raise ConfigError("the offer's tensors make no sense")
     dtypes = [torch_dtype(i.dtype) for i in infos]
     size = sum(
-        _TENSOR_BYTES + math.prod(i.shape) * d.itemsize for i, d in zip(infos, dtypes, strict=True)
+        _TENSOR_BYTES + 32 * len(i.shape) + math.prod(i.shape) * d.itemsize
+        for i, d in zip(infos, dtypes, strict=True)
     )
     if not _fits(size, room):
         return None

@@ -39,6 +39,7 @@ _IOV_MAX = 1024
 _TICK_S = 1.0
 _HELLO_BYTES = 16 + 32
 _MAX_PENDING = 64
+_TRIES = 4
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -208,6 +209,7 @@ class TcpTransport(KVTransport):
         self._endpoint = f"{_bracket(advertise or host)}:{port}"
         self._changed = threading.Condition()
         self._presented: dict[bytes, _Presented] = {}
+        self._expected: set[bytes] = set()
         self.rejected = 0
         self._closed = False
         self._wake_r, self._wake_w = socket.socketpair()
@@ -220,38 +222,51 @@ class TcpTransport(KVTransport):
 
     def connect(self, endpoint: str, token: bytes, deadline_s: float) -> KVConnection:
         """Open a data connection and prove the token; the peer proves it too."""
-        try:
-            sock = socket.create_connection(parse_address(endpoint), timeout=deadline_s)
-        except OSError as e:
-            raise PeerLostError(f"no data connection to {endpoint}: {e}") from e
-        try:
-            sock.sendall(token_id(token) + token_proof(token, initiator=True))
-            answer = _read_exactly(sock, 32)
-        except OSError as e:
-            sock.close()
-            raise PeerLostError(f"{endpoint} dropped the data connection: {e}") from e
+        end = time.monotonic() + deadline_s
+        for left in reversed(range(_TRIES)):
+            sock = self._dial(endpoint, end)
+            try:
+                sock.sendall(token_id(token) + token_proof(token, initiator=True))
+                answer = _read_exactly(sock, 32)
+                break
+            except OSError as e:  # a crowd of strangers at the peer's door may have pushed us out
+                sock.close()
+                if not left or time.monotonic() >= end or self._closed:
+                    raise PeerLostError(f"{endpoint} dropped the data connection: {e}") from e
         if not hmac.compare_digest(answer, token_proof(token, initiator=False)):
             sock.close()
             raise PeerLostError(f"{endpoint} does not know the data connection's token")
         return TcpConnection(sock, endpoint, self._buffer_bytes)
 
+    @staticmethod
+    def _dial(endpoint: str, end: float) -> socket.socket:
+        left = max(0.001, end - time.monotonic())
+        try:
+            return socket.create_connection(parse_address(endpoint), timeout=left)
+        except OSError as e:
+            raise PeerLostError(f"no data connection to {endpoint}: {e}") from e
+
     def accept(self, token: bytes, deadline_s: float) -> KVConnection:
         """Wait for the connection that presents `token`; it is good once."""
         name, end = token_id(token), time.monotonic() + deadline_s
         with self._changed:
-            while True:
-                left = end - time.monotonic()
-                if not self._changed.wait_for(
-                    lambda: name in self._presented or self._closed, max(0.0, left)
-                ):
-                    raise CommTimeoutError(f"no data connection within {deadline_s:g} s")
-                if self._closed:
-                    raise PeerLostError("the transport is closed")
-                found = self._presented.pop(name)
-                sock = found.sock
-                if hmac.compare_digest(found.proof, token_proof(token, initiator=True)):
-                    break
-                self._reject(sock)
+            self._expected.add(name)
+            try:
+                while True:
+                    left = end - time.monotonic()
+                    if not self._changed.wait_for(
+                        lambda: name in self._presented or self._closed, max(0.0, left)
+                    ):
+                        raise CommTimeoutError(f"no data connection within {deadline_s:g} s")
+                    if self._closed:
+                        raise PeerLostError("the transport is closed")
+                    found = self._presented.pop(name)
+                    sock = found.sock
+                    if hmac.compare_digest(found.proof, token_proof(token, initiator=True)):
+                        break
+                    self._reject(sock)
+            finally:
+                self._expected.discard(name)
         try:
             peer = f"{sock.getpeername()[0]}:{sock.getpeername()[1]}"
             sock.setblocking(True)
@@ -334,8 +349,9 @@ class TcpTransport(KVTransport):
             if bytes(data[:16]) in self._presented:
                 self._reject(sock)
                 return
-            if len(self._presented) >= _MAX_PENDING:
-                self._reject(self._presented.pop(next(iter(self._presented))).sock)
+            strangers = [n for n in self._presented if n not in self._expected]
+            if len(strangers) >= _MAX_PENDING:
+                self._reject(self._presented.pop(strangers[0]).sock)
             self._presented[bytes(data[:16])] = _Presented(sock, bytes(data[16:]), end)
             self._changed.notify_all()
 

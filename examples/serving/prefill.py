@@ -16,7 +16,6 @@ from sagellm.core.protocols import (
     KVTransferError,
     OverlapMetrics,
     Pairing,
-    Transfer,
     TransferKey,
 )
 from serving.messages import (
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from serving.rank import Parent
 
 Steps = Generator[int, None, Tensor]
-_POLL_S = 0.0005
 
 
 class PrefillWorker(Worker):
@@ -208,28 +206,15 @@ class _Sending:
             for stream in self._streams:
                 stream.seal(self._num_tokens)
         for target, transfer in zip(self._worker.targets, self.transfers, strict=True):
-            _wait_until_sent(transfer, layer, target)
+            try:
+                transfer.wait_layer(layer)
+            except KVTransferError as e:
+                raise KVTransferError(
+                    f"layer {layer} did not reach rank {target}: {e}", key=e.key, cause=e.cause
+                ) from e
         if self._say:
             self._worker.parent.say(LayerSent(self._request, layer))
 
     def _landed(self, _: int) -> None:
         for transfer in self.transfers:
             transfer.wait(self._worker.job.transfer_deadline_s)
-
-
-def _wait_until_sent(transfer: Transfer, layer: int, target: int) -> None:
-    """Returns when a layer has left; a sender hears of landing only for the whole transfer."""
-    while not transfer.done():
-        now = transfer.progress
-        if now.bytes_total and now.bytes_done * now.layers_total >= now.bytes_total * (layer + 1):
-            return
-        time.sleep(_POLL_S)
-    try:
-        transfer.wait(0.0)
-    except KVTransferError as e:
-        raise KVTransferError(
-            f"layer {layer} did not reach rank {target}: {e}",
-            key=e.key,
-            cause=e.cause,
-            invalid_blocks=e.invalid_blocks,
-        ) from e

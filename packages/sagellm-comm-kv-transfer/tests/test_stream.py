@@ -3,7 +3,13 @@ import threading
 import pytest
 import torch
 
-from sagellm.core.protocols import ConfigError, KVTransferError, TransferKey, TransferState
+from sagellm.core.protocols import (
+    CommTimeoutError,
+    ConfigError,
+    KVTransferError,
+    TransferKey,
+    TransferState,
+)
 
 
 class Event:
@@ -39,6 +45,25 @@ def test_layers_can_be_used_before_the_next_are_computed(pair):
     stream.seal(num_tokens=8).wait(10)
 
     assert r.wait(10).num_tokens == 8
+
+
+def test_the_sender_hears_of_every_layer(pair):
+    out, _, into, _ = pair()
+    key = TransferKey("s")
+    into.receive(key, [7])
+    stream = out.begin(key, 1, [1])
+
+    stream.send_layer(1)
+    stream.transfer.wait_layer(1, 10)
+    with pytest.raises(CommTimeoutError, match="layer 0"):
+        stream.transfer.wait_layer(0, 0)
+    for i in (0, 2):
+        stream.send_layer(i)
+        stream.transfer.wait_layer(i, 10)
+
+    assert stream.transfer.progress.layers_done == 3
+    assert not stream.transfer.done()
+    stream.seal(4).wait(10)
 
 
 def test_nothing_is_read_before_the_event(pair):

@@ -351,6 +351,8 @@ class Engine:
                 self.receiving.on_offer(link, message)
             case wire.Grant():
                 self.sending.on_grant(link, message)
+            case wire.LayerDone():
+                self.sending.on_layer_done(link, message)
             case wire.Done():
                 self.sending.on_done(link, message.tid)
             case wire.Release():

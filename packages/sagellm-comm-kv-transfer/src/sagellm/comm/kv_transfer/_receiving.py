@@ -255,8 +255,7 @@ class Receiving:
         self, link: Link, flow: Inflow, head: Header, fresh: list[int], again: list[int]
     ) -> None:
         """A frame is in place; called on the link's reader thread."""
-        entry = self._by_tid.get((link, flow.tid))
-        if entry is None:
+        if (entry := self._by_tid.get((link, flow.tid))) is None:
             return
         r = entry[0]
         loop = self._engine.loop
@@ -274,6 +273,7 @@ class Receiving:
             loop.call(lambda: link.send(wire.Nack(flow.tid, spans)))
         if flow.layer_complete(head.layer):
             self._check_layers(r, (head.layer,))
+            loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
             if flow.complete:
                 loop.call(lambda: self._maybe_land(r))
 

@@ -217,6 +217,16 @@ class Sending:
         p.handle.retried(len(nack.spans))
         p.queue(Span(layer, first, first + count) for layer, first, count in nack.spans)
 
+    def on_layer_done(self, link: Link, done: wire.LayerDone) -> None:
+        """The receiver has a layer of ours, verified."""
+        p = self._by_tid.get((link, done.tid))
+        if p is None or (extent := p.flow.extent) is None:
+            return
+        if not 0 <= done.layer < extent.layers:
+            self.fail(p, IntegrityError(f"node {link.peer} confirms a layer it was not sent"))
+            return
+        p.handle.layers_done([done.layer])
+
     def on_done(self, link: Link, tid: int) -> None:
         """The receiver has everything, verified."""
         p = self._by_tid.pop((link, tid), None)
@@ -259,6 +269,7 @@ class Sending:
         units = [extent.units(i) for i in range(extent.layers)]
         size = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n)
         p.handle.expect(size, sum(units), extent.layers)
+        p.handle.layers_done([i for i, n in enumerate(units) if not n])  # nothing to wait for
         p.handle.via(link.path)
         p.handle.step(TransferState.ACCEPTED)
         link.writer.add(p.flow)

@@ -30,6 +30,7 @@ __all__ = [
     "Grant",
     "Hello",
     "KeyFail",
+    "LayerDone",
     "LayoutChanged",
     "Message",
     "Nack",
@@ -178,6 +179,13 @@ class Nack(_Message, frozen=True, tag="nack"):
     spans: list[tuple[int, int, int]]
 
 
+class LayerDone(_Message, frozen=True, tag="layer_done"):
+    """R → S: what you sent of this layer is in place and verified."""
+
+    tid: int
+    layer: int
+
+
 class Done(_Message, frozen=True, tag="done"):
     """R → S: everything landed and was verified."""
 
@@ -219,7 +227,18 @@ class Bye(_Message, frozen=True, tag="bye"):
 
 Handshake = Hello | Challenge | Proof | Welcome | Ready | Reject
 Session = (
-    LayoutChanged | Offer | Grant | Sealed | Fetch | Nack | Done | Release | Fail | KeyFail | Bye
+    LayoutChanged
+    | Offer
+    | Grant
+    | Sealed
+    | Fetch
+    | Nack
+    | LayerDone
+    | Done
+    | Release
+    | Fail
+    | KeyFail
+    | Bye
 )
 Message = Handshake | Session
 

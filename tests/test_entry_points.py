@@ -10,9 +10,9 @@ from sagellm.core.protocols.registry import Registry
 
 DECLARED = {
     "sagellm.comm.backends": {"nccl", "rccl", "gloo", "mock", "hccl", "cncl"},
-    "sagellm.comm.topology.detectors": set(),
+    "sagellm.comm.topology.detectors": {"nvml", "sysfs-net", "sysfs-numa", "sysfs-pci", "npu-smi"},
     "sagellm.comm.kv_transfer.transports": {"tcp"},
-    "sagellm.comm.kv_transfer.codecs": {"lz4", "zstd"},
+    "sagellm.comm.kv_transfer.codecs": {"none", "lz4", "zstd"},
 }
 
 

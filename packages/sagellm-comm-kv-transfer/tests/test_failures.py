@@ -241,12 +241,15 @@ def test_blocks_damaged_twice_fail_both_sides(channel, proxy, layout, tensors):
 
 def test_swapped_blocks_are_caught(channel, layout, tensors):
     """Positions are in the checksum: right bytes in the wrong place are not accepted."""
-    from sagellm.comm.kv_transfer.frames import block_sum
+    from sagellm.comm.kv_transfer.frames import block_sum, block_sums
 
     one = memoryview(b"x" * 64)
 
     assert block_sum([one], 0, 0) != block_sum([one], 0, 1) != block_sum([one], 1, 1)
     assert block_sum([one[:10], one[10:]], 2, 3) == block_sum([one], 2, 3)
+    for cut in ([one], [one[:10], one[10:]]):  # of one run, and of several
+        want = [block_sum([one], 1, 5), block_sum([one], 1, 6)]
+        assert block_sums([cut, cut], 1, 5).tolist() == want
 
 
 def test_a_damaged_header_loses_the_link_not_the_process(channel, proxy, layout, tensors):

@@ -216,9 +216,15 @@ class Engine:
             lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
             self.loop.call(lambda: link.lose(lost))
             return
-        if not self.loop.run(lambda: self._on_dialled(link, dialled, conn, layout), 60.0):
+        try:
+            taken = self.loop.run(lambda: self._on_dialled(link, dialled, conn, layout), 60.0)
+        except CommError as e:  # the channel closed meanwhile: nobody else knows of these
+            logger.debug("node %d: the link to node %d came late: %s", self.node_id, link.peer, e)
+            conn.close()
+            dialled.sock.close()
             return
-        link.run_data(link.writer.run)
+        if taken:
+            link.run_data(link.writer.run)
 
     def _on_dialled(
         self, link: Link, dialled: Dialled, conn: KVConnection, sent: KVLayout | None
@@ -258,7 +264,13 @@ class Engine:
             error = PeerLostError(f"node {link.peer}: {e}", rank=link.peer)
             self.loop.call(lambda: link.lose(error))
             return
-        if self.loop.run(lambda: self._on_data(link, conn), 60.0):
+        try:
+            taken = self.loop.run(lambda: self._on_data(link, conn), 60.0)
+        except CommError as e:  # the channel closed meanwhile: nobody else knows of it
+            logger.debug("node %d: data of node %d came late: %s", self.node_id, link.peer, e)
+            conn.close()
+            return
+        if taken:
             link.run_data(link.reader.run)
 
     def _on_data(self, link: Link, conn: KVConnection) -> bool:

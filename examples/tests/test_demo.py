@@ -319,6 +319,8 @@ def test_an_interrupt_leaves_no_process_port_or_segment(tmp_path, moment, number
         text=True,
         start_new_session=True,
         env=os.environ | {"COLUMNS": "160"},
+        # a runner in the background ignores interrupts, and its children would inherit that
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     with demo:
         for line in demo.stdout:

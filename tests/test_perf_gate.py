@@ -69,6 +69,24 @@ def test_a_ratio_that_fell_fails_and_is_named(folders, gate):
     assert "floor 1.6" in line
 
 
+def test_a_ratio_to_a_contender_that_is_not_here_is_no_ratio(folders, gate):
+    empty = result(({"bytes": 4}, None), ({"bytes": 8}, 2.0))
+    folders(empty, empty)
+
+    assert gate().returncode == 0
+
+    folders(empty, result(({"bytes": 4}, 2.0), ({"bytes": 8}, 2.0)))
+    assert gate().returncode == 1
+
+
+def test_a_loss_may_not_grow(folders, gate):
+    folders(result(({}, -0.2)), result(({}, -0.2)))
+    assert gate().returncode == 0
+
+    folders(result(({}, -0.3)), result(({}, -0.2)))
+    assert gate().returncode == 1
+
+
 def test_the_tolerance_is_the_callers(folders, gate):
     folders(result(({}, 1.5)), result(({}, 2.0)))
 

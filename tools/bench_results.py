@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:  # Any: JSON, checked by the callers' ac
 
 
 def ratios(path: Path) -> Iterator[Ratio]:
-    """Every ratio in the file.
+    """Every ratio in the file that has a value; a missing contender leaves its ratios without.
 
     Raises:
         ResultError: The file is not in our form, a value is not a finite number, or two ratios
@@ -67,6 +67,8 @@ def ratios(path: Path) -> Iterator[Ratio]:
     result = read(path)
     seen = set()
     for entry in result["ratios"]:
+        if "value" in entry and entry["value"] is None:
+            continue
         try:
             case = json.dumps(entry["case"], sort_keys=True)
             goal = entry.get("goal")

@@ -32,7 +32,7 @@ def compare(current: Path, baseline: Path, tolerance: float) -> tuple[list[str],
             line = f"GONE  {accepted}: was {accepted.value:.3g}, not measured any more"
             failures.append(line)
         else:
-            floor = accepted.value * (1 - tolerance)
+            floor = accepted.value - tolerance * abs(accepted.value)  # may be below zero: eff_saved
             verdict = "ok   " if ratio.value >= floor else "WORSE"
             line = (
                 f"{verdict} {ratio}: {ratio.value:.3g}, "

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from sagellm.core.protocols import UnsupportedOperationError
+
 __all__ = ["EmulatedTensor", "install_kernels", "raw_of"]
 
 _FACTORIES_AND_VIEWS = (
@@ -70,12 +72,14 @@ def _on_cpu(device: str, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # 
     if any(
         isinstance(x, torch.Tensor) and raw_of(x) is x and x.device.type == device for x in leaves
     ):
-        raise NotImplementedError(f"{op} made a tensor that the emulated device does not hold")
+        raise UnsupportedOperationError(
+            f"{op} made a tensor that the emulated device does not hold"
+        )
     raw_args, raw_kwargs = pytree.tree_unflatten([raw_of(x) for x in leaves], spec)
     out = op(*raw_args, **raw_kwargs)
     for shell in shells.values():
         if shell.shape != shell.raw.shape:
-            raise NotImplementedError(f"{op} resizes an emulated tensor, which cannot follow")
+            raise UnsupportedOperationError(f"{op} resizes an emulated tensor, which cannot follow")
     return pytree.tree_map(lambda x: shells[id(x)] if id(x) in shells else _shell(x), out)
 
 

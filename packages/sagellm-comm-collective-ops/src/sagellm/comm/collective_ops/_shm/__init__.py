@@ -1,0 +1,1 @@
+"""Collectives inside a host over shared memory: one protocol, two implementations of it."""

@@ -6,8 +6,6 @@ import os
 import socket
 import time
 
-from sagellm.comm.collective_ops._shm.layout import Layout
-
 
 class Meeting:
     """Rank processes that share a folder share a segment; `close` or leaving the block ends it.

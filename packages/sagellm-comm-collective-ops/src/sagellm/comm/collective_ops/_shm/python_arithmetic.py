@@ -91,7 +91,7 @@ def fold_of(op: str, dtype: torch.dtype, world: int, scratch: Callable[..., Arra
         op: A word of `layout.REDUCTIONS`.
         dtype: A type of `layout.DTYPES`.
         world: Ranks.
-        scratch: `scratch(count, dtype, i)` gives memory for `count` elements, another for every `i`.
+        scratch: `scratch(count, dtype, i)` is memory for `count` elements, another for every `i`.
 
     """
     if dtype not in NUMPY_TYPES:

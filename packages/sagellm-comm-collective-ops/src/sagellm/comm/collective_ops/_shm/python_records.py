@@ -128,9 +128,7 @@ class Records:
         found = []
         for i in range(max(0, number - RING), number):
             packed, nbytes, started, ended, wait, algorithm = self._rows[i % RING].tolist()
-            found.append(
-                CallRecord(i, packed, nbytes, started, ended, wait, ALGORITHMS[algorithm])
-            )
+            found.append(CallRecord(i, packed, nbytes, started, ended, wait, ALGORITHMS[algorithm]))
         running = self.running
         if running is not None:
             found.append(CallRecord(number, *running, 0, 0, ""))

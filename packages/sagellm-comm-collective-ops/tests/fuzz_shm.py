@@ -74,14 +74,14 @@ class Done:
     """A call that was started here, and what is to be checked of it."""
 
     step: Step
-    results: list = field(default_factory=list)
+    results: list | None = field(default_factory=list)  # None: what the work gives
     works: list = field(default_factory=list)
     registrations: list = field(default_factory=list)
 
     def finish(self):
         for work in self.works:
             result = work.wait(60)
-            if result is not None and not self.results:
+            if self.results is None:
                 self.results = as_list(result)
         for registration in self.registrations:
             registration.release()
@@ -89,6 +89,8 @@ class Done:
 
 
 def as_list(result):
+    if result is None:
+        return []
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
@@ -249,9 +251,9 @@ def start(step, backend, plain=False):
     def keep(result, *results):
         if later["async_op"] and result is not None:
             done.works.append(result)
-            done.results = list(results)
+            done.results = list(results) or None
         else:
-            done.results = list(results) or as_list([] if result is None else result)
+            done.results = list(results) or as_list(result)
 
     if op == "barrier":
         keep(backend.barrier(**later))
@@ -338,7 +340,7 @@ def same(x, y):
 
 
 def bits(x):
-    x = x.contiguous().reshape(-1)
+    x = x.contiguous().as_strided((x.numel(),), (1,))
     return x.view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
 
 

@@ -8,11 +8,14 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
 from sagellm.core.protocols import (
     BackendSpec,
+    BandwidthStats,
     Choice,
     CommBackendProtocol,
+    CommCall,
     CommStats,
     ConfigError,
     CostModelProtocol,
@@ -34,11 +37,15 @@ from ._shm.engine import EngineFailure
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
 from ._shm.settings import ShmSettings
-from ._shm.statistics import merge_statistics
+from ._shm.statistics import merge_bandwidth, merge_statistics
 from ._shm.transport import FORKED, ShmTransport, form_transport
 from ._specs import SHM
 
 __all__ = ["ShmBackend"]
+
+Before = Callable[[CommCall], None]
+After = Callable[[CommCall, float, BaseException | None], None]
+TakeOver = Callable[[CommCall], Work[Any] | None]  # Any: the operation's result
 
 
 class ShmBackend(TensorBackend):
@@ -49,8 +56,8 @@ class ShmBackend(TensorBackend):
     and lends its store: nothing is sent over it. All ranks must be on one host, which is proven,
     not believed. A forked child cannot use the group, nor the tensors of `empty`.
 
-    Results are equal on all ranks, bit for bit, and from run to run: sums are formed in the order of
-    the ranks, those of 16-bit floats in float32 when more than two ranks add.
+    Results are equal on all ranks, bit for bit, and from run to run: sums are formed in the order
+    of the ranks, those of 16-bit floats in float32 when more than two ranks add.
 
     Args:
         spec: Facts about the backend; None is this package's.
@@ -59,7 +66,8 @@ class ShmBackend(TensorBackend):
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used.
         cost_model: Lets `explain` give a time.
-        options: `engine`, `slot_bytes`, `arena_bytes`, `statistics`, `algorithms`; alike on all ranks.
+        options: `engine`, `slot_bytes`, `arena_bytes`, `statistics`, `algorithms`; alike on all
+            ranks.
 
     >>> ShmBackend().size
     1
@@ -145,7 +153,7 @@ class ShmBackend(TensorBackend):
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
         """A rank of a group that meets at a file; for the conformance kit."""
-        store = dist.FileStore(meet, size)
+        store = FileStore(meet, size)
         return cls.over_store(store, rank, size, timeout_s=timeout_s)
 
     def _start(
@@ -283,8 +291,14 @@ class ShmBackend(TensorBackend):
 
     # -- what changes the way -------------------------------------------------------------
 
-    def add_hook(self, **hooks: Any) -> Callable[[], None]:  # Any: as of the base
-        remove = super().add_hook(**hooks)
+    def add_hook(
+        self,
+        *,
+        before: Before | None = None,
+        after: After | None = None,
+        take_over: TakeOver | None = None,
+    ) -> Callable[[], None]:
+        remove = super().add_hook(before=before, after=after, take_over=take_over)
         self._hot.allow(not self._hooked())
 
         def undo() -> None:
@@ -308,7 +322,7 @@ class ShmBackend(TensorBackend):
     # -- memory and steering --------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that peers reach where it lies; its memory comes now and goes with its last view.
+        """A tensor that peers reach where it lies; its memory goes with its last view.
 
         It may be used after `close`, and by this process only.
 
@@ -334,12 +348,18 @@ class ShmBackend(TensorBackend):
                 "all_to_all_single": "all_to_all"}.get(op, op)  # fmt: skip
         engine = self._shm.engine
         algorithm = engine.algorithm(name, nbytes)
-        reason = f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        reason = (
+            f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        )
         return Choice(self.name, algorithm, reason, choice.estimate_us)
 
     def get_stats(self) -> CommStats:
         stats = super().get_stats()
         return stats if self._shm is None else merge_statistics(stats, self._shm)
+
+    def get_bandwidth_stats(self) -> BandwidthStats:
+        stats = super().get_bandwidth_stats()
+        return stats if self._shm is None else merge_bandwidth(stats, self._shm)
 
     def reset_stats(self) -> None:
         super().reset_stats()

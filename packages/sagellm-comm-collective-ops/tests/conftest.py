@@ -1,10 +1,14 @@
 """Ranks for tests: a gloo world over the kit's pool of long-lived processes."""
 
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from sagellm.core.protocols.testing.rank_pool import RankPool
+
+sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests; workers inherit it
 
 _state = {}
 

@@ -1,10 +1,14 @@
 """Ranks for tests: a gloo world over the kit's pool of long-lived processes."""
 
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from sagellm.core.protocols.testing.rank_pool import RankPool
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what test files share, here and in workers
 
 _state = {}
 

@@ -8,7 +8,7 @@ import pytest
 
 from sagellm.core.protocols.testing.rank_pool import RankPool
 
-sys.path.insert(0, str(Path(__file__).parent))  # for what test files share, here and in workers
+sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests; workers inherit it
 
 _state = {}
 

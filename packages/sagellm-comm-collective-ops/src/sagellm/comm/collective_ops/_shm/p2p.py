@@ -37,7 +37,7 @@ class _Message(RawWork):
     def __init__(self, owner: Messages, call: RawCall) -> None:
         assert call.peer is not None
         x = call.inputs[0] if call.op == "send" else call.outputs[0]
-        self.bytes: Tensor = x.detach().reshape(-1).view(torch.uint8)
+        self.bytes: Tensor = x.detach().as_strided((x.numel(),), (1,)).view(torch.uint8)
         self.op, self.peer, self.tag = call.op, call.peer, call.tag
         self.number = 0
         self.moved = 0

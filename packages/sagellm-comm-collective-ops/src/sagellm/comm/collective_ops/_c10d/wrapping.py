@@ -105,11 +105,6 @@ class WrappingGroup(Facade):
         """The group that does the work."""
         return self._inner
 
-    @property
-    def _device_types(self) -> list[torch.device]:
-        found: list[torch.device] = self._inner._device_types
-        return found
-
     def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend
         backend = self._inner._get_backend(device)
         # Torch looks here for NCCL's coalescing, which would pass hooks by.
@@ -123,14 +118,14 @@ class WrappingGroup(Facade):
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Replace the deadline of later calls."""
-        for device in self._inner._device_types:
+        for device in self._inner._device_types or [torch.device("cpu")]:
             self._inner._get_backend(device)._set_default_timeout(timeout)
 
     _set_default_timeout = set_timeout
 
     def abort(self) -> None:
         """Fail what is in flight here and at the peers."""
-        for device in self._inner._device_types:
+        for device in self._inner._device_types or [torch.device("cpu")]:
             abort_group(self._inner, torch.device(device), self._rank, self._size)
 
     def shutdown(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sagellm.core.protocols import (
     BackendSpec,
+    BandwidthStats,
     Choice,
     CommBackendProtocol,
     CommStats,
@@ -34,7 +35,7 @@ from ._shm.engine import EngineFailure
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
 from ._shm.settings import ShmSettings
-from ._shm.statistics import merge_statistics
+from ._shm.statistics import merge_bandwidth, merge_statistics
 from ._shm.transport import FORKED, ShmTransport, form_transport
 from ._specs import SHM
 
@@ -307,6 +308,21 @@ class ShmBackend(TensorBackend):
 
     # -- memory and steering --------------------------------------------------------------
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that peers reach where it lies; its memory comes now and goes with its last view.
+
+        It may be used after `close`, and by this process only.
+
+        Raises:
+            ResourceError: The arena (`arena_bytes`), or the machine, has no room for it.
+
+        """
+        if self._shm is None:
+            return super().empty(shape, dtype)
+        if self._closed or self._dead is not None:
+            raise self._unusable("empty")
+        return self._shm.arena.empty(shape, dtype)
+
     def register(self, x: Tensor) -> Registration:
         """Prepare calls on `x`: they are then the fastest there are. `x` is kept until release."""
         return self._hot.register(x)
@@ -319,12 +335,18 @@ class ShmBackend(TensorBackend):
                 "all_to_all_single": "all_to_all"}.get(op, op)  # fmt: skip
         engine = self._shm.engine
         algorithm = engine.algorithm(name, nbytes)
-        reason = f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        reason = (
+            f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        )
         return Choice(self.name, algorithm, reason, choice.estimate_us)
 
     def get_stats(self) -> CommStats:
         stats = super().get_stats()
         return stats if self._shm is None else merge_statistics(stats, self._shm)
+
+    def get_bandwidth_stats(self) -> BandwidthStats:
+        stats = super().get_bandwidth_stats()
+        return stats if self._shm is None else merge_bandwidth(stats, self._shm)
 
     def reset_stats(self) -> None:
         super().reset_stats()

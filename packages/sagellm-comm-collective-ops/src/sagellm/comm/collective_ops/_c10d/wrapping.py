@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sagellm.core.protocols import CommCall, DistributedRuntimeError, Work
@@ -17,7 +16,7 @@ from sagellm.core.protocols.process_group import abort_group
 
 from .facade import Facade, alias_older_names
 from .names import ENTRY_POINTS, EntryPoint, is_async, method_of, root_of, tensors_in
-from .works import BackendWork, DoneWork
+from .works import BackendWork, DoneWork, OwnWork
 
 __all__ = ["CallHooks", "GroupCall", "WrappingGroup"]
 
@@ -228,7 +227,7 @@ class WrappingGroup(Facade):
         )
 
 
-class _WatchedWork(dist.Work):
+class _WatchedWork(OwnWork):
     """An asynchronous call: it is over for the hooks once somebody has waited for it."""
 
     def __init__(
@@ -251,6 +250,7 @@ class _WatchedWork(dist.Work):
             self._group._over(self._entry, self._args, self._call, self._start, error)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        self._let_go()
         limited = timeout is not None and timeout.total_seconds() > 0
         try:
             done = self._work.wait(timeout) if limited else self._work.wait()
@@ -283,6 +283,8 @@ class _WatchedWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future[Any]:  # torch fixes the value type per backend
+        self._let_go()
+
         def tell(future: torch.futures.Future[Any]) -> Any:  # Any: as above
             value = future.value()  # raises what the call failed with
             self._tell(None)

@@ -16,7 +16,6 @@ from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
     PeerLostError,
-    UnsupportedOperationError,
 )
 from sagellm.core.protocols.process_group import (
     RawCall,
@@ -26,13 +25,17 @@ from sagellm.core.protocols.process_group import (
     Transport,
 )
 
+from .arena import Arena
 from .calls import CallQueue, FinishedWork
-from .engine import Engine, EngineFailure
+from .engine import Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
 from .failures import Board, explain
 from .forks import release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
+from .overrides import parse_overrides
+from .p2p import Messages
+from .rings import Ring, plain_words
 from .settings import ShmSettings, facts_of, plan_layout
 
 __all__ = ["ShmTransport", "form_transport"]
@@ -72,6 +75,7 @@ class ShmTransport(Transport):
         global_ranks: Sequence[int],
         store: TorchObject,
         settings: ShmSettings,
+        polls: int,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -83,7 +87,16 @@ class ShmTransport(Transport):
         self._global_ranks = tuple(global_ranks)
         self._store = store
         self._board = Board(met.segment.memory, met.segment.layout, rank, global_ranks)
+        self.arena = Arena(met.segment, rank)
+        self._messages = Messages(
+            _rings(met, rank),
+            health=self._health,
+            who=self._board.who,
+            polls=polls,
+            name=f"sagellm-comm-shm-p2p-{name}",
+        )
         self._counted: dict[str, Counted] = {}
+        self._totals: Sequence[EngineTotals] | None = None
         self._queue: CallQueue | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -116,7 +129,7 @@ class ShmTransport(Transport):
 
     def issue(self, call: RawCall) -> RawWork:
         if call.op in ("send", "recv"):
-            raise UnsupportedOperationError(f"{call.op} on shm")
+            return self._messages.issue([call])[0]
         if call.background or self.busy:
             return self._in_background(call)
         try:
@@ -126,7 +139,7 @@ class ShmTransport(Transport):
         return FinishedWork()
 
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
-        return [self.issue(call) for call in calls]
+        return self._messages.issue(calls)
 
     def run(self, call: RawCall) -> None:
         """Run a collective here and now; an interrupt ends the group, whose ranks are apart then."""
@@ -148,10 +161,16 @@ class ShmTransport(Transport):
         """What of the engine's counts came by `run`; the rest came by the hot path."""
         return self._counted.get(op, Counted())
 
+    def totals(self) -> Sequence[EngineTotals]:
+        """The engine's counts; after `close` those of its end."""
+        with self._lock:
+            return self.engine.totals() if self._totals is None else self._totals
+
     def reset_statistics(self) -> None:
         """Start the engine's counts anew."""
         self._counted = {}
-        self.engine.reset_totals()
+        if not self._closed:
+            self.engine.reset_totals()
 
     def _in_background(self, call: RawCall) -> RawWork:
         if self._queue is None:
@@ -161,6 +180,16 @@ class ShmTransport(Transport):
 
     def _changed(self, busy: bool) -> None:
         self.on_change(busy)
+
+    def _health(self, peer: int) -> None:
+        """Raise what a message to or from `peer` fails with, if it cannot arrive any more."""
+        if self._closed or self.forked:
+            raise ConfigError(FORKED if self.forked else f"group {self._name} is closed")
+        poison = self._board.poison()
+        if poison is not None:
+            raise EngineFailure(*poison, self._board.step(self._rank))
+        if peer in self.gone():
+            raise EngineFailure("lost", peer, self._board.step(self._rank))
 
     def gone(self) -> list[int]:
         """The ranks whose connection has ended."""
@@ -193,10 +222,14 @@ class ShmTransport(Transport):
             self._closed = True
         if self.forked:
             return
+        self.arena.close()
+        self._messages.close()
         if self._queue is not None and not self._queue.close(_CLOSE_S):
             self.engine.poison("closed", "closed while calls were running")
             if not self._queue.close(_CLOSE_S):
                 return  # a call that cannot be ended still uses the memory
+        with self._lock:
+            self._totals = self.engine.totals()
         self.engine.close()
         self._met.close()
 
@@ -213,7 +246,8 @@ class ShmTransport(Transport):
             if lost:
                 who = ", ".join(self._board.who(r) for r in lost)
                 raise PeerLostError(
-                    f"split of group {self._name}: lost rank {who}", rank=self._global_ranks[lost[0]]
+                    f"split of group {self._name}: lost rank {who}",
+                    rank=self._global_ranks[lost[0]],
                 )
 
         return form_transport(
@@ -264,6 +298,7 @@ def form_transport(
         )
     except CommError as e:
         raise _renamed(e, f"shm group {name} of {size} ranks (this is rank {rank})") from e
+    polls = polls_for(size, usable_cpus(met.claims))
     try:
         chosen = agree_engine(settings.engine, [c["engines"] for c in met.claims])
         engine = engine_factory(chosen)(
@@ -271,9 +306,9 @@ def form_transport(
             met.segment.layout,
             rank,
             {peer: link.fileno() for peer, link in met.links.items()},
-            polls=polls_for(size, usable_cpus(met.claims)),
+            polls=polls,
             statistics=settings.statistics,
-            algorithms=settings.algorithms,
+            algorithms=parse_overrides(settings.algorithms),
         )
     except BaseException:
         met.close()
@@ -286,7 +321,17 @@ def form_transport(
         global_ranks=global_ranks,
         store=store,
         settings=settings,
+        polls=polls,
     )
+
+
+def _rings(met: Met, rank: int) -> dict[int, tuple[Ring, Ring]]:
+    memory, layout = met.segment.memory, met.segment.layout
+    words = plain_words(memory)
+    return {
+        peer: (Ring(memory, words, layout, rank, peer), Ring(memory, words, layout, peer, rank))
+        for peer in met.links
+    }
 
 
 def _cause_of(error: Exception) -> str:

@@ -16,19 +16,22 @@ from ._process_group.ops import TensorBackend
 from ._process_group.shim import group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
 from ._process_group.torch_transport import TorchTransport
-from ._process_group.transport import RawCall, RawWork, TorchObject, Transport
+from ._process_group.transport import Position, RawCall, RawWork, TorchObject, Transport, WorkReport
 from ._process_group.work import completed_future
 from .backend_spec import BackendSpec
 from .comm_backend import CommBackendProtocol
 from .errors import ConfigError
+from .observe import OBSERVE_OPTIONS, observe_settings
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
+    "Position",
     "ProcessGroupBackend",
     "RawCall",
     "RawWork",
     "TensorBackend",
     "Transport",
+    "WorkReport",
     "completed_future",
     "fingerprint",
     "group_facts",
@@ -59,7 +62,8 @@ class ProcessGroupBackend(TensorBackend):
         cost_table: A table that the ranks agreed on before; nothing is exchanged then.
         options: `check_calls` (bool): compare every collective with the peers' before it is
             sent, so that each rank raises `CollectiveMismatchError` naming both calls; one small
-            exchange a call. Others are the spec's; unknown ones are refused.
+            exchange a call. `statistics`, `flight_entries` and `flight_folder`: see
+            `OBSERVE_OPTIONS`. Others are the spec's; unknown ones are refused.
 
     Raises:
         ConfigError: An unknown option, or a device the backend does not serve.
@@ -98,9 +102,10 @@ class ProcessGroupBackend(TensorBackend):
         cost_table: CostTable | None,
     ) -> None:
         self.options = dict(options or {})
-        unknown = sorted(set(self.options) - {"check_calls", *spec.options})
+        options_known = {"check_calls", *OBSERVE_OPTIONS, *spec.options}
+        unknown = sorted(set(self.options) - options_known)
         if unknown:
-            known = ", ".join(sorted({"check_calls", *spec.options}))
+            known = ", ".join(sorted(options_known))
             raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
         self._inner = transport
         checks = bool(self.options.get("check_calls")) and transport.size > 1
@@ -111,6 +116,7 @@ class ProcessGroupBackend(TensorBackend):
             topology_manager=topology_manager,
             cost_model=cost_model,
             cost_table=cost_table,
+            observe=observe_settings(self.options),
         )
         if isinstance(transport, TorchTransport):
             transport.on_expired = self._expired

@@ -1,4 +1,4 @@
-"""What a group keeps of its own calls: statistics, and a flight recorder that is dumped on failure."""
+"""What a group keeps of its own calls: statistics, and a recorder that is dumped on failure."""
 
 from __future__ import annotations
 

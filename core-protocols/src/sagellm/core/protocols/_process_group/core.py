@@ -232,6 +232,7 @@ class BackendCore(CallRunner):
             if self._closed:
                 return
             self._closed = True
+        self._retire()
         self._transport.close()
 
     # -- the group ------------------------------------------------------------------------

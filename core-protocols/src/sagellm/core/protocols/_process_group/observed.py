@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,12 +24,14 @@ __all__ = ["ObservedGroup", "live_groups"]
 
 logger = logging.getLogger(__name__)
 
+_lock = threading.Lock()
 _live: weakref.WeakSet[ObservedGroup] = weakref.WeakSet()
 
 
 def live_groups() -> list[ObservedGroup]:
     """The groups of this process that are not closed."""
-    return list(_live)
+    with _lock:
+        return list(_live)
 
 
 class ObservedGroup(CommBackendProtocol):
@@ -42,12 +46,18 @@ class ObservedGroup(CommBackendProtocol):
     def group_name(self) -> str:
         """Name in messages and statistics."""
 
+    def _retire(self) -> None:
+        """Leave the groups that a signal dumps; for `close`."""
+        with _lock:
+            _live.discard(self)
+
     def _observe(self, settings: ObserveSettings) -> None:
         self._observing = settings
         self._counting = settings.statistics
         self._counters = CallCounters()
         self._recorder = FlightRecorder(settings.flight_entries)
-        _live.add(self)
+        with _lock:
+            _live.add(self)
 
     def _engine_totals(self) -> Sequence[EngineRow]:
         """Counts that an engine below the transport keeps itself; none as a rule.
@@ -99,13 +109,15 @@ class ObservedGroup(CommBackendProtocol):
         """
         return flight_dump(self, self._recorder, self._transport, reason)
 
-    def _dump(self, reason: str) -> None:
-        """Write the dump if the settings name a folder; a full disk is no new failure."""
-        if self._observing.flight_folder is None:
-            return
+    def dump_to(self, folder: str | os.PathLike[str], reason: str) -> None:
+        """Write the flight record to a folder; a full disk is no new failure, it is logged."""
         try:
-            path = write_dump(self.flight_record(reason), self._observing.flight_folder)
+            path = write_dump(self.flight_record(reason), folder)
         except OSError as e:
             logger.warning("no flight record of group %s was written: %s", self.group_name, e)
         else:
             logger.warning("flight record of group %s: %s", self.group_name, path)
+
+    def _dump(self, reason: str) -> None:
+        if self._observing.flight_folder is not None:
+            self.dump_to(self._observing.flight_folder, reason)

@@ -118,7 +118,7 @@ class RawWork(ABC):
 class Transport(ABC):
     """Starts primitive calls of one group."""
 
-    def attach(self, position: Callable[[], Position | None]) -> None:
+    def attach(self, position: Callable[[], Position | None]) -> None:  # noqa: B027 - optional
         """Learn how to ask where this rank stands, for what it tells its peers of a failure."""
 
     def peer_positions(self) -> Mapping[int, Position | None]:

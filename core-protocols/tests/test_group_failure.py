@@ -17,6 +17,7 @@ from sagellm.core.protocols import (  # noqa: E402
 )
 from sagellm.core.protocols._process_group.failure import FailureBoard, classify  # noqa: E402
 from sagellm.core.protocols._process_group.torch_work import DeviceWork  # noqa: E402
+from sagellm.core.protocols._process_group.transport import Position  # noqa: E402
 from sagellm.core.protocols._process_group.watchdog import Watchdog  # noqa: E402
 from sagellm.core.protocols.process_group import (  # noqa: E402
     ProcessGroupBackend,
@@ -186,3 +187,29 @@ def test_device_work_orders_the_stream_and_blocks_only_when_asked():
     work.captured = True
     with pytest.raises(ConfigError, match="captured"):
         work.synchronize(1)
+
+
+def test_survivors_say_who_is_at_which_call():
+    store = dist.HashStore()
+    boards = [FailureBoard(store, rank, (4, 5, 6)) for rank in range(3)]
+    for board, at in zip(boards, (42, 42, 41), strict=True):
+        op = "all_reduce" if at == 41 else "barrier"
+        board.position = lambda at=at, op=op: Position(at, op, "started")
+    boards[1].post("comm_timeout", "late")
+    boards[2].post("peer_lost", "closed")
+    error = boards[0].verdict("barrier #41", "comm_timeout", TimeoutError("timed out"))
+    assert isinstance(error, CommTimeoutError)
+    assert str(error).endswith("rank 2 is at collective #41 all_reduce, ranks 0, 1 at #42 barrier")
+    assert boards[0].positions == {
+        1: Position(42, "barrier", "started"),
+        2: Position(41, "all_reduce", "started"),
+    }
+
+
+def test_posts_that_are_not_positions_are_ignored():
+    store = dist.HashStore()
+    store.set("sagellm/failed/1", '{"code": "peer_lost", "text": "x", "collective": "y", "op": 3}')
+    board = FailureBoard(store, 0, (0, 1))
+    error = board.verdict("barrier", "comm_timeout", TimeoutError("timed out"))
+    assert board.positions == {1: None}
+    assert "collective" not in str(error)

@@ -323,7 +323,7 @@ def test_prometheus_text_has_the_same_numbers(spec):
     metrics.add_source(group_metrics(backend))
     backend.all_reduce(torch.ones(4))
     backend.all_reduce(torch.ones(4))
-    where = 'backend="gloo",group="nobody",op="all_reduce",algorithm="native",bucket="16"'
+    where = 'algorithm="native",backend="gloo",bucket="16",group="nobody",op="all_reduce"'
     text = metrics.text()
     assert f"sagellm_comm_group_calls_total{{{where}}} 2.0" in text
     assert f"sagellm_comm_group_seconds_count{{{where}}} 2.0" in text

@@ -125,7 +125,7 @@ def write_torch_traces(
 
 
 def dump_on_signal(signum: int, folder: str | os.PathLike[str]) -> Callable[[], None]:
-    """Write the record of every group of this process to `folder` whenever `signum` arrives.
+    """Write the record of every group that was used to `folder` whenever `signum` arrives.
 
     Works while the main thread is blocked in a library: a thread of its own writes. Nothing is
     installed unless this is called, from the main thread. Returns what undoes it.
@@ -180,7 +180,8 @@ def _dump_all(folder: str | os.PathLike[str], reason: str) -> None:
     from ._process_group.observed import live_groups
 
     for group in live_groups():
-        group.dump_to(folder, reason)
+        if group.calls_so_far:
+            group.dump_to(folder, reason)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -109,6 +109,11 @@ class ObservedGroup(CommBackendProtocol):
         """
         return flight_dump(self, self._recorder, self._transport, reason)
 
+    @property
+    def calls_so_far(self) -> int:
+        """How many calls this rank has begun on the group."""
+        return self._recorder.sequence
+
     def dump_to(self, folder: str | os.PathLike[str], reason: str) -> None:
         """Write the flight record to a folder; a full disk is no new failure, it is logged."""
         try:

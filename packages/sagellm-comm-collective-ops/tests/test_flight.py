@@ -61,9 +61,9 @@ def third_rank_hangs(b, folder):
     return str(caught.value)
 
 
-def test_a_hanging_rank_is_named_and_torchs_analyzer_agrees(fresh_pool, tmp_path, caplog):
+def test_a_hanging_rank_is_named_and_torchs_analyzer_agrees(gloo_pools, tmp_path, caplog):
     folder = tmp_path / "dumps"
-    *_, undone = fresh_pool(3).run(third_rank_hangs, str(folder))
+    *_, undone = gloo_pools(3).run(third_rank_hangs, str(folder))
 
     assert undone
     dumps = [d for d in read_dumps(folder) if "/" in d["sagellm"]["group"]]

@@ -15,6 +15,7 @@ from ._process_group.cost_table import table_by_store
 from ._process_group.ops import TensorBackend
 from ._process_group.shim import group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
+from ._process_group.stats import EngineRow, busbw_factor
 from ._process_group.torch_transport import TorchTransport
 from ._process_group.transport import Position, RawCall, RawWork, TorchObject, Transport, WorkReport
 from ._process_group.work import completed_future
@@ -25,6 +26,7 @@ from .observe import OBSERVE_OPTIONS, observe_settings
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
+    "EngineRow",
     "Position",
     "ProcessGroupBackend",
     "RawCall",
@@ -32,6 +34,7 @@ __all__ = [
     "TensorBackend",
     "Transport",
     "WorkReport",
+    "busbw_factor",
     "completed_future",
     "fingerprint",
     "group_facts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ from .shim import (
     world_is_initialized,
 )
 from .torch_work import DeviceWork, TorchWork
-from .transport import RawCall, RawWork, TorchObject, Transport
+from .transport import Position, RawCall, RawWork, TorchObject, Transport
 from .watchdog import Watchdog
 
 __all__ = ["TorchTransport"]
@@ -118,6 +118,12 @@ class TorchTransport(Transport):
                 self._watchdog = Watchdog(self._name)
             self._watchdog.watch(raw.done, call.timeout_s, lambda: self.on_expired(call.describe))
         return raw
+
+    def attach(self, position: Callable[[], Position | None]) -> None:
+        self._board.position = position
+
+    def peer_positions(self) -> Mapping[int, Position | None]:
+        return self._board.positions
 
     def explain_failure(self, describe: str, error: Exception) -> Exception:
         kind = classify(error)

@@ -19,6 +19,7 @@ from sagellm.core.protocols import (
     PeerLostError,
     TopologyManagerProtocol,
 )
+from sagellm.core.protocols.observe import OBSERVE_OPTIONS, observe_settings
 from sagellm.core.protocols.process_group import RawCall, RawWork, TensorBackend, Transport
 
 from ._mock_group import Faults, MockGroup, Transfer
@@ -112,8 +113,10 @@ class MockBackend(TensorBackend):
     ) -> None:
         if process_group is not None:
             raise ConfigError("mock does not run on process groups; use MockWorld(size)")
-        if options:
-            raise ConfigError(f"mock has no option {', '.join(sorted(options))}; known: none")
+        unknown = sorted(set(options or {}) - set(OBSERVE_OPTIONS))
+        if unknown:
+            known = ", ".join(sorted(OBSERVE_OPTIONS))
+            raise ConfigError(f"mock has no option {', '.join(unknown)}; known: {known}")
         if device is not None and torch.device(device).type != "cpu":
             raise ConfigError(f"mock serves cpu, not {device}")
         super().__init__(
@@ -123,6 +126,7 @@ class MockBackend(TensorBackend):
             topology_manager=topology_manager,
             cost_model=cost_model,
             cost_table=cost_table,
+            observe=observe_settings(options or {}),
         )
 
     def _wrap(self, transport: Transport) -> CommBackendProtocol:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
     from .nccl_backend import NCCLBackend as NCCLBackend
     from .rccl_backend import RCCLBackend as RCCLBackend
+    from .schedules import (
+        Schedule as Schedule,
+        check_schedule as check_schedule,
+        make_schedule as make_schedule,
+        run_schedule as run_schedule,
+    )
 
 __all__ = [
     "FusedAllReduce",
@@ -27,11 +33,15 @@ __all__ = [
     "MockWorld",
     "NCCLBackend",
     "RCCLBackend",
+    "Schedule",
     "Transfer",
     "__version__",
+    "check_schedule",
     "create_comm_backend",
     "explain_selection",
     "fused_all_reduce",
+    "make_schedule",
+    "run_schedule",
 ]
 
 _NEED_TORCH = {
@@ -41,10 +51,14 @@ _NEED_TORCH = {
     "MockWorld": "mock_backend",
     "NCCLBackend": "nccl_backend",
     "RCCLBackend": "rccl_backend",
+    "Schedule": "schedules",
     "Transfer": "_mock_group",
+    "check_schedule": "schedules",
     "create_comm_backend": "factory",
     "explain_selection": "factory",
     "fused_all_reduce": "fusion",
+    "make_schedule": "schedules",
+    "run_schedule": "schedules",
 }
 
 

@@ -118,6 +118,7 @@ class BackendCore(CommBackendProtocol):
         self._after: list[After] = []
         self._take_over: list[TakeOver] = []
         self._deferred: list[Work[Any]] | None = None  # works of a running `coalesce`
+        self._background = False  # whether the call being issued is not waited for at once
         self._splits = 0
         self._kv_receives: dict[int, KVReceive] = {}  # the latest from each peer
 
@@ -204,6 +205,7 @@ class BackendCore(CommBackendProtocol):
         self._sequence += 1
         self._counters.started(op, copies=copies, lowered=lowered)
         limit = self.timeout_s if timeout_s is None else timeout_s
+        self._background = async_op or (self._deferred is not None and in_place)
         raws, done = self._launch(call, start, local)
         with self._state:
             self._in_flight += 1
@@ -257,7 +259,7 @@ class BackendCore(CommBackendProtocol):
 
     def _issue(self, method: str, call: RawCall) -> Started:
         """Start `call` as it is, or by the rule that the spec gives for `method`."""
-        call.device = self._device
+        call.device, call.background = self._device, self._background
         if method in self.spec.capabilities.ops:
             return [self._transport.issue(call)], lambda: None
         lowered = lower_call(self.spec, self._rules[method].rule, call, self._rank, self._size)

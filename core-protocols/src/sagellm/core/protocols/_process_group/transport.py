@@ -41,6 +41,8 @@ class RawCall:
         timeout_s: Longest time it may take.
         describe: The call for error messages and mismatch checks.
         device: Where the group's tensors live; None is the CPU.
+        background: Whether the caller goes on before it waits, so that a transport that works in
+            the caller's thread has to work in another.
 
     """
 
@@ -55,6 +57,7 @@ class RawCall:
     timeout_s: float = 30.0
     describe: str = ""
     device: torch.device | None = None
+    background: bool = False
 
 
 class RawWork(ABC):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ._mock_clock import MockLinks as MockLinks
     from ._mock_group import Transfer as Transfer
+    from .choice import parse_algorithms as parse_algorithms
     from .factory import (
         create_comm_backend as create_comm_backend,
         explain_selection as explain_selection,
@@ -30,6 +32,7 @@ __all__ = [
     "FusedAllReduce",
     "GlooBackend",
     "MockBackend",
+    "MockLinks",
     "MockWorld",
     "NCCLBackend",
     "RCCLBackend",
@@ -41,6 +44,7 @@ __all__ = [
     "explain_selection",
     "fused_all_reduce",
     "make_schedule",
+    "parse_algorithms",
     "run_schedule",
 ]
 
@@ -48,6 +52,7 @@ _NEED_TORCH = {
     "FusedAllReduce": "fusion",
     "GlooBackend": "gloo_backend",
     "MockBackend": "mock_backend",
+    "MockLinks": "_mock_clock",
     "MockWorld": "mock_backend",
     "NCCLBackend": "nccl_backend",
     "RCCLBackend": "rccl_backend",
@@ -58,6 +63,7 @@ _NEED_TORCH = {
     "explain_selection": "factory",
     "fused_all_reduce": "fusion",
     "make_schedule": "schedules",
+    "parse_algorithms": "choice",
     "run_schedule": "schedules",
 }
 

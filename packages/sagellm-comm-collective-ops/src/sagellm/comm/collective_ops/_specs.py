@@ -49,7 +49,13 @@ _NO_BITWISE = tuple(
     Lowering(op, "refuse", "the library has no bitwise reductions; reduce on the CPU with gloo")
     for op in sorted(_BITWISE)
 )
+_ALGORITHMS = {
+    "algorithms": "which calls run by which schedule instead of the library's own algorithm, such "
+    "as `all_reduce:0-64k:direct,all_gather:1m-:ring`; the same on all ranks",
+    "calibrate": "measure the algorithms when the backend is made, or take an earlier measurement",
+}
 _NCCL_OPTIONS = {
+    **_ALGORITHMS,
     "algorithm": "`auto`, `ring` or `tree`: sets NCCL_ALGO before the communicator is made",
 }
 
@@ -187,6 +193,7 @@ GLOO = BackendSpec(
         *_WIDEN,
         Lowering("avg", "avg_as_sum_div", "gloo of torch 2.6 has no avg; later ones divide too"),
     ),
+    options=_ALGORITHMS,
     install_hint="pip install torch",
     probe=_probe_gloo,
     load=_load_gloo,
@@ -205,6 +212,7 @@ MOCK = BackendSpec(
         uneven=True,
         verified_on_hardware=True,
     ),
+    options={"algorithms": _ALGORITHMS["algorithms"]},
     install_hint="pip install sagellm-comm-collective-ops",
     probe=_probe_mock,
     load=_load_mock,

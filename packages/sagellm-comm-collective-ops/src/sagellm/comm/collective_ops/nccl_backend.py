@@ -15,16 +15,17 @@ from sagellm.core.protocols import (
     CostModelProtocol,
     TopologyManagerProtocol,
 )
-from sagellm.core.protocols.process_group import ProcessGroupBackend, table_by_store
+from sagellm.core.protocols.process_group import table_by_store
 
 from ._algorithm import apply_algorithm, choose_algorithm, read_fabric
+from ._chosen import ChosenBackend
 from ._groups import find_source, group_for, is_used_as_it_is
 from ._specs import NCCL
 
 __all__ = ["NCCLBackend"]
 
 
-class NCCLBackend(ProcessGroupBackend):
+class NCCLBackend(ChosenBackend):
     """An NCCL process group behind the protocol. Unverified on hardware.
 
     Importing this needs no CUDA; constructing it does. With a cost model or a topology manager
@@ -38,7 +39,7 @@ class NCCLBackend(ProcessGroupBackend):
         timeout_s: Deadline of every call, kept by a watchdog; and of meeting the other ranks.
         topology_manager: Source of links for the choice of algorithm.
         cost_model: Preferred source for the choice of algorithm.
-        options: `algorithm` (`auto`, `ring`, `tree`) and `check_calls`.
+        options: `algorithm` (`auto`, `ring`, `tree`), `algorithms` and `check_calls`.
 
     Raises:
         BackendUnavailableError: No device, or a torch without its library.
@@ -103,9 +104,9 @@ class NCCLBackend(ProcessGroupBackend):
         self.algorithm = applied.algorithm
         self.algorithm_reason = applied.reason
 
-    def explain(self, op: str, nbytes: int) -> Choice:
-        """What would run for such a call: the forced algorithm, or the one the model expects."""
-        expected = super().explain(op, nbytes)
+    def _native_choice(self, op: str, nbytes: int) -> Choice:
+        """What NCCL would run: the forced algorithm, or the one the model expects."""
+        expected = super()._native_choice(op, nbytes)
         reason = getattr(self, "algorithm_reason", "as the group it was split from")
         forced = getattr(self, "algorithm", None)
         if forced is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
-from ._process_group.cost_table import table_by_store
+from ._process_group.cost_table import table_by_broadcast, table_by_store
 from ._process_group.ops import TensorBackend
 from ._process_group.shim import group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
@@ -27,7 +27,9 @@ __all__ = [
     "ProcessGroupBackend",
     "RawCall",
     "RawWork",
+    "SoloTransport",
     "TensorBackend",
+    "TorchTransport",
     "Transport",
     "completed_future",
     "fingerprint",
@@ -35,6 +37,7 @@ __all__ = [
     "group_libraries",
     "make_group",
     "mismatch",
+    "table_by_broadcast",
     "table_by_store",
 ]
 

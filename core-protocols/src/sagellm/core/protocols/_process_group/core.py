@@ -396,10 +396,15 @@ class BackendCore(CommBackendProtocol):
         if self._deferred is not None:
             raise ConfigError("coalesce() is already running on this backend")
         self._deferred = []
+        together = self.spec.capabilities.coalesce
+        if together:
+            self._transport.start_coalescing()
         try:
             yield
         finally:
             works, self._deferred = self._deferred, None
+            if together:
+                self._transport.end_coalescing()
             for work in works:
                 work.wait()
 

@@ -124,6 +124,17 @@ class Transport(ABC):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         """Start sends and receives at once, so that no order of them can deadlock."""
 
+    def start_coalescing(self) -> None:
+        """Let calls from now on wait for `end_coalescing`, where one launch is cheaper than many.
+
+        A transport that gains nothing by it does nothing here.
+        """
+        return
+
+    def end_coalescing(self) -> None:
+        """Start what has waited. Safe without a start."""
+        return
+
     @abstractmethod
     def explain_failure(self, describe: str, error: Exception) -> Exception:
         """The error to raise for `error`, naming lost or missing ranks where they can be known.

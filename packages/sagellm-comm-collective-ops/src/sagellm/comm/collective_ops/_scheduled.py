@@ -207,6 +207,12 @@ class ScheduledTransport(Transport):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self.inner.issue_batch(calls)
 
+    def start_coalescing(self) -> None:
+        self.inner.start_coalescing()
+
+    def end_coalescing(self) -> None:
+        self.inner.end_coalescing()
+
     def explain_failure(self, describe: str, error: Exception) -> Exception:
         return self.inner.explain_failure(describe, error)
 
@@ -227,26 +233,26 @@ def agree_on_algorithms(
     group_name: str,
     rank: int,
     size: int,
-    table: AlgorithmTable,
+    asked: str,
     timeout_s: float,
 ) -> None:
-    """Compare a table with the other ranks', before anything is sent by it.
+    """Compare what this rank was asked with the other ranks, before anything is sent by it.
 
-    Every rank posts its own; those whose table is empty wait for nobody.
+    Every rank posts its own; those that were asked nothing wait for nobody.
 
     Raises:
-        CollectiveMismatchError: Some rank's table differs; the message names both.
+        CollectiveMismatchError: Some rank was asked something else; the message names both.
         CommTimeoutError: Some rank did not post one in time.
 
     """
     prefix = f"sagellm/algorithms/{group_name}"
-    written = ",".join(sorted(map(str, table.rules))) or "none"
+    written = asked or "none"
     end = time.monotonic() + timeout_s
     pause_s = 0.001
     try:
         turn = store.add(f"{prefix}/turn/{rank}", 1)
         store.set(f"{prefix}/{turn}/{rank}", written)
-        if not table.rules:
+        if not asked:
             return
         for other in range(size):
             key = f"{prefix}/{turn}/{other}"

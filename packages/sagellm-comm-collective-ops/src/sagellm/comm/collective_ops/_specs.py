@@ -52,7 +52,6 @@ _NO_BITWISE = tuple(
 _ALGORITHMS = {
     "algorithms": "which calls run by which schedule instead of the library's own algorithm, such "
     "as `all_reduce:0-64k:direct,all_gather:1m-:ring`; the same on all ranks",
-    "calibrate": "measure the algorithms when the backend is made, or take an earlier measurement",
 }
 _NCCL_OPTIONS = {
     **_ALGORITHMS,
@@ -152,6 +151,7 @@ NCCL = BackendSpec(
         dtypes=_DTYPES,
         uneven=True,
         graph_capture=True,
+        coalesce=True,
     ),
     lowering=(*_WIDEN, *_NO_BITWISE),
     options=_NCCL_OPTIONS,
@@ -193,7 +193,11 @@ GLOO = BackendSpec(
         *_WIDEN,
         Lowering("avg", "avg_as_sum_div", "gloo of torch 2.6 has no avg; later ones divide too"),
     ),
-    options=_ALGORITHMS,
+    options={
+        **_ALGORITHMS,
+        "calibrate": "measure the algorithms when the backend is made (about 1.5 s), or take an "
+        "earlier measurement from the user's cache folder",
+    },
     install_hint="pip install torch",
     probe=_probe_gloo,
     load=_load_gloo,

@@ -6,7 +6,6 @@ the library's own algorithm. A table is the same on all ranks, and choosing from
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -82,11 +81,6 @@ class AlgorithmTable:
     def always(self, op: str) -> Rule | None:
         """The rule that covers `op` at every size, for calls whose size differs among ranks."""
         return next((r for r in self.rules if r.op == op and r.low == 0 and r.high is None), None)
-
-    def digest(self) -> str:
-        """Equal for tables that choose alike."""
-        text = ",".join(sorted(map(str, self.rules)))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def algorithms_known(native: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -87,7 +88,11 @@ class NCCLBackend(ChosenBackend):
             table,
             None if topology_manager is None else read_fabric(topology_manager),
         )
-        applied = apply_algorithm(choice, group_exists=is_used_as_it_is(facts, source, where))
+        applied = apply_algorithm(
+            choice,
+            group_exists=is_used_as_it_is(facts, source, where),
+            version=_library_version(),
+        )
         group, owned = group_for(facts, source, where, timeout_s)
         super().__init__(
             facts,
@@ -110,10 +115,14 @@ class NCCLBackend(ChosenBackend):
         reason = getattr(self, "algorithm_reason", "as the group it was split from")
         forced = getattr(self, "algorithm", None)
         if forced is None:
-            return Choice(
-                expected.backend,
-                expected.algorithm,
-                f"{expected.reason}; {reason}",
-                expected.estimate_us,
-            )
+            return replace(expected, reason=f"{expected.reason}; {reason}")
+        if op != "all_reduce":
+            # Of other operations nothing is forced, or nothing that they have.
+            return expected
         return Choice(expected.backend, forced, reason, expected.estimate_us)
+
+
+def _library_version() -> tuple[int, ...]:
+    """NCCL's, or the one that RCCL follows; empty in a torch without either."""
+    version: Any = torch.cuda.nccl.version  # torch leaves it untyped
+    return tuple(version()) if dist.is_nccl_available() else ()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
-from ._process_group.cost_table import table_by_store
+from ._process_group.cost_table import table_by_broadcast, table_by_store
 from ._process_group.ops import TensorBackend
 from ._process_group.shim import abort_group, group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
@@ -34,6 +34,7 @@ __all__ = [
     "SoloTransport",
     "TensorBackend",
     "TorchObject",
+    "TorchTransport",
     "Transport",
     "WorkReport",
     "abort_group",
@@ -44,6 +45,7 @@ __all__ = [
     "group_libraries",
     "make_group",
     "mismatch",
+    "table_by_broadcast",
     "table_by_store",
 ]
 
@@ -115,9 +117,10 @@ class ProcessGroupBackend(TensorBackend):
             raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
         self._inner = transport
         checks = bool(self.options.get("check_calls")) and transport.size > 1
+        layered = self._layer(transport, timeout_s)
         super().__init__(
             spec,
-            CheckedTransport(transport) if checks else transport,
+            CheckedTransport(layered) if checks else layered,
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
@@ -127,6 +130,10 @@ class ProcessGroupBackend(TensorBackend):
         if isinstance(transport, TorchTransport):
             transport.on_expired = self._expired
 
+    def _layer(self, transport: Transport, timeout_s: float) -> Transport:
+        """The transport to issue calls on; a subclass may put its own in front of the group's."""
+        return transport
+
     @property
     def process_group(self) -> torch.distributed.ProcessGroup | None:
         if isinstance(self._inner, SoloTransport):
@@ -135,7 +142,8 @@ class ProcessGroupBackend(TensorBackend):
         return group
 
     def _wrap(self, transport: Transport) -> CommBackendProtocol:
-        inner = transport.inner if isinstance(transport, CheckedTransport) else transport
+        # `split` of a layer gives the group's own transport.
+        inner = transport
         assert isinstance(inner, (TorchTransport, SoloTransport))
         # Subclasses may have other constructors; a split keeps everything but the group.
         backend = type(self).__new__(type(self))

@@ -78,6 +78,12 @@ class CheckedTransport(Transport):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self.inner.issue_batch(calls)
 
+    def start_coalescing(self) -> None:
+        self.inner.start_coalescing()
+
+    def end_coalescing(self) -> None:
+        self.inner.end_coalescing()
+
     def explain_failure(self, describe: str, error: Exception) -> Exception:
         return self.inner.explain_failure(describe, error)
 

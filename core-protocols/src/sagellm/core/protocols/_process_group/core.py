@@ -97,8 +97,8 @@ class BackendCore(CallRunner):
         self._before: list[Before] = []
         self._after: list[After] = []
         self._take_over: list[TakeOver] = []
-        self._background = False  # whether the call being issued has async_op
         self._deferred: list[Work[Any]] | None = None  # works of a running `coalesce`
+        self._background = False  # whether the call being issued is not waited for at once
         self._splits = 0
         self._kv_receives: dict[int, KVReceive] = {}  # the latest from each peer
 
@@ -262,10 +262,15 @@ class BackendCore(CallRunner):
         if self._deferred is not None:
             raise ConfigError("coalesce() is already running on this backend")
         self._deferred = []
+        together = self.spec.capabilities.coalesce
+        if together:
+            self._transport.start_coalescing()
         try:
             yield
         finally:
             works, self._deferred = self._deferred, None
+            if together:
+                self._transport.end_coalescing()
             for work in works:
                 work.wait()
 

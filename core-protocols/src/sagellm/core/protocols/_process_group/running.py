@@ -150,7 +150,7 @@ class CallRunner(ObservedGroup):
         call = record.call(tensors) if hooked else None
         record.text = self._describe(record)
         limit = self.timeout_s if timeout_s is None else timeout_s
-        self._background = async_op
+        self._background = async_op or (in_place and self._deferred is not None)
         try:
             taken = None if call is None else self._hooks_before(call)
             if taken is not None:

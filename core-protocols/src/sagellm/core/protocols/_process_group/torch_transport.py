@@ -14,6 +14,7 @@ from sagellm.core.protocols.errors import (
 
 from .failure import FailureBoard, classify
 from .gloo import gloo_call
+from .launch import GroupLaunch
 from .shim import (
     abort_group,
     group_facts,
@@ -29,6 +30,8 @@ from .watchdog import Watchdog
 __all__ = ["TorchTransport"]
 
 _POINT_TO_POINT = frozenset({"send", "recv"})
+_ALONE = _POINT_TO_POINT | {"barrier"}
+"""Calls that no launch of several takes."""
 
 
 class TorchTransport(Transport):
@@ -55,6 +58,7 @@ class TorchTransport(Transport):
         self._board = FailureBoard(store, self._rank, self._global_ranks)
         self._is_gloo = group_libraries(group).get("cpu") == "gloo"
         self._watchdog: Watchdog | None = None
+        self._launch: GroupLaunch | None = None  # of a running `coalesce`
         self.on_expired: Callable[[str], None] = lambda describe: None
 
     @property
@@ -84,6 +88,10 @@ class TorchTransport(Transport):
 
     def issue(self, call: RawCall) -> RawWork:
         if self._device.type != "cpu":
+            if self._launch is not None:
+                if call.op not in _ALONE:
+                    return self._launch.add(call)
+                self._launch.flush()
             return self._on_device(issue(self.group, call), call)
         finish: Callable[[], object] | None = None
         if self._is_gloo:
@@ -103,12 +111,25 @@ class TorchTransport(Transport):
             for call in sorted(calls, key=lambda c: c.op != "recv"):
                 works[id(call)] = self.issue(call)
             return [works[id(call)] for call in calls]
+        if self._launch is not None:
+            self._launch.flush()
         # Unverified on hardware: one NCCL group launch, as torch's batch_isend_irecv does.
         self.group._start_coalescing(self._device)
         for call in calls:
             issue(self.group, call)
         work = self.group._end_coalescing(self._device)
         return [self._on_device(work, call) for call in calls]
+
+    def start_coalescing(self) -> None:
+        """On a device: gather collectives for one launch, where torch's group can."""
+        if self._device.type != "cpu" and hasattr(self.group, "_start_coalescing"):
+            self._launch = GroupLaunch(self.group, self._device, self._on_device)
+
+    def end_coalescing(self) -> None:
+        """Make the launch."""
+        launch, self._launch = self._launch, None
+        if launch is not None:
+            launch.flush()
 
     def _on_device(self, work: TorchObject, call: RawCall) -> RawWork:
         """Unverified on hardware."""

@@ -73,7 +73,8 @@ class RawCall:
         timeout_s: Longest time it may take.
         describe: The call for error messages and mismatch checks.
         device: Where the group's tensors live; None is the CPU.
-        background: Whether the caller goes on without waiting: it asked for a work.
+        background: Whether the caller goes on before it waits, so that a transport that works in
+            the caller's thread has to work in another.
 
     """
 
@@ -167,6 +168,17 @@ class Transport(ABC):
     @abstractmethod
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         """Start sends and receives at once, so that no order of them can deadlock."""
+
+    def start_coalescing(self) -> None:
+        """Let calls from now on wait for `end_coalescing`, where one launch is cheaper than many.
+
+        A transport that gains nothing by it does nothing here.
+        """
+        return
+
+    def end_coalescing(self) -> None:
+        """Start what has waited. Safe without a start."""
+        return
 
     @abstractmethod
     def explain_failure(self, describe: str, error: Exception) -> Exception:

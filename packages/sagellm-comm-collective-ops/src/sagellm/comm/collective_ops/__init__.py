@@ -10,11 +10,13 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ._c10d.wrapping import GroupCall as GroupCall
+    from ._mock_clock import MockLinks as MockLinks
     from ._mock_group import Transfer as Transfer
     from .c10d import (
         register_c10d_backend as register_c10d_backend,
         wrap_process_group as wrap_process_group,
     )
+    from .choice import parse_algorithms as parse_algorithms
     from .factory import (
         create_comm_backend as create_comm_backend,
         explain_selection as explain_selection,
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
     from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
     from .nccl_backend import NCCLBackend as NCCLBackend
     from .rccl_backend import RCCLBackend as RCCLBackend
+    from .schedules import (
+        Schedule as Schedule,
+        check_schedule as check_schedule,
+        make_schedule as make_schedule,
+        run_schedule as run_schedule,
+    )
     from .shm_backend import ShmBackend as ShmBackend
 
 __all__ = [
@@ -31,16 +39,22 @@ __all__ = [
     "GlooBackend",
     "GroupCall",
     "MockBackend",
+    "MockLinks",
     "MockWorld",
     "NCCLBackend",
     "RCCLBackend",
+    "Schedule",
     "ShmBackend",
     "Transfer",
     "__version__",
+    "check_schedule",
     "create_comm_backend",
     "explain_selection",
     "fused_all_reduce",
+    "make_schedule",
+    "parse_algorithms",
     "register_c10d_backend",
+    "run_schedule",
     "wrap_process_group",
 ]
 
@@ -49,16 +63,22 @@ _NEED_TORCH = {
     "GlooBackend": "gloo_backend",
     "GroupCall": "_c10d.wrapping",
     "MockBackend": "mock_backend",
+    "MockLinks": "_mock_clock",
     "MockWorld": "mock_backend",
     "NCCLBackend": "nccl_backend",
     "RCCLBackend": "rccl_backend",
     "ShmBackend": "shm_backend",
+    "Schedule": "schedules",
     "Transfer": "_mock_group",
+    "check_schedule": "schedules",
     "create_comm_backend": "factory",
     "explain_selection": "factory",
     "fused_all_reduce": "fusion",
     "register_c10d_backend": "c10d",
     "wrap_process_group": "c10d",
+    "make_schedule": "schedules",
+    "parse_algorithms": "choice",
+    "run_schedule": "schedules",
 }
 
 

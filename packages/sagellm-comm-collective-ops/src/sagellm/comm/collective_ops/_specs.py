@@ -50,7 +50,12 @@ _NO_BITWISE = tuple(
     Lowering(op, "refuse", "the library has no bitwise reductions; reduce on the CPU with gloo")
     for op in sorted(_BITWISE)
 )
+_ALGORITHMS = {
+    "algorithms": "which calls run by which schedule instead of the library's own algorithm, such "
+    "as `all_reduce:0-64k:direct,all_gather:1m-:ring`; the same on all ranks",
+}
 _NCCL_OPTIONS = {
+    **_ALGORITHMS,
     "algorithm": "`auto`, `ring` or `tree`: sets NCCL_ALGO before the communicator is made",
 }
 
@@ -170,6 +175,7 @@ NCCL = BackendSpec(
         dtypes=_DTYPES,
         uneven=True,
         graph_capture=True,
+        coalesce=True,
     ),
     lowering=(*_WIDEN, *_NO_BITWISE),
     options=_NCCL_OPTIONS,
@@ -211,6 +217,11 @@ GLOO = BackendSpec(
         *_WIDEN,
         Lowering("avg", "avg_as_sum_div", "gloo of torch 2.6 has no avg; later ones divide too"),
     ),
+    options={
+        **_ALGORITHMS,
+        "calibrate": "measure the algorithms when the backend is made (about 1.5 s), or take an "
+        "earlier measurement from the user's cache folder",
+    },
     install_hint="pip install torch",
     probe=_probe_gloo,
     load=_load_gloo,
@@ -255,6 +266,7 @@ MOCK = BackendSpec(
         uneven=True,
         verified_on_hardware=True,
     ),
+    options={"algorithms": _ALGORITHMS["algorithms"]},
     install_hint="pip install sagellm-comm-collective-ops",
     probe=_probe_mock,
     load=_load_mock,

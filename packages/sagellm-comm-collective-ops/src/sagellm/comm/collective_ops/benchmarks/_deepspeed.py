@@ -14,7 +14,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 NAME = "deepspeed_shm_comm"
 COMPILE_S = 600.0
@@ -88,7 +88,7 @@ def compile_library() -> Path:
     return file
 
 
-def load() -> Any:  # Any: a module made by a C++ compiler
+def load() -> ModuleType:
     """The compiled module, which also registers `torch.ops.deepspeed`."""
     file = str(library())
     loader = importlib.machinery.ExtensionFileLoader(NAME, file)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from io import BufferedRWPair
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Ranks:
         self._listener.bind(str(self._folder / "socket"))
         self._listener.listen(world)
         self._wires: list[socket.socket] = []
-        self._streams: dict[int, Any] = {}  # Any: a read-write file over a socket
+        self._streams: dict[int, BufferedRWPair] = {}
         self._processes = [
             subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
@@ -99,7 +100,7 @@ class Ranks:
             stream.flush()
         return [self._read(stream, do)["answer"] for stream in streams]
 
-    def _read(self, stream: Any, what: str) -> dict[str, Any]:  # Any: see __init__
+    def _read(self, stream: BufferedRWPair, what: str) -> dict[str, Any]:
         try:
             line = stream.readline()
         except TimeoutError:
@@ -145,10 +146,10 @@ def ranks_of(kind: str, world: int) -> Ranks:
     return _fleet[kind, world]
 
 
-def close_all(*, world: int | None = None) -> None:
-    """End all ranks, or those of worlds of this size."""
+def close_all(*, kind: str | None = None, world: int | None = None) -> None:
+    """End all ranks, or those of one kind, or of worlds of one size."""
     for key in list(_fleet):
-        if world in (None, key[1]):
+        if kind in (None, key[0]) and world in (None, key[1]):
             _fleet.pop(key).close()
 
 
@@ -172,9 +173,7 @@ def _launcher(kind: str) -> Path | None:
     return next((Path(str(f.locate())).resolve() for f in files if f.name == name), None)
 
 
-def _commands(
-    kind: str, world: int, folder: Path
-) -> Sequence[tuple[list[str], dict[str, str]]]:
+def _commands(kind: str, world: int, folder: Path) -> Sequence[tuple[list[str], dict[str, str]]]:
     """What to start for all ranks to stand, with its environment."""
     environ = {
         **os.environ,

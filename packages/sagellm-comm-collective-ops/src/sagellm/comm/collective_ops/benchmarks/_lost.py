@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sagellm.core.protocols import BackendUnavailableError
+
 DEADLINE_S = 60.0
 WARM_CALLS = 20
 NBYTES = 1 << 10
@@ -44,6 +46,9 @@ def _child(variant: str, rank: int, world: int, store: Path, out: int) -> None:
         call = _call(variant, rank, world, store)
         for _ in range(WARM_CALLS):
             call()
+    except BackendUnavailableError as e:
+        say(missing=str(e))
+        return
     except Exception as e:  # the launch process fails with it
         say(error=f"{type(e).__name__}: {e}")
         return
@@ -86,7 +91,7 @@ def _once(variant: str, rank: int, world: int, store: Path) -> dict[str, Any]:
     pending = bytearray()
     try:
         first = _read(inner, pending)
-        if "error" in first:
+        if "looping" not in first:
             return first
         if rank == world - 1:
             time.sleep(random.uniform(0.005, 0.03))  # any moment of the loop will do
@@ -102,7 +107,7 @@ def _once(variant: str, rank: int, world: int, store: Path) -> dict[str, Any]:
 
 
 def lose(
-    rank: int, world: int, folder: Path, lines: Iterable[bytes], say: Callable[[Any], None]
+    rank: int, world: int, folder: Path, lines: Iterable[bytes], say: Callable[[object], None]
 ) -> None:
     """Answer requests `{"do": "lose", "variant": …, "turn": …}` until `quit`."""
     import torch

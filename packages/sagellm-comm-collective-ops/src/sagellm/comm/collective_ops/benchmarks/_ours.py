@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sagellm.core.protocols import BackendUnavailableError, CommBackendProtocol
+from sagellm.core.protocols.selection import backend_registry
 
 from ._contenders import TIMEOUT_S, Contender, Prepared, buffers
 
@@ -37,6 +37,8 @@ def backend(engine: str, *, statistics: bool, arena_bytes: int = 0) -> CommBacke
     options: dict[str, Any] = {"engine": engine, "statistics": statistics}
     if arena_bytes:
         options["arena_bytes"] = arena_bytes
+    if "shm" not in backend_registry().names():
+        raise BackendUnavailableError("no backend named shm")
     return create_comm_backend("shm", device="cpu", timeout_s=TIMEOUT_S, options=options)
 
 

@@ -125,7 +125,7 @@ class Rank:
         return times
 
     def busy(self, on: bool) -> None:
-        """Start or stop a thread that runs Python and never waits."""
+        """Start or stop a thread of normal scheduling that runs Python and never waits."""
         if self._stop_busy:
             self._stop_busy()
             self._stop_busy = None
@@ -133,6 +133,8 @@ class Rank:
             stop = threading.Event()
 
             def count() -> None:
+                # load, not a contender: among real-time threads it would keep a core for 100 ms
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
                 n = 0
                 while not stop.is_set():
                     for _ in range(1000):
@@ -152,7 +154,7 @@ class Rank:
         self._contender.forget()
         gc.collect()
 
-    def answer(self, request: dict[str, Any]) -> Any:  # Any: JSON
+    def answer(self, request: dict[str, Any]) -> object:
         match request["do"]:
             case "prepare":
                 return self.prepare(request["case"], request["variants"])
@@ -161,11 +163,12 @@ class Rank:
             case "schedule":
                 return schedule(request["policy"])
             case "busy":
-                return self.busy(request["on"])
+                self.busy(request["rank"] == self._contender.rank)
             case "forget":
-                return self.forget()
+                self.forget()
             case other:
                 raise ValueError(f"unknown request {other!r}")
+        return None
 
 
 def schedule(policy: str) -> str:
@@ -193,7 +196,7 @@ def main(kind: str, world: int, folder: Path, rank: int | None) -> None:
         wire.connect(str(folder / "socket"))
         stream = wire.makefile("rwb")
 
-        def say(value: Any) -> None:  # Any: JSON
+        def say(value: object) -> None:
             stream.write(json.dumps(value).encode() + b"\n")
             stream.flush()
 

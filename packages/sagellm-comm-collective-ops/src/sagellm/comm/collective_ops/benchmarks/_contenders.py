@@ -232,7 +232,7 @@ def make(kind: str, rank: int | None, world: int, folder: Path) -> Contender:
         return DeepSpeed(rank, world, folder)
     from ._ours import Shm, register_c10d
 
-    if kind == "c10d":
-        register_c10d()
+    if kind.startswith("c10d-"):
+        register_c10d(kind.removeprefix("c10d-"))
         return Torch("sagellm", rank, world, folder)
     return Shm(rank, world, folder)

@@ -41,6 +41,7 @@ class Ranks:
 
     def __init__(self, kind: str, world: int) -> None:
         self._name = f"{kind} over {world} ranks"
+        self.missing = ""
         self._world = world
         memory = Path("/dev/shm")
         base = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
@@ -59,7 +60,7 @@ class Ranks:
         ]
 
     def ready(self) -> None:
-        """Wait until every rank stands.
+        """Wait until every rank stands, or has said why it cannot: see `missing`.
 
         Raises:
             DistributedRuntimeError: One did not.
@@ -81,7 +82,9 @@ class Ranks:
             for wire in self._wires:
                 wire.settimeout(START_S)
                 stream = wire.makefile("rwb")
-                self._streams[self._read(stream, "its start")["rank"]] = stream
+                said = self._read(stream, "its start")
+                self._streams[said["rank"]] = stream
+                self.missing = self.missing or said.get("missing", "")
 
     def ask(self, do: str, **arguments: object) -> list[Any]:  # Any: JSON
         """Have every rank do something at once; the answers by rank.

@@ -53,11 +53,11 @@ def meet(rank: int, world: int, store: Path) -> None:
     )
 
 
-def register_c10d() -> None:
+def register_c10d(engine: str) -> None:
     """Make `sagellm` a backend that `init_process_group` knows."""
     from sagellm.comm.collective_ops import register_c10d_backend
 
-    register_c10d_backend("sagellm")
+    register_c10d_backend("sagellm", backend="shm", options={"engine": engine})
 
 
 class Shm(Contender):

@@ -27,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sagellm.core.protocols import BackendUnavailableError
+
 from ._contenders import Contender, Prepared, make
 from ._lost import lose
 
@@ -206,7 +208,11 @@ def main(kind: str, world: int, folder: Path, rank: int | None) -> None:
                 say({"rank": rank})
                 lose(rank, world, folder, stream, say)
                 return
-            contender = make(kind, rank, world, folder)
+            try:
+                contender = make(kind, rank, world, folder)
+            except BackendUnavailableError as e:
+                say({"rank": rank, "missing": str(e)})
+                return
             say({"rank": contender.rank})
             served = Rank(contender, Barrier(folder / "barrier", contender.rank, world))
             for line in stream:

@@ -54,9 +54,15 @@ def prepared(case: Case, variants: Sequence[str]) -> Iterator[dict[str, float | 
             found |= dict.fromkeys(by_kind.pop(kind), Missing(why))
         else:
             ranks_of(kind, world)  # all start before one is waited for
+    standing = []
     try:
         for kind, names in by_kind.items():
             ranks = ranks_of(kind, world)
+            ranks.ready()
+            if ranks.missing:
+                found |= dict.fromkeys(names, Missing(ranks.missing))
+                continue
+            standing.append(ranks)
             refused = [why for why in ranks.ask("schedule", policy=case["scheduling"]) if why]
             if refused:
                 found |= dict.fromkeys(names, Missing(refused[0]))
@@ -65,8 +71,8 @@ def prepared(case: Case, variants: Sequence[str]) -> Iterator[dict[str, float | 
             found |= {name: _seconds(name, [a[name] for a in answers]) for name in names}
         yield {name: found[name] for name in variants}
     finally:
-        for kind in by_kind:
-            ranks_of(kind, world).ask("forget")
+        for ranks in standing:
+            ranks.ask("forget")
 
 
 def _seconds(variant: str, answers: Sequence[Mapping[str, Any]]) -> float | Missing:
@@ -144,6 +150,17 @@ def over(
     theirs, mine = times.get(peer), times.get(ours)
     value = None if theirs is None or not mine else theirs / mine
     return Ratio(f"{peer}/{ours}", case, value, goal)
+
+
+def judged(case: Case, goal: float | None) -> float | None:
+    """The goal where it is judged: under real-time scheduling."""
+    return goal if case["scheduling"] == "rr" else None
+
+
+def of_engine(engine: str, figures: tuple[float | None, float | None]) -> float | None:
+    """One of a pair of goals: of pure Python, and with the C part."""
+    python, native = figures
+    return native if engine == "native" else python
 
 
 def distinct(rows: Iterable[Row]) -> list[Case]:

@@ -39,8 +39,10 @@ from ._runs import (
     KiB,
     MiB,
     distinct,
+    judged,
     measured,
     medians,
+    of_engine,
     over,
     prepared,
     sampler,
@@ -227,37 +229,29 @@ def ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
 Times = Mapping[str, float | None]
 
 
-def _goal(case: Case, peer: str, engine: str) -> float | None:
-    goals = _GOALS.get((case["dtype"], case["nbytes"], peer), (None, None))
-    return _judged(case, goals[ENGINES.index(engine) - 1])
-
-
-def _judged(case: Case, goal: float | None) -> float | None:
-    return goal if case["scheduling"] == "rr" else None
-
-
 def _ratios_of_times(case: Case, times: Times) -> Iterator[Ratio]:
     for engine in ENGINES:
         for way in ("registered", "plain"):
-            judged = way == "registered" or case["nbytes"] > KiB
+            counts = way == "registered" or case["nbytes"] > KiB
             for peer in ("gloo", "mpi", "deepspeed"):
                 if (peer, case["dtype"]) != ("mpi", "bfloat16"):
-                    goal = _goal(case, peer, engine) if judged else None
+                    goals = _GOALS.get((case["dtype"], case["nbytes"], peer), (None, None))
+                    goal = judged(case, of_engine(engine, goals)) if counts else None
                     yield over(case, times, peer, f"shm-{engine} {way}", goal)
         name = f"shm-{engine} symmetric"
         if name in times:
             goal = _SYMMETRIC_GOAL if case["nbytes"] >= 16 * MiB else None
-            yield over(case, times, "gloo", name, _judged(case, goal))
+            yield over(case, times, "gloo", name, judged(case, goal))
         if "copy" in times and case["dtype"] == "float32":
-            goal = _COPY_GOALS[ENGINES.index(engine) - 1]
-            yield over(case, times, "copy", f"shm-{engine} plain", _judged(case, goal))
+            goal = of_engine(engine, _COPY_GOALS)
+            yield over(case, times, "copy", f"shm-{engine} plain", judged(case, goal))
             yield over(case, times, "copy", name)
 
 
 def _ratios_of_oversubscribed(case: Case, times: Times) -> Iterator[Ratio]:
     for engine in ENGINES:
         for peer in ("deepspeed", "mpich"):
-            goal = _judged(case, _OVERSUBSCRIBED_GOAL)
+            goal = judged(case, _OVERSUBSCRIBED_GOAL)
             yield over(case, times, peer, f"shm-{engine} registered", goal)
 
 
@@ -266,7 +260,7 @@ def _ratios_of_statistics(case: Case, times: Times) -> Iterator[Ratio]:
         on, off = (times[f"shm-{engine} {way}"] for way in ("plain", "plain, no statistics"))
         # the clock does not resolve less than 10 ns a call
         value = None if on is None or off is None else STATISTICS_BUDGET_S / max(on - off, 1e-8)
-        yield Ratio(f"budget/statistics of shm-{engine}", case, value, _judged(case, 1.0))
+        yield Ratio(f"budget/statistics of shm-{engine}", case, value, judged(case, 1.0))
 
 
 def _ratios_of_p99(case: Case, times: Times) -> Iterator[Ratio]:
@@ -274,14 +268,14 @@ def _ratios_of_p99(case: Case, times: Times) -> Iterator[Ratio]:
         idle, busy = times[f"{name}, idle"], times[f"{name}, busy"]
         value = None if idle is None or not busy else idle / busy
         goal = _BUSY_GOAL if name.startswith("shm-native") else None
-        yield Ratio(f"idle/busy {name}", case, value, _judged(case, goal))
+        yield Ratio(f"idle/busy {name}", case, value, judged(case, goal))
 
 
 def _ratios_of_lost(case: Case, times: Times) -> Iterator[Ratio]:
     for engine in ENGINES:
         seconds = times[f"shm-{engine}"]
         value = NAMING_BUDGET_S / seconds if seconds else None
-        yield Ratio(f"budget/naming by shm-{engine}", case, value, _judged(case, 1.0))
+        yield Ratio(f"budget/naming by shm-{engine}", case, value, judged(case, 1.0))
         yield over(case, times, "gloo", f"shm-{engine}")
 
 

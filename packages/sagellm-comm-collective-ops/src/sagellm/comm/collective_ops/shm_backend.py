@@ -307,6 +307,21 @@ class ShmBackend(TensorBackend):
 
     # -- memory and steering --------------------------------------------------------------
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that peers reach where it lies; its memory comes now and goes with its last view.
+
+        It may be used after `close`, and by this process only.
+
+        Raises:
+            ResourceError: The arena (`arena_bytes`), or the machine, has no room for it.
+
+        """
+        if self._shm is None:
+            return super().empty(shape, dtype)
+        if self._closed or self._dead is not None:
+            raise self._unusable("empty")
+        return self._shm.arena.empty(shape, dtype)
+
     def register(self, x: Tensor) -> Registration:
         """Prepare calls on `x`: they are then the fastest there are. `x` is kept until release."""
         return self._hot.register(x)

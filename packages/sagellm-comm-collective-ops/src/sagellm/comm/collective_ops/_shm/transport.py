@@ -16,7 +16,6 @@ from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
     PeerLostError,
-    UnsupportedOperationError,
 )
 from sagellm.core.protocols.process_group import (
     RawCall,
@@ -26,6 +25,7 @@ from sagellm.core.protocols.process_group import (
     Transport,
 )
 
+from .arena import Arena
 from .calls import CallQueue, FinishedWork
 from .engine import Engine, EngineFailure
 from .engines import agree_engine, engine_factory
@@ -33,6 +33,8 @@ from .failures import Board, explain
 from .forks import release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
+from .p2p import Messages
+from .rings import Ring, plain_words
 from .settings import ShmSettings, facts_of, plan_layout
 
 __all__ = ["ShmTransport", "form_transport"]
@@ -72,6 +74,7 @@ class ShmTransport(Transport):
         global_ranks: Sequence[int],
         store: TorchObject,
         settings: ShmSettings,
+        polls: int,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -83,6 +86,14 @@ class ShmTransport(Transport):
         self._global_ranks = tuple(global_ranks)
         self._store = store
         self._board = Board(met.segment.memory, met.segment.layout, rank, global_ranks)
+        self.arena = Arena(met.segment, rank)
+        self._messages = Messages(
+            _rings(met, rank),
+            health=self._health,
+            who=self._board.who,
+            polls=polls,
+            name=f"sagellm-comm-shm-p2p-{name}",
+        )
         self._counted: dict[str, Counted] = {}
         self._queue: CallQueue | None = None
         self._lock = threading.Lock()
@@ -116,7 +127,7 @@ class ShmTransport(Transport):
 
     def issue(self, call: RawCall) -> RawWork:
         if call.op in ("send", "recv"):
-            raise UnsupportedOperationError(f"{call.op} on shm")
+            return self._messages.issue([call])[0]
         if call.background or self.busy:
             return self._in_background(call)
         try:
@@ -126,7 +137,7 @@ class ShmTransport(Transport):
         return FinishedWork()
 
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
-        return [self.issue(call) for call in calls]
+        return self._messages.issue(calls)
 
     def run(self, call: RawCall) -> None:
         """Run a collective here and now; an interrupt ends the group, whose ranks are apart then."""
@@ -162,6 +173,16 @@ class ShmTransport(Transport):
     def _changed(self, busy: bool) -> None:
         self.on_change(busy)
 
+    def _health(self, peer: int) -> None:
+        """Raise what a message to or from `peer` fails with, if it cannot arrive any more."""
+        if self._closed or self.forked:
+            raise ConfigError(FORKED if self.forked else f"group {self._name} is closed")
+        poison = self._board.poison()
+        if poison is not None:
+            raise EngineFailure(*poison, self._board.step(self._rank))
+        if peer in self.gone():
+            raise EngineFailure("lost", peer, self._board.step(self._rank))
+
     def gone(self) -> list[int]:
         """The ranks whose connection has ended."""
         by_fd = {link.fileno(): peer for peer, link in self._met.links.items()}
@@ -193,6 +214,8 @@ class ShmTransport(Transport):
             self._closed = True
         if self.forked:
             return
+        self.arena.close()
+        self._messages.close()
         if self._queue is not None and not self._queue.close(_CLOSE_S):
             self.engine.poison("closed", "closed while calls were running")
             if not self._queue.close(_CLOSE_S):
@@ -264,6 +287,7 @@ def form_transport(
         )
     except CommError as e:
         raise _renamed(e, f"shm group {name} of {size} ranks (this is rank {rank})") from e
+    polls = polls_for(size, usable_cpus(met.claims))
     try:
         chosen = agree_engine(settings.engine, [c["engines"] for c in met.claims])
         engine = engine_factory(chosen)(
@@ -271,7 +295,7 @@ def form_transport(
             met.segment.layout,
             rank,
             {peer: link.fileno() for peer, link in met.links.items()},
-            polls=polls_for(size, usable_cpus(met.claims)),
+            polls=polls,
             statistics=settings.statistics,
             algorithms=settings.algorithms,
         )
@@ -286,7 +310,17 @@ def form_transport(
         global_ranks=global_ranks,
         store=store,
         settings=settings,
+        polls=polls,
     )
+
+
+def _rings(met: Met, rank: int) -> dict[int, tuple[Ring, Ring]]:
+    memory, layout = met.segment.memory, met.segment.layout
+    words = plain_words(memory)
+    return {
+        peer: (Ring(memory, words, layout, rank, peer), Ring(memory, words, layout, peer, rank))
+        for peer in met.links
+    }
 
 
 def _cause_of(error: Exception) -> str:

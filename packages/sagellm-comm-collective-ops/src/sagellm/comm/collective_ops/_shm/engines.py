@@ -54,7 +54,7 @@ def agree_engine(wanted: str, offers: Sequence[Mapping[str, Any]]) -> str:
 def engine_factory(name: str) -> EngineFactory:
     """The class of an engine."""
     if name == "python":
-        from .plain_engine import PlainEngine
+        from .python_engine import PythonEngine as PlainEngine
 
         return PlainEngine
     raise ConfigError(f"engine {name!r} is not one of {', '.join(ENGINES)}")

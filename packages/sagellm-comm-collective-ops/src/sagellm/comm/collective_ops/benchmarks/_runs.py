@@ -55,24 +55,22 @@ def prepared(case: Case, variants: Sequence[str]) -> Iterator[dict[str, float | 
         else:
             ranks_of(kind, world)  # all start before one is waited for
     standing = []
-    try:
-        for kind, names in by_kind.items():
-            ranks = ranks_of(kind, world)
-            ranks.ready()
-            if ranks.missing:
-                found |= dict.fromkeys(names, Missing(ranks.missing))
-                continue
-            standing.append(ranks)
-            refused = [why for why in ranks.ask("schedule", policy=case["scheduling"]) if why]
-            if refused:
-                found |= dict.fromkeys(names, Missing(refused[0]))
-                continue
-            answers = ranks.ask("prepare", case=dict(case), variants=names)
-            found |= {name: _seconds(name, [a[name] for a in answers]) for name in names}
-        yield {name: found[name] for name in variants}
-    finally:
-        for ranks in standing:
-            ranks.ask("forget")
+    for kind, names in by_kind.items():
+        ranks = ranks_of(kind, world)
+        ranks.ready()
+        if ranks.missing:
+            found |= dict.fromkeys(names, Missing(ranks.missing))
+            continue
+        standing.append(ranks)
+        refused = [why for why in ranks.ask("schedule", policy=case["scheduling"]) if why]
+        if refused:
+            found |= dict.fromkeys(names, Missing(refused[0]))
+            continue
+        answers = ranks.ask("prepare", case=dict(case), variants=names)
+        found |= {name: _seconds(name, [a[name] for a in answers]) for name in names}
+    yield {name: found[name] for name in variants}
+    for ranks in standing:  # after an error the launch ends, and they with it
+        ranks.ask("forget")
 
 
 def _seconds(variant: str, answers: Sequence[Mapping[str, Any]]) -> float | Missing:

@@ -15,7 +15,7 @@ ONE_SHOT_BYTES = 32 * 1024
 """Longest tensor that more than two ranks each add whole; two ranks do so for a whole slot."""
 
 SYMMETRIC_BYTES = 64 * 1024
-"""Symmetric tensors are reduced where they lie from this size on: below, a copy is cheaper than
+"""Symmetric tensors are reduced where they lie above this size: below, a copy is cheaper than
 a second synchronisation."""
 
 
@@ -45,6 +45,6 @@ def choose(
         if name == op and low <= nbytes < high:
             if algorithm in ("one_shot", "two_shot") or (algorithm == "symmetric" and symmetric):
                 return algorithm
-    if symmetric and nbytes >= SYMMETRIC_BYTES:
+    if symmetric and nbytes > SYMMETRIC_BYTES:
         return "symmetric"
     return "one_shot" if nbytes <= (slot_bytes if world == 2 else ONE_SHOT_BYTES) else "two_shot"

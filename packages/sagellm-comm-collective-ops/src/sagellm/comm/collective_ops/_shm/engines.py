@@ -54,7 +54,7 @@ def agree_engine(wanted: str, offers: Sequence[Mapping[str, Any]]) -> str:
 def engine_factory(name: str) -> EngineFactory:
     """The class of an engine."""
     if name == "python":
-        from .python_engine import PythonEngine as PlainEngine
+        from .python_engine import PythonEngine
 
-        return PlainEngine
+        return PythonEngine
     raise ConfigError(f"engine {name!r} is not one of {', '.join(ENGINES)}")

@@ -11,6 +11,7 @@ from sagellm.core.protocols import ConfigError
 from .engines import ENGINES, available_engines
 from .identity import address_space, cpu_claim
 from .layout import MAX_RANKS, PAGE, Layout
+from .overrides import parse_overrides
 
 __all__ = ["ShmSettings", "facts_of", "plan_layout"]
 
@@ -64,6 +65,7 @@ class ShmSettings:
             raise ConfigError(f"statistics {settings.statistics!r} is not True or False")
         if settings.algorithms is not None and not isinstance(settings.algorithms, str):
             raise ConfigError(f"algorithms {settings.algorithms!r} is not a string")
+        parse_overrides(settings.algorithms)
         return settings
 
 

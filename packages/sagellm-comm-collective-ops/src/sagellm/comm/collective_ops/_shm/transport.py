@@ -33,6 +33,7 @@ from .failures import Board, explain
 from .forks import release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
+from .overrides import parse_overrides
 from .p2p import Messages
 from .rings import Ring, plain_words
 from .settings import ShmSettings, facts_of, plan_layout
@@ -297,7 +298,7 @@ def form_transport(
             {peer: link.fileno() for peer, link in met.links.items()},
             polls=polls,
             statistics=settings.statistics,
-            algorithms=settings.algorithms,
+            algorithms=parse_overrides(settings.algorithms),
         )
     except BaseException:
         met.close()

@@ -1,0 +1,518 @@
+"""Random mixed calls on the shm backend, compared with gloo and with sums formed in rank order.
+
+    python tests/fuzz_shm.py --ranks 3 --ops 50000 --engine native --seed 7
+
+All ranks draw the same plan from the seed. A batch of calls runs back to back, on several groups at
+once and with random delays, so that ranks are apart as they are in programs; only then are
+results compared: all with a local computation from every rank's inputs (bit for bit, NaN for
+NaN), exact ones also with gloo, and those that all ranks share by checksum between ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from sagellm.core.protocols import P2POp
+from sagellm.core.protocols.testing.rank_pool import RankPool
+
+SLOT_BYTES = 4096
+ARENA_BYTES = 4 << 20
+BATCH = 40
+EPOCH = 8  # batches with the same groups
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+MOVED = (torch.complex64, torch.float8_e4m3fn)
+ALGORITHMS = (None, "all_reduce:0-3k:two_shot,all_reduce:3k-1g:one_shot", "all_reduce:0-1g:two_shot")
+REDUCING = ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter")
+WITH_ROOT = ("broadcast", "reduce", "gather", "scatter")
+OPS = (
+    *("all_reduce",) * 6,
+    *("all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "reduce_scatter") * 2,
+    *("all_to_all_single", "uneven", "all_to_all", "broadcast", "reduce", "gather", "scatter") * 2,
+    "barrier",
+    *("send",) * 3,
+    "batch_p2p",
+)
+
+
+@dataclass
+class Step:
+    """One call, as all ranks know it."""
+
+    number: int
+    op: str
+    group: int
+    dtype: torch.dtype
+    reduction: str
+    shape: tuple
+    root: int
+    peer: int
+    tag: int
+    style: str  # sync, async or registered
+    form: str  # plain, strided, offset or symmetric
+    special: bool  # infinities, NaN and zeros of either sign
+    seed: str
+
+    def splits(self, size):
+        """Rows that each rank gives to each."""
+        rng = random.Random(f"{self.seed}/splits")
+        return [[rng.choice((0, 1, 2, 5, self.shape[0])) for _ in range(size)] for _ in range(size)]
+
+
+@dataclass
+class Done:
+    """A call that was started here, and what is to be checked of it."""
+
+    step: Step
+    results: list = field(default_factory=list)
+    works: list = field(default_factory=list)
+    registrations: list = field(default_factory=list)
+
+    def finish(self):
+        for work in self.works:
+            result = work.wait(60)
+            if result is not None and not self.results:
+                self.results = as_list(result)
+        for registration in self.registrations:
+            registration.release()
+        self.works, self.registrations = [], []
+
+
+def as_list(result):
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+# -- the plan -------------------------------------------------------------------------------
+
+
+def draw(rng, number, sizes, p2p):
+    """A random call; `sizes` are the sizes of the groups."""
+    group = rng.randrange(len(sizes))
+    op = rng.choice(OPS)
+    while op in ("send", "batch_p2p") and (not p2p or sizes[group] < 2):
+        op = rng.choice(OPS)
+    dtype = rng.choice(FLOATS + INTEGERS + (torch.bool,))
+    reduction = rng.choice(("sum", "sum", "min", "max", "product"))
+    if op in REDUCING:
+        if dtype.is_floating_point and rng.random() < 0.2:
+            reduction = "avg"
+        elif not dtype.is_floating_point and rng.random() < 0.3:
+            reduction = rng.choice(("band", "bor", "bxor"))
+    elif rng.random() < 0.1:
+        dtype = rng.choice(MOVED)
+    per_slot = SLOT_BYTES // dtype.itemsize
+    kind = rng.random()
+    if kind < 0.05:
+        n = 0
+    elif kind < 0.6:
+        n = rng.randint(1, 300)
+    elif kind < 0.9:
+        n = rng.choice((per_slot, per_slot // sizes[group])) * rng.randint(1, 3)
+        n = max(1, n + rng.choice((-1, 0, 1, rng.randint(-9, 9))))
+    elif kind < 0.96:
+        n = rng.randint(1, 8 * per_slot)
+    else:
+        n = (65536 + rng.randint(-70, 40000)) // dtype.itemsize
+    shape = (n,)
+    if n and rng.random() < 0.3:
+        shape = (max(1, n // 3), rng.choice((1, 3)))
+    if op == "uneven":
+        shape = (min(n, 2 * per_slot) // 3 + 1, rng.choice((1, 3)))
+    style = rng.choices(("sync", "async", "registered"), (6, 3, 1))[0]
+    form = rng.choices(("plain", "strided", "offset", "symmetric"), (5, 1, 2, 3))[0]
+    peer = rng.randrange(sizes[group])
+    root = rng.randrange(sizes[group])
+    if op in ("send", "batch_p2p") and peer == root:
+        peer = (root + 1) % sizes[group]
+    return Step(
+        number, op, group, dtype, reduction, shape, root, peer, rng.randint(0, 3), style, form,
+        rng.random() < 0.1, f"{rng.random()}",
+    )  # fmt: skip
+
+
+def values(step, rank, shape, salt=""):
+    """What a rank puts in; the same whoever asks."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{step.seed}/{rank}/{salt}".encode()))
+    dtype = step.dtype
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    if not dtype.is_floating_point and not dtype.is_complex:
+        info = torch.iinfo(dtype)
+        low = info.min // 2 if dtype is torch.int64 else info.min
+        high = info.max // 2 if dtype is torch.int64 else info.max
+        return torch.randint(low, high, shape, generator=generator).to(dtype)
+    x = torch.randn(shape, generator=generator) * 10 ** (zlib.crc32(step.seed.encode()) % 5 - 2)
+    if step.special and x.numel() and not dtype.is_complex:
+        odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-40, 3e38])
+        picks = torch.randint(0, len(odd), shape, generator=generator)
+        x = torch.where(torch.rand(shape, generator=generator) < 0.2, odd[picks], x)
+    return x.to(dtype)
+
+
+def formed(step, backend, x):
+    """The values in memory of the step's form."""
+    if step.form == "symmetric":
+        y = backend.empty(x.shape, x.dtype)
+    elif step.form == "offset":
+        y = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    elif step.form == "strided":
+        y = torch.empty((*x.shape, 2), dtype=x.dtype)[..., 1]
+    else:
+        y = torch.empty(x.shape, dtype=x.dtype)
+    y.copy_(x)
+    return y
+
+
+# -- what should come out -------------------------------------------------------------------
+
+
+def folded(step, xs):
+    """The reduction in rank order; 16-bit floats in float32, rounded once."""
+    wide = torch.float32 if step.dtype in (torch.float16, torch.bfloat16) else step.dtype
+    total = xs[0].to(wide)
+    for x in xs[1:]:
+        total = {
+            "sum": torch.add,
+            "avg": torch.add,
+            "min": torch.minimum,
+            "max": torch.maximum,
+            "product": torch.mul,
+            "band": torch.bitwise_and,
+            "bor": torch.bitwise_or,
+            "bxor": torch.bitwise_xor,
+        }[step.reduction](total, x.to(wide))
+    if step.reduction == "avg":
+        total = total / len(xs)
+    return total.to(step.dtype)
+
+
+def expected(step, rank, size):
+    """Results on `rank`, from the inputs of all."""
+    op, shape = step.op, step.shape
+    if op == "barrier":
+        return []
+    if op in ("send", "batch_p2p"):
+        return [values(step, step.root, shape)] if rank == step.peer else []
+    if op in ("all_reduce", "reduce"):
+        if op == "reduce" and rank != step.root:
+            return []
+        return [folded(step, [values(step, r, shape) for r in range(size)])]
+    if op in ("reduce_scatter_tensor", "reduce_scatter"):
+        return [folded(step, [values(step, r, (size, *shape))[rank] for r in range(size)])]
+    if op == "all_gather_into_tensor":
+        return [torch.stack([values(step, r, shape) for r in range(size)])]
+    if op == "all_gather" or (op == "gather" and rank == step.root):
+        return [values(step, r, shape) for r in range(size)]
+    if op == "gather":
+        return []
+    if op == "broadcast":
+        return [values(step, step.root, shape)]
+    if op == "scatter":
+        return [values(step, step.root, (size, *shape))[rank]]
+    if op == "all_to_all_single":
+        return [torch.stack([values(step, r, (size, *shape))[rank] for r in range(size)])]
+    if op == "uneven":
+        splits = step.splits(size)
+        parts = [
+            values(step, r, (sum(splits[r]), *shape[1:])).split(splits[r])[rank]
+            for r in range(size)
+        ]
+        return [torch.cat(parts)]
+    return [values(step, r, shape, f"to{rank}") for r in range(size)]  # all_to_all
+
+
+def start(step, backend, plain=False):
+    """Make the call on this rank; `plain` for a second opinion from another backend."""
+    done = Done(step)
+    op, shape, size, rank = step.op, step.shape, backend.size, backend.rank
+    later = {"async_op": step.style == "async" and not plain}
+
+    def put(x):
+        x = x.clone() if plain else formed(step, backend, x)
+        if step.style == "registered" and not plain and x.is_contiguous():
+            done.registrations.append(backend.register(x))
+        return x
+
+    def room(*shape):
+        return put(torch.zeros(shape, dtype=step.dtype))
+
+    def keep(result, *results):
+        if later["async_op"] and result is not None:
+            done.works.append(result)
+            done.results = list(results)
+        else:
+            done.results = list(results) or as_list([] if result is None else result)
+
+    if op == "barrier":
+        keep(backend.barrier(**later))
+        done.results = []
+    elif op == "all_reduce":
+        x = put(values(step, rank, shape))
+        if step.style == "registered" and not plain:
+            saved = x.clone()
+            backend.all_reduce(x, step.reduction)
+            x.copy_(saved)
+        keep(backend.all_reduce(x, step.reduction, **later), x)
+    elif op == "reduce":
+        x = put(values(step, rank, shape))
+        keep(backend.reduce(x, step.root, step.reduction, **later), x)
+        if rank != step.root:
+            done.results = []
+    elif op == "reduce_scatter_tensor":
+        out, x = room(*shape), put(values(step, rank, (size, *shape)))
+        keep(backend.reduce_scatter_tensor(out, x, step.reduction, **later), out)
+    elif op == "reduce_scatter":
+        xs = [put(x) for x in values(step, rank, (size, *shape))]
+        keep(backend.reduce_scatter(xs, step.reduction, **later))
+    elif op == "all_gather_into_tensor":
+        out, x = room(size, *shape), put(values(step, rank, shape))
+        keep(backend.all_gather_into_tensor(out, x, **later), out)
+    elif op == "all_gather":
+        keep(backend.all_gather(put(values(step, rank, shape)), **later))
+    elif op == "gather":
+        keep(backend.gather(put(values(step, rank, shape)), step.root, **later))
+    elif op == "broadcast":
+        x = put(values(step, rank, shape))
+        keep(backend.broadcast(x, step.root, **later), x)
+    elif op == "scatter":
+        out = room(*shape)
+        xs = [put(x) for x in values(step, rank, (size, *shape))] if rank == step.root else None
+        keep(backend.scatter(out, xs, step.root, **later), out)
+    elif op == "all_to_all_single":
+        out, x = room(size, *shape), put(values(step, rank, (size, *shape)))
+        keep(backend.all_to_all_single(out, x, **later), out)
+    elif op == "uneven":
+        splits = step.splits(size)
+        takes = [splits[r][rank] for r in range(size)]
+        out = room(sum(takes), *shape[1:])
+        x = put(values(step, rank, (sum(splits[rank]), *shape[1:])))
+        keep(backend.all_to_all_single(out, x, takes, splits[rank], **later), out)
+    elif op == "all_to_all":
+        xs = [put(values(step, rank, shape, f"to{r}")) for r in range(size)]
+        keep(backend.all_to_all(xs, **later))
+    elif rank == step.root:
+        send(step, backend, put(values(step, rank, shape)), done, later)
+    elif rank == step.peer:
+        x = room(*shape)
+        if op == "batch_p2p":
+            kinds = [P2POp("recv", x, step.root, step.tag)]
+            done.works.extend(backend.batch_p2p(kinds))
+        else:
+            keep(backend.recv(x, step.root, tag=step.tag, **later), x)
+        done.results = [x]
+    return done
+
+
+def send(step, backend, x, done, later):
+    if step.op == "batch_p2p":
+        done.works.extend(backend.batch_p2p([P2POp("send", x, step.peer, step.tag)]))
+    else:
+        work = backend.send(x, step.peer, tag=step.tag, **later)
+        if later["async_op"]:
+            done.works.append(work)
+
+
+# -- a rank ---------------------------------------------------------------------------------
+
+
+def same(x, y):
+    """Equal bit for bit, but for the payload of a NaN."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        nan = x.isnan()
+        if not torch.equal(nan, y.isnan()):
+            return False
+        x, y = x.masked_fill(nan, 0), y.masked_fill(nan, 0)
+    return torch.equal(bits(x), bits(y))
+
+
+def bits(x):
+    x = x.contiguous().reshape(-1)
+    return x.view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def delay(rng):
+    """Mostly none; sometimes a moment, rarely long enough that peers stop spinning."""
+    kind = rng.random()
+    if kind < 0.03:
+        time.sleep(rng.random() * 2e-3)
+    elif kind < 0.2:
+        for _ in range(rng.randint(1, 2000)):
+            pass
+    elif kind < 0.25:
+        os.sched_yield()
+
+
+class Groups:
+    """The groups of an epoch on this rank: shm backends with gloo beside, None where not a member."""
+
+    def __init__(self, world, second, gloo, epoch, seed):
+        rng = random.Random(f"{seed}/{epoch}/groups")
+        size = world.size
+        ranks = rng.sample(range(size), size)
+        cut = rng.randint(1, size)
+        self.members = [list(range(size)), list(range(size)), ranks[:cut]]
+        self.shm = [world, second, world.split(ranks[:cut])]
+        if cut < size:
+            self.members.append(ranks[cut:])
+            self.shm.append(second.split(ranks[cut:]))
+        self.gloo = [gloo if m == list(range(size)) else None for m in self.members]
+        self.sizes = [len(m) for m in self.members]
+
+    def close(self):
+        for backend in self.shm[2:]:
+            if backend is not None:
+                backend.close()
+
+
+def exact(step):
+    """Whether gloo gives the same bits."""
+    if step.op not in REDUCING:
+        return step.dtype not in MOVED
+    return (
+        step.reduction in ("min", "max") and not step.special
+    ) or not step.dtype.is_floating_point
+
+
+def run_rank(rank, size, ops, engine, seed, p2p=True, report=False):
+    """Fuzz on this rank, whose default group is gloo; returns counts by operation."""
+    from sagellm.comm.collective_ops import GlooBackend
+    from sagellm.comm.collective_ops.shm_backend import ShmBackend
+
+    torch.set_num_threads(1)
+    gloo = GlooBackend(timeout_s=60)
+    options = {
+        "engine": engine,
+        "slot_bytes": SLOT_BYTES,
+        "arena_bytes": ARENA_BYTES,
+        "algorithms": ALGORITHMS[seed % len(ALGORITHMS)],
+    }
+    world = ShmBackend(timeout_s=60, options=options)
+    second = ShmBackend(timeout_s=60, options=options | {"algorithms": None})
+    assert engine in ("auto", world.engine), f"{world.engine} runs instead of {engine}"
+    counts, number, batch = {}, 0, 0
+    groups = None
+    apart = random.Random(f"{seed}/{rank}/delays")
+    try:
+        while number < ops:
+            if batch % EPOCH == 0:
+                if groups is not None:
+                    groups.close()
+                groups = Groups(world, second, gloo, batch // EPOCH, seed)
+            rng = random.Random(f"{seed}/{batch}")
+            steps = [draw(rng, number + i, groups.sizes, p2p) for i in range(BATCH)]
+            run_batch(rank, steps, groups, apart, rng)
+            for step in steps:
+                counts[step.op] = counts.get(step.op, 0) + 1
+            number, batch = number + BATCH, batch + 1
+            if report and rank == 0 and batch % 50 == 0:
+                print(f"{number} calls", flush=True)
+    finally:
+        if groups is not None:
+            groups.close()
+        world.close()
+        second.close()
+    return counts
+
+
+def run_batch(rank, steps, groups, apart, rng):
+    calls = []
+    for step in steps:
+        backend = groups.shm[step.group]
+        settle = rng.random() < 0.15  # all ranks draw, so that they stay alike
+        if backend is not None:
+            delay(apart)
+            calls.append(start(step, backend))
+        if settle:
+            for call in calls:
+                call.finish()
+    for call in calls:
+        call.finish()
+    checks = torch.zeros(len(steps), dtype=torch.int64)
+    for call in calls:
+        step = call.step
+        me = groups.members[step.group].index(rank)
+        where = f"rank {rank} as {me} of {groups.members[step.group]}: {step}"
+        wanted = expected(step, me, groups.sizes[step.group])
+        assert len(call.results) == len(wanted), where
+        for got, want in zip(call.results, wanted, strict=True):
+            assert same(got, want), f"{where}\ngot {got}\nwant {want}"
+        if step.op in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor"):
+            checks[step.number - steps[0].number] = sum(
+                zlib.crc32(bits(x).numpy()) for x in call.results
+            )
+    compare_checksums(steps, groups, checks)
+    compare_with_gloo(calls, groups)
+
+
+def compare_checksums(steps, groups, checks):
+    everyone = groups.gloo[0].all_gather(checks)
+    for i, step in enumerate(steps):
+        found = {int(everyone[r][i]) for r in groups.members[step.group]}
+        assert len(found) == 1, f"ranks have different bits: {step}"
+
+
+def compare_with_gloo(calls, groups):
+    for call in calls:
+        step, gloo = call.step, groups.gloo[call.step.group]
+        if gloo is None or not exact(step) or step.op == "batch_p2p":
+            continue
+        theirs = start(step, gloo, plain=True)
+        theirs.finish()
+        for got, want in zip(call.results, theirs.results, strict=True):
+            assert same(got, want), f"unlike gloo: {step}\ngot {got}\ngloo {want}"
+
+
+# -- a program ------------------------------------------------------------------------------
+
+
+def rank_of_program(rank, size, store, ops, engine, seed, p2p):
+    from datetime import timedelta
+
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=120),
+        )
+    return run_rank(rank, size, ops, engine, seed, p2p, report=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--ops", type=int, default=50000)
+    parser.add_argument("--engine", default="auto", choices=("auto", "native", "python"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for all of it")
+    parser.add_argument("--no-p2p", action="store_true", help="leave out send and receive")
+    args = parser.parse_args()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    started = time.monotonic()
+    with RankPool(args.ranks) as pool, contextlib.suppress(KeyboardInterrupt):
+        counts = pool.run(
+            rank_of_program, pool.store_path(), args.ops, args.engine, args.seed, not args.no_p2p,
+            timeout_s=args.timeout,
+        )[0]  # fmt: skip
+        print(f"{sum(counts.values())} calls agree on {args.ranks} ranks, {args.engine}, "
+              f"seed {args.seed}, {time.monotonic() - started:.0f} s: {counts}")  # fmt: skip
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,7 +28,9 @@ from sagellm.core.protocols import (
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gloo", GlooBackend), ("mock", MockBackend), ("shm", ShmBackend)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gloo", GlooBackend), ("mock", MockBackend), ("shm", ShmBackend)]
+)
 def test_named_backend_is_a_world_of_one(name, kind):
     with create_comm_backend(name) as backend:
         assert isinstance(backend, kind)

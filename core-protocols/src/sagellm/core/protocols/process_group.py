@@ -15,6 +15,7 @@ from ._process_group.cost_table import table_by_store
 from ._process_group.ops import TensorBackend
 from ._process_group.shim import abort_group, group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
+from ._process_group.stats import busbw_factor
 from ._process_group.torch_transport import TorchTransport
 from ._process_group.transport import RawCall, RawWork, TorchObject, Transport
 from ._process_group.work import completed_future
@@ -32,6 +33,7 @@ __all__ = [
     "TorchObject",
     "Transport",
     "abort_group",
+    "busbw_factor",
     "completed_future",
     "fingerprint",
     "group_facts",

@@ -132,9 +132,7 @@ def _by_hosts(selection: Selection, source: GroupSource, timeout_s: float) -> Se
     rejected = {k: v for k, v in selection.rejected.items() if k != chosen.name}
     rejected["shm"] = f"needs all ranks on one host ({hosts.explain()})"
     which = "some ranks share a host" if some else "no hosts to use shared memory in were proven"
-    return replace(
-        selection, spec=chosen, reason=f"{which}: {hosts.explain()}", rejected=rejected
-    )
+    return replace(selection, spec=chosen, reason=f"{which}: {hosts.explain()}", rejected=rejected)
 
 
 _told = False

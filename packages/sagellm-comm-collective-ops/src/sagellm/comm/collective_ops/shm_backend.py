@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sagellm.core.protocols import (
     BackendSpec,
+    BandwidthStats,
     Choice,
     CommBackendProtocol,
     CommStats,
@@ -34,7 +35,7 @@ from ._shm.engine import EngineFailure
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
 from ._shm.settings import ShmSettings
-from ._shm.statistics import merge_statistics
+from ._shm.statistics import merge_bandwidth, merge_statistics
 from ._shm.transport import FORKED, ShmTransport, form_transport
 from ._specs import SHM
 
@@ -334,12 +335,18 @@ class ShmBackend(TensorBackend):
                 "all_to_all_single": "all_to_all"}.get(op, op)  # fmt: skip
         engine = self._shm.engine
         algorithm = engine.algorithm(name, nbytes)
-        reason = f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        reason = (
+            f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        )
         return Choice(self.name, algorithm, reason, choice.estimate_us)
 
     def get_stats(self) -> CommStats:
         stats = super().get_stats()
         return stats if self._shm is None else merge_statistics(stats, self._shm)
+
+    def get_bandwidth_stats(self) -> BandwidthStats:
+        stats = super().get_bandwidth_stats()
+        return stats if self._shm is None else merge_bandwidth(stats, self._shm)
 
     def reset_stats(self) -> None:
         super().reset_stats()

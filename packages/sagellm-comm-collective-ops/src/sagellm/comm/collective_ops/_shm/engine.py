@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sagellm.core.protocols.process_group import RawCall
 
-__all__ = ["CallRecord", "Engine", "EngineTotals", "EngineFailure"]
+__all__ = ["CallRecord", "Engine", "EngineFailure", "EngineTotals"]
 
 
 class EngineFailure(Exception):
@@ -134,4 +134,3 @@ class Engine(ABC):
 
 EngineFactory = Callable[..., Engine]
 """`(memory, layout, rank, sockets, spin=…, statistics=…)`: see `segment.Segment`."""
-

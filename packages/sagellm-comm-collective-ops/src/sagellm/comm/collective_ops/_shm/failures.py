@@ -43,7 +43,11 @@ class Board:
         """Cause and rank of what made the group fail, None while nothing has."""
         word = self._word(H_POISON)
         cause = word >> 32
-        return (CAUSES[cause] if cause < len(CAUSES) else "?", (word & 0xFFFFFFFF) - 1) if word else None
+        return (
+            (CAUSES[cause] if cause < len(CAUSES) else "?", (word & 0xFFFFFFFF) - 1)
+            if word
+            else None
+        )
 
     def reason(self, rank: int) -> str:
         """Why a rank poisoned the group."""

@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["address_space", "cgroup_folders", "cpu_claim", "host_claim", "machine", "polls_for", "usable_cpus"]
+__all__ = [
+    "address_space",
+    "cgroup_folders",
+    "cpu_claim",
+    "host_claim",
+    "machine",
+    "polls_for",
+    "usable_cpus",
+]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -70,7 +78,10 @@ def _quotas(folders: Sequence[Path]) -> list[float]:
         text = _read(folder / "cpu.max").split()
         if len(text) == 2 and text[0] != "max":
             found.append(int(text[0]) / int(text[1]))
-    quota, period = _read(_CGROUP / "cpu/cpu.cfs_quota_us"), _read(_CGROUP / "cpu/cpu.cfs_period_us")
+    quota, period = (
+        _read(_CGROUP / "cpu/cpu.cfs_quota_us"),
+        _read(_CGROUP / "cpu/cpu.cfs_period_us"),
+    )
     if quota and period and int(quota) > 0:
         found.append(int(quota) / int(period))
     return found

@@ -67,7 +67,18 @@ OPS = (
     "scatter",
 )
 """Operations by their number in a signature."""
-DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "bool")
+DTYPES = (
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "bool",
+)
 """Element types that reductions know, by number. Moves count bytes and use `uint8`' number 0 only
 for what is not in the list; the signature carries the number + 1, 0 for other types."""
 REDUCTIONS = ("none", "sum", "avg", "min", "max", "product", "band", "bor", "bxor")

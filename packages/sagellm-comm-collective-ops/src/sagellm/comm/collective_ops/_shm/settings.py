@@ -54,7 +54,9 @@ class ShmSettings:
             raise ConfigError(f"{name} has no option {', '.join(unknown)}; known: {told}")
         settings = cls(**given)
         if settings.engine not in ("auto", *ENGINES):
-            raise ConfigError(f"engine {settings.engine!r} is not one of auto, {', '.join(ENGINES)}")
+            raise ConfigError(
+                f"engine {settings.engine!r} is not one of auto, {', '.join(ENGINES)}"
+            )
         for field, least in (("slot_bytes", PAGE), ("arena_bytes", 0)):
             value = getattr(settings, field)
             if not isinstance(value, int) or value < least or value % PAGE:
@@ -99,6 +101,8 @@ def plan_layout(claims: Sequence[Mapping[str, Any]]) -> Layout:  # Any: JSON
                 )
     # Under a limit of address space there may be no room for arenas that nobody asked for.
     bounded = any(said["space"] is not None for said in claims)
-    arena = 0 if bounded and ours["arena_bytes"] == ShmSettings().arena_bytes else ours["arena_bytes"]
+    arena = (
+        0 if bounded and ours["arena_bytes"] == ShmSettings().arena_bytes else ours["arena_bytes"]
+    )
     mailbox = min(_MAX_MAILBOX_BYTES, max(PAGE, _MAILBOXES_BYTES // size**2 // PAGE * PAGE))
     return Layout(size, ours["slot_bytes"], arena, mailbox)

@@ -27,7 +27,7 @@ from sagellm.core.protocols.process_group import (
 
 from .arena import Arena
 from .calls import CallQueue, FinishedWork
-from .engine import Engine, EngineFailure
+from .engine import Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
 from .failures import Board, explain
 from .forks import release_in_children
@@ -96,6 +96,7 @@ class ShmTransport(Transport):
             name=f"sagellm-comm-shm-p2p-{name}",
         )
         self._counted: dict[str, Counted] = {}
+        self._totals: Sequence[EngineTotals] | None = None
         self._queue: CallQueue | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -160,10 +161,16 @@ class ShmTransport(Transport):
         """What of the engine's counts came by `run`; the rest came by the hot path."""
         return self._counted.get(op, Counted())
 
+    def totals(self) -> Sequence[EngineTotals]:
+        """The engine's counts; after `close` those of its end."""
+        with self._lock:
+            return self.engine.totals() if self._totals is None else self._totals
+
     def reset_statistics(self) -> None:
         """Start the engine's counts anew."""
         self._counted = {}
-        self.engine.reset_totals()
+        if not self._closed:
+            self.engine.reset_totals()
 
     def _in_background(self, call: RawCall) -> RawWork:
         if self._queue is None:
@@ -221,6 +228,8 @@ class ShmTransport(Transport):
             self.engine.poison("closed", "closed while calls were running")
             if not self._queue.close(_CLOSE_S):
                 return  # a call that cannot be ended still uses the memory
+        with self._lock:
+            self._totals = self.engine.totals()
         self.engine.close()
         self._met.close()
 
@@ -237,7 +246,8 @@ class ShmTransport(Transport):
             if lost:
                 who = ", ".join(self._board.who(r) for r in lost)
                 raise PeerLostError(
-                    f"split of group {self._name}: lost rank {who}", rank=self._global_ranks[lost[0]]
+                    f"split of group {self._name}: lost rank {who}",
+                    rank=self._global_ranks[lost[0]],
                 )
 
         return form_transport(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import select
@@ -83,6 +84,7 @@ def _once(variant: str, rank: int, world: int, store: Path) -> dict[str, Any]:
             from ._rank import end_with_parent
 
             end_with_parent()
+            logging.disable()  # of a rank lost on purpose
             os.close(inner)
             _child(variant, rank, world, store, outer)
         finally:

@@ -32,7 +32,11 @@ EPOCH = 8  # batches with the same groups
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 MOVED = (torch.complex64, torch.float8_e4m3fn)
-ALGORITHMS = (None, "all_reduce:0-3k:two_shot,all_reduce:3k-1g:one_shot", "all_reduce:0-1g:two_shot")
+ALGORITHMS = (
+    None,
+    "all_reduce:0-3k:two_shot,all_reduce:3k-1g:one_shot",
+    "all_reduce:0-1g:two_shot",
+)
 REDUCING = ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter")
 WITH_ROOT = ("broadcast", "reduce", "gather", "scatter")
 OPS = (

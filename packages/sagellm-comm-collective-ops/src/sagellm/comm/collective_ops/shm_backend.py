@@ -8,12 +8,14 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
 from sagellm.core.protocols import (
     BackendSpec,
     BandwidthStats,
     Choice,
     CommBackendProtocol,
+    CommCall,
     CommStats,
     ConfigError,
     CostModelProtocol,
@@ -41,6 +43,10 @@ from ._specs import SHM
 
 __all__ = ["ShmBackend"]
 
+Before = Callable[[CommCall], None]
+After = Callable[[CommCall, float, BaseException | None], None]
+TakeOver = Callable[[CommCall], Work[Any] | None]  # Any: the operation's result
+
 
 class ShmBackend(TensorBackend):
     """Ranks of one host over shared memory, for CPU tensors.
@@ -50,8 +56,8 @@ class ShmBackend(TensorBackend):
     and lends its store: nothing is sent over it. All ranks must be on one host, which is proven,
     not believed. A forked child cannot use the group, nor the tensors of `empty`.
 
-    Results are equal on all ranks, bit for bit, and from run to run: sums are formed in the order of
-    the ranks, those of 16-bit floats in float32 when more than two ranks add.
+    Results are equal on all ranks, bit for bit, and from run to run: sums are formed in the order
+    of the ranks, those of 16-bit floats in float32 when more than two ranks add.
 
     Args:
         spec: Facts about the backend; None is this package's.
@@ -60,7 +66,8 @@ class ShmBackend(TensorBackend):
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used.
         cost_model: Lets `explain` give a time.
-        options: `engine`, `slot_bytes`, `arena_bytes`, `statistics`, `algorithms`; alike on all ranks.
+        options: `engine`, `slot_bytes`, `arena_bytes`, `statistics`, `algorithms`; alike on all
+            ranks.
 
     >>> ShmBackend().size
     1
@@ -146,7 +153,7 @@ class ShmBackend(TensorBackend):
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
         """A rank of a group that meets at a file; for the conformance kit."""
-        store = dist.FileStore(meet, size)
+        store = FileStore(meet, size)
         return cls.over_store(store, rank, size, timeout_s=timeout_s)
 
     def _start(
@@ -284,8 +291,14 @@ class ShmBackend(TensorBackend):
 
     # -- what changes the way -------------------------------------------------------------
 
-    def add_hook(self, **hooks: Any) -> Callable[[], None]:  # Any: as of the base
-        remove = super().add_hook(**hooks)
+    def add_hook(
+        self,
+        *,
+        before: Before | None = None,
+        after: After | None = None,
+        take_over: TakeOver | None = None,
+    ) -> Callable[[], None]:
+        remove = super().add_hook(before=before, after=after, take_over=take_over)
         self._hot.allow(not self._hooked())
 
         def undo() -> None:
@@ -309,7 +322,7 @@ class ShmBackend(TensorBackend):
     # -- memory and steering --------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that peers reach where it lies; its memory comes now and goes with its last view.
+        """A tensor that peers reach where it lies; its memory goes with its last view.
 
         It may be used after `close`, and by this process only.
 

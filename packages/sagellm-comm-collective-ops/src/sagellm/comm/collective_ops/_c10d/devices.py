@@ -46,10 +46,6 @@ class DeviceGroup(CpuGroup):
             self._inner[device_type] = library_group(library, device_type, self._plan)
         return self._inner[device_type]
 
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu"), *map(torch.device, self._kinds)]
-
     def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend, or ourselves
         kind = torch.device(device).type
         if kind in self._kinds:

@@ -94,10 +94,6 @@ class Facade(dist.ProcessGroup):
         """What the group was made for."""
         return self._about
 
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
-
     def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend, or ourselves
         """Ourselves for the CPU: torch looks for `supports_…` on what this gives."""
         if torch.device(device).type == "cpu":

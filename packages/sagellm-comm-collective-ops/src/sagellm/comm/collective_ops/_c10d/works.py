@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,41 @@ from torch import Tensor
 from sagellm.core.protocols import Work
 from sagellm.core.protocols.process_group import completed_future
 
-__all__ = ["BackendWork", "Completer", "DoneWork"]
+__all__ = ["BackendWork", "Completer", "DoneWork", "OwnWork"]
 
 Future = torch.futures.Future[Any]  # Any: torch fixes the value type per backend
 
+_KEPT_AT_MOST = 4096
 
-class DoneWork(dist.Work):
+
+def _torch_keeps_works() -> bool:
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 8)
+
+
+class OwnWork(dist.Work):
+    """A work in Python that may be handed to C++.
+
+    The C++ side of torch 2.6 keeps its half of such a work only, and waits for ever on what is
+    left when Python drops the other half: there, works stay until they are waited for.
+    """
+
+    _keeps = _torch_keeps_works()
+    _kept: ClassVar[dict[int, OwnWork]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not self._keeps:
+            self._kept[id(self)] = self
+            if len(self._kept) > _KEPT_AT_MOST:
+                self._kept.pop(next(iter(self._kept)), None)
+
+    def _let_go(self) -> None:
+        if not self._keeps:
+            self._kept.pop(id(self), None)
+
+
+class DoneWork(OwnWork):
     """A call that ended before it returned; one object serves all calls without an own result."""
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
@@ -33,6 +62,7 @@ class DoneWork(dist.Work):
         self._tensors = list(tensors)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        self._let_go()
         return True
 
     def synchronize(self) -> None:
@@ -85,7 +115,7 @@ def _complete_all(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         job()
 
 
-class BackendWork(dist.Work):
+class BackendWork(OwnWork):
     """A torch work over works of a backend.
 
     Args:
@@ -121,6 +151,7 @@ class BackendWork(dist.Work):
         return self._works
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        self._let_go()
         if not self._settled:
             limit = None if timeout is None else timeout.total_seconds()
             end = time.monotonic() + limit if limit is not None and limit > 0 else None
@@ -166,6 +197,7 @@ class BackendWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Future:
+        self._let_go()
         if self._settled and self._error is None:
             return completed_future(self._tensors)
         future: Future = torch.futures.Future()

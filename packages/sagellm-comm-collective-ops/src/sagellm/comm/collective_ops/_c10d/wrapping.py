@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sagellm.core.protocols import CommCall, DistributedRuntimeError, Work
@@ -17,7 +16,7 @@ from sagellm.core.protocols.process_group import abort_group
 
 from .facade import Facade, alias_older_names
 from .names import ENTRY_POINTS, EntryPoint, is_async, method_of, root_of, tensors_in
-from .works import BackendWork, DoneWork
+from .works import BackendWork, DoneWork, OwnWork
 
 __all__ = ["CallHooks", "GroupCall", "WrappingGroup"]
 
@@ -105,11 +104,6 @@ class WrappingGroup(Facade):
         """The group that does the work."""
         return self._inner
 
-    @property
-    def _device_types(self) -> list[torch.device]:
-        found: list[torch.device] = self._inner._device_types
-        return found
-
     def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend
         backend = self._inner._get_backend(device)
         # Torch looks here for NCCL's coalescing, which would pass hooks by.
@@ -123,14 +117,14 @@ class WrappingGroup(Facade):
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Replace the deadline of later calls."""
-        for device in self._inner._device_types:
+        for device in self._inner._device_types or [torch.device("cpu")]:
             self._inner._get_backend(device)._set_default_timeout(timeout)
 
     _set_default_timeout = set_timeout
 
     def abort(self) -> None:
         """Fail what is in flight here and at the peers."""
-        for device in self._inner._device_types:
+        for device in self._inner._device_types or [torch.device("cpu")]:
             abort_group(self._inner, torch.device(device), self._rank, self._size)
 
     def shutdown(self) -> None:
@@ -233,7 +227,7 @@ class WrappingGroup(Facade):
         )
 
 
-class _WatchedWork(dist.Work):
+class _WatchedWork(OwnWork):
     """An asynchronous call: it is over for the hooks once somebody has waited for it."""
 
     def __init__(
@@ -256,6 +250,7 @@ class _WatchedWork(dist.Work):
             self._group._over(self._entry, self._args, self._call, self._start, error)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        self._let_go()
         limited = timeout is not None and timeout.total_seconds() > 0
         try:
             done = self._work.wait(timeout) if limited else self._work.wait()
@@ -288,6 +283,8 @@ class _WatchedWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future[Any]:  # torch fixes the value type per backend
+        self._let_go()
+
         def tell(future: torch.futures.Future[Any]) -> Any:  # Any: as above
             value = future.value()  # raises what the call failed with
             self._tell(None)

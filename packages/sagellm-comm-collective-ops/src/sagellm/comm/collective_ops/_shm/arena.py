@@ -72,15 +72,15 @@ class Arena:
         self._closed = True
 
     def _take(self, size: int) -> int:
-        for index, (offset, room) in enumerate(self._free):
-            if room >= size:
-                break
-        else:
+        fitting = (i for i, (_, room) in enumerate(self._free) if room >= size)
+        index = next(fitting, None)
+        if index is None:
             largest = max((room for _, room in self._free), default=0)
             raise ResourceError(
                 f"{size} bytes do not fit into the arena of {self._bytes} bytes, whose largest gap "
                 f"has {largest}; drop symmetric tensors, or pass a larger arena_bytes on all ranks"
             )
+        offset, room = self._free[index]
         pages = _pages(offset, size)
         fresh = [p for p in pages if p not in self._tenants]
         if fresh:

@@ -13,7 +13,7 @@ from sagellm.core.protocols.process_group import RawCall
 __all__ = ["CallRecord", "Engine", "EngineFailure", "EngineTotals"]
 
 
-class EngineFailure(Exception):
+class EngineFailure(Exception):  # noqa: N818 - no error of the tree: one is made of it
     """A call that did not end well; `transport` turns it into an error of the protocol's tree.
 
     Attributes:
@@ -40,7 +40,7 @@ class EngineTotals:
         nbytes: Bytes of this rank's input, summed.
         total_ns: From entry to end, summed.
         wait_ns: The part spent waiting for peers.
-        histogram: Calls per duration: index `i` holds those of [2**(i/8), 2**((i+1)/8)) times 10 ns.
+        histogram: Calls per duration: `i` holds those of [2**(i/8), 2**((i+1)/8)) times 10 ns.
 
     """
 

@@ -68,7 +68,7 @@ class Exchange:
                     )
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.01)
-        return [json.loads(self._ask(lambda k=key: self._store.get(k))) for key in keys]
+        return [self._get(key) for key in keys]
 
     def tell(self, phase: str, value: Mapping[str, Any]) -> None:  # Any: JSON
         """Publish this rank's value of `phase` without waiting for the others'."""
@@ -83,7 +83,7 @@ class Exchange:
         """The values of `phase` that are there now."""
         found = [r for r in range(self.size) if self.has(phase, r)]
         keys = {r: f"{self._prefix}/{phase}/{r}" for r in found}
-        return {r: json.loads(self._ask(lambda k=k: self._store.get(k))) for r, k in keys.items()}
+        return {r: self._get(key) for r, key in keys.items()}
 
     def leave(self) -> None:
         """Say that this rank has read everything; the last one removes the keys."""
@@ -94,6 +94,10 @@ class Exchange:
         for key in [*keys, left]:
             with contextlib.suppress(RuntimeError, NotImplementedError):  # a store may not delete
                 self._store.delete_key(key)
+
+    def _get(self, key: str) -> dict[str, Any]:  # Any: JSON
+        found: dict[str, Any] = json.loads(self._ask(lambda: self._store.get(key)))
+        return found
 
     def _ask(self, task: Callable[[], Any]) -> Any:  # noqa: ANN401 - as the store answers
         try:

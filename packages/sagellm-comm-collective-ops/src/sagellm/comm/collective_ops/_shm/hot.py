@@ -1,7 +1,7 @@
 """The short way from a method to the engine, for calls that need nothing else.
 
-A call is hot when it is synchronous, the group is alive, no hook listens, nothing is queued, and its
-tensors are plain, dense and contiguous. Everything here answers "done" or "not by me".
+A call is hot when it is synchronous, the group is alive, no hook listens, nothing is queued, and
+its tensors are plain, dense and contiguous. Everything here answers "done" or "not by me".
 """
 
 from __future__ import annotations

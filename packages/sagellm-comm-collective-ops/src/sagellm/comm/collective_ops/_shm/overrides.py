@@ -36,8 +36,8 @@ def parse_overrides(text: str | None) -> tuple[Override, ...]:
         low, dash, high = words[1].partition("-") if len(words) == 3 else ("", "", "")
         if not dash or words[0] not in OPS or words[2] not in ALGORITHMS:
             raise ConfigError(
-                f"{part.strip()!r} is not op:low-high:algorithm, such as all_reduce:0-64k:one_shot; "
-                f"algorithms are {', '.join(ALGORITHMS)}"
+                f"{part.strip()!r} is not op:low-high:algorithm, such as "
+                f"all_reduce:0-64k:one_shot; algorithms are {', '.join(ALGORITHMS)}"
             )
         found.append((words[0], _bytes(low, part), _bytes(high, part) if high else _EVER, words[2]))
     return tuple(found)

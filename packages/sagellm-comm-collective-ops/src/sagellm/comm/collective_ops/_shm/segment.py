@@ -214,9 +214,8 @@ def _libc() -> ctypes.CDLL:
     if _c is None:
         _c = ctypes.CDLL(None, use_errno=True)
         _c.mmap.restype = ctypes.c_void_p
-        _c.mmap.argtypes = [
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-        ]  # fmt: skip
+        flags = [ctypes.c_int] * 3
+        _c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *flags, ctypes.c_long]
         _c.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     return _c
 

@@ -1,4 +1,4 @@
-"""The options of shm, checked on each rank and compared between ranks; and what follows from them."""
+"""The options of shm, checked on each rank and compared between ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transport over a segment: an engine for collectives, rings for messages, sockets for death."""
+"""The transport over a segment: an engine for collectives, rings for messages."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class ShmTransport(Transport):
         return self._messages.issue(calls)
 
     def run(self, call: RawCall) -> None:
-        """Run a collective here and now; an interrupt ends the group, whose ranks are apart then."""
+        """Run a collective here and now; an interrupt ends the group: its ranks are apart then."""
         started = time.perf_counter_ns()
         try:
             self.engine.run(call)

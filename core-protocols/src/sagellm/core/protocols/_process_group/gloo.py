@@ -57,5 +57,5 @@ def gloo_call(call: RawCall, rank: int, size: int) -> tuple[RawCall, Callable[[]
 
 def _bytes(x: Tensor, by_row: bool) -> Tensor:
     """The memory of contiguous `x` as bytes; `by_row` keeps dimension 0, which splits count."""
-    flat = x.view(-1).view(torch.uint8)
+    flat = x.as_strided((x.numel(),), (1,)).view(torch.uint8)
     return flat.view(x.shape[0], math.prod(x.shape[1:]) * x.itemsize) if by_row else flat

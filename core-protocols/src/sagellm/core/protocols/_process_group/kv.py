@@ -93,7 +93,7 @@ def _to_device(data: bytes, device: torch.device) -> Tensor:
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1).view(torch.uint8)
+    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 class KVReceive(RawWork):

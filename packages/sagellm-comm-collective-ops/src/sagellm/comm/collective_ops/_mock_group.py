@@ -304,5 +304,5 @@ def _snapshot(x: Tensor) -> Tensor:
 
 
 def _flip(x: Tensor) -> None:
-    raw = x.view(-1).view(torch.uint8)
+    raw = x.as_strided((x.numel(),), (1,)).view(torch.uint8)
     raw[0] ^= 0x40

@@ -9,6 +9,7 @@ from sagellm.core.protocols import BackendUnavailableError, ConfigError
 
 from .engine import EngineFactory
 from .identity import machine
+from .native_library import ABI, library
 
 __all__ = ["ENGINES", "agree_engine", "available_engines", "engine_factory"]
 
@@ -22,6 +23,8 @@ def available_engines() -> dict[str, str]:
     No engine is loaded twice; what is missing is simply not in the answer.
     """
     found: dict[str, str] = {}
+    if not isinstance(library(), str):
+        found["native"] = f"{machine()} {ABI}"
     if machine() == "x86_64":
         found["python"] = "1"
     return found
@@ -53,6 +56,10 @@ def agree_engine(wanted: str, offers: Sequence[Mapping[str, Any]]) -> str:
 
 def engine_factory(name: str) -> EngineFactory:
     """The class of an engine."""
+    if name == "native":
+        from .native_engine import NativeEngine
+
+        return NativeEngine
     if name == "python":
         from .python_engine import PythonEngine
 

@@ -96,7 +96,7 @@ def meet(
     crowd = _Crowd(exchange, listener)
     try:
         said |= {"address": listener.address, "nonce": listener.nonce.hex()}
-        crowd.claims = exchange.all("claim", said, watch)
+        crowd.claims = crowd.listen(said, watch)
         failure: CommError | None = None
         try:
             crowd.gather(plan)
@@ -124,6 +124,17 @@ class _Crowd:
         self.links: dict[int, socket.socket] = {}
         self.pending: dict[int, socket.socket] = {}
         self.segment: Segment | None = None
+
+    def listen(self, said: Mapping[str, Any], watch: Callable[[], None] | None) -> Claims:
+        """Everybody's claims; a rank that gives up leaves word of why."""
+        try:
+            return self.exchange.all("claim", said, watch)
+        except CommError as e:
+            given = [v for v in self.exchange.seen("done").values() if "code" in v]
+            self.exchange.tell("done", {"code": e.code, "text": str(e)})
+            if given and e.code == PeerLostError.code:  # it left because of something else
+                raise error_from_code(given[0]["code"], given[0]["text"]) from e
+            raise
 
     def gather(self, plan: Callable[[Claims], Layout]) -> None:
         claims, rank = self.claims, self.exchange.rank

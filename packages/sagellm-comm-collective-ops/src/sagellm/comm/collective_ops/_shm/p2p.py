@@ -37,7 +37,7 @@ class _Message(RawWork):
     def __init__(self, owner: Messages, call: RawCall) -> None:
         assert call.peer is not None
         x = call.inputs[0] if call.op == "send" else call.outputs[0]
-        self.bytes: Tensor = x.detach().reshape(-1).view(torch.uint8)
+        self.bytes: Tensor = x.detach().as_strided((x.numel(),), (1,)).view(torch.uint8)
         self.op, self.peer, self.tag = call.op, call.peer, call.tag
         self.number = 0
         self.moved = 0
@@ -175,6 +175,21 @@ class Messages:
             if idle > 2 * self._polls:
                 nap_s = min(nap_s * 1.3 + 10e-6, _LONGEST_NAP_S)
         return True
+
+    def sender_of(self, tag: int) -> int | None:
+        """A peer whose message with this tag has come and was not asked for; None if there is none.
+
+        Raises whatever `health` does once a peer is gone or the group dead.
+        """
+        self._move()
+        with self._lock:
+            for rank, peer in self._peers.items():
+                if peer.arrived.get(tag):
+                    return rank
+            peers = tuple(self._peers)
+        for rank in peers:
+            self._health(rank)
+        return None
 
     def _healthy(self, work: _Message) -> bool:
         try:

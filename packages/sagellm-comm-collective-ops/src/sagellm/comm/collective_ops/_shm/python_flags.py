@@ -40,8 +40,7 @@ class Flags:
         wait_ns: Time spent waiting, of all calls.
         timeout_ns: Longest time of the call.
         deadline_ns: When it ends by `clock`; 0 to count from the first long wait.
-        any_symmetric: After the first wait of a call: whether any peer gave an offset in its arena.
-        all_symmetric: Whether every peer did.
+        all_symmetric: After the first wait of a call: whether every peer gave an offset in its arena.
 
     """
 
@@ -79,7 +78,7 @@ class Flags:
         self._opening = False
         self._signature = (0, 0, 0)
         self._offsets = (0, 0)
-        self.any_symmetric = self.all_symmetric = False
+        self._any_symmetric = self.all_symmetric = False
 
     # -- a call ---------------------------------------------------------------------------
 
@@ -154,7 +153,12 @@ class Flags:
             offset = words[self.control[peer] + SYMMETRIC[parity]]
             anyone = anyone or offset != 0
             everyone = everyone and offset != 0
-        self.any_symmetric, self.all_symmetric = anyone, everyone
+        self._any_symmetric, self.all_symmetric = anyone, everyone
+
+    def offered(self) -> bool:
+        """Whether a peer gave an offset in this call's first step: says so once."""
+        anyone, self._any_symmetric = self._any_symmetric, False
+        return anyone
 
     def offset(self, rank: int) -> int:
         """Where `rank`'s input of this step's call lies in its arena; only after `wait`."""

@@ -64,8 +64,7 @@ class Plans:
             move(self.memory.slots[parity][me], address + low, m)
             flags.publish()
             flags.wait()
-            if flags.any_symmetric and not low:
-                flags.any_symmetric = False
+            if not low and flags.offered():
                 return False
             operands = list(self.memory.views(m // size, dtype, 0)[parity])
             out = elements if m == n else elements[low // size : (low + m) // size]
@@ -109,8 +108,7 @@ class Plans:
                 for p in self.peers:
                     low = (c - 1) * chunk + p * m
                     move(address + low, slots[parity][p] + p * m, share(n, low, m))
-            elif flags.any_symmetric:
-                flags.any_symmetric = False
+            elif flags.offered():
                 return False
         return True
 
@@ -124,6 +122,7 @@ class Plans:
         flags, me = self.flags, self.rank
         self.barrier()
         if not flags.all_symmetric:
+            flags.offered()
             return False
         n, size, dtype = x.nbytes, x.itemsize, x.dtype
         mine = typed(x)

@@ -26,7 +26,7 @@ __all__ = ["prepare_small"]
 
 def as_bytes(x: Tensor) -> Array:
     """The bytes of a contiguous tensor, as a flat numpy array that shares its memory."""
-    return x.detach().reshape(-1).view(torch.uint8).numpy()
+    return x.detach().as_strided((x.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def prepare_small(

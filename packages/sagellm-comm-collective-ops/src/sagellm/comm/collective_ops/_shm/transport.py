@@ -29,7 +29,7 @@ from .arena import Arena
 from .calls import CallQueue, FinishedWork
 from .engine import Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
-from .failures import Board, explain
+from .failures import Board, explain, late_ranks
 from .forks import release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
@@ -141,6 +141,10 @@ class ShmTransport(Transport):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self._messages.issue(calls)
 
+    def sender_of(self, tag: int) -> int | None:
+        """A peer that has sent a message with this tag for which no receive was posted."""
+        return self._messages.sender_of(tag)
+
     def run(self, call: RawCall) -> None:
         """Run a collective here and now; an interrupt ends the group: its ranks are apart then."""
         started = time.perf_counter_ns()
@@ -204,7 +208,11 @@ class ShmTransport(Transport):
             return error
         if not isinstance(error, EngineFailure):
             named = _renamed(error, describe)
-            self.engine.poison(_cause_of(error), str(error))
+            late = late_ranks(self._board) if isinstance(error, CommTimeoutError) else []
+            if late and "no sign of rank" not in str(error):
+                who = ", ".join(self._board.who(r) for r in late)
+                named = CommTimeoutError(f"{describe}: no sign of rank {who}: {error}")
+            self.engine.poison(_cause_of(error), str(named if late else error))
             return named
         told = explain(self._board, describe, error, self.gone)
         self.engine.poison(error.cause, _short(self._board, error))

@@ -270,6 +270,7 @@ class ShmTransport(Transport):
         """In a child: close the connections, whose ends of file must mean the parent's."""
         self.forked = True
         self._lock = threading.Lock()
+        self.arena.close()
         for link in self._met.links.values():
             link.close()
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["ALGORITHMS", "ONE_SHOT_BYTES", "SYMMETRIC_BYTES", "Override", "choose", "one_shot_bytes"]
+__all__ = [
+    "ALGORITHMS",
+    "ONE_SHOT_BYTES",
+    "SYMMETRIC_BYTES",
+    "Override",
+    "choose",
+    "one_shot_bytes",
+]
 
 ALGORITHMS = ("direct", "one_shot", "two_shot", "symmetric")
 

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._barrier import Barrier
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,12 +70,15 @@ class Buffers:
             return self.pattern.chunk(self.world)[self.rank] * everyone
         return self.pattern * (self.rank + 1)
 
-    def prepared(self, runs: Sequence[Callable[[], object]]) -> Prepared:
+    def prepared(
+        self, runs: Sequence[Callable[[], object]], after: Callable[[], object] = lambda: None
+    ) -> Prepared:
         def check() -> str:
             expected = self.expected()
             self.fill()
             for i, ((_, out), run) in enumerate(zip(self.pairs, runs, strict=True)):
                 run()
+                after()
                 if not out.equal(expected):
                     at = int((out != expected).nonzero()[0])
                     return (
@@ -137,6 +142,8 @@ class Torch(Contender):
         import torch.distributed as dist
 
         self.rank, self.world = rank, world
+        self._folder = folder
+        self._meet: Barrier | None = None
         dist.init_process_group(
             backend,
             init_method=f"file://{folder}/store",
@@ -148,6 +155,8 @@ class Torch(Contender):
     def prepare(self, variant: str, case: dict[str, Any]) -> Prepared | str:
         import torch.distributed as dist
 
+        if variant == "handover":
+            return self._handover(case)
         if variant == "copy":
             found = buffers({**case, "op": "copy"}, self.rank, self.world)
             return found.prepared([partial(out.copy_, x) for x, out in found.pairs])
@@ -159,6 +168,28 @@ class Torch(Contender):
         else:
             call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return found.prepared([partial(call, out, x) for x, out in found.pairs])
+
+    def _handover(self, case: dict[str, Any]) -> Prepared | str:
+        """The data's way and nothing else: copy in, one flag, add what the other copied in."""
+        import torch
+
+        if self.world != 2:
+            return "it is between two ranks"
+        self._meet = self._meet or Barrier(self._folder / "handover", self.rank, self.world)
+        meet = self._meet.wait
+        found = buffers(case, self.rank, self.world)
+        nbytes, dtype = int(case["nbytes"]), found.pattern.dtype
+        file = str(self._folder / f"memory-{nbytes}")
+        memory = torch.from_file(file, shared=True, size=2 * nbytes, dtype=torch.uint8)
+        slots = memory.view(dtype).chunk(2)
+        mine, theirs = slots[self.rank], slots[1 - self.rank]
+
+        def run(x: Tensor) -> None:
+            mine.copy_(x)
+            meet()
+            x.add_(theirs)
+
+        return found.prepared([partial(run, x) for x, _ in found.pairs], after=meet)
 
     def close(self) -> None:
         import torch.distributed as dist

@@ -26,7 +26,7 @@ from typing import Any
 from sagellm.core.protocols import DistributedRuntimeError
 
 from . import _deepspeed
-from ._rank import LINE_BYTES
+from ._barrier import LINE_BYTES
 
 START_S = 120.0
 ANSWER_S = 180.0
@@ -46,7 +46,8 @@ class Ranks:
         memory = Path("/dev/shm")
         base = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
         self._folder = Path(tempfile.mkdtemp(prefix="sagellm-bench-", dir=base))
-        (self._folder / "barrier").write_bytes(bytes(world * LINE_BYTES))
+        for name in ("barrier", "handover"):
+            (self._folder / name).write_bytes(bytes(world * LINE_BYTES))
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._folder / "socket"))
         self._listener.listen(world)

@@ -37,7 +37,7 @@ def kind_of(variant: str) -> str:
     first = variant.split(" ")[0]
     if first.startswith("shm-"):
         return "shm"
-    return {"copy": "gloo"}.get(first, first)
+    return {"copy": "gloo", "handover": "gloo"}.get(first, first)
 
 
 @contextmanager

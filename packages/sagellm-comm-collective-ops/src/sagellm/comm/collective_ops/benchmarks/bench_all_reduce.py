@@ -11,6 +11,8 @@ time (fp32 1 KiB-64 MiB, bf16 1 KiB-64 MiB, 2 ranks)
     plain` (any tensor, with statistics); goals at 1 KiB are for `registered`. `gloo/X symmetric`
     for tensors of `backend.empty`. `copy/X` at 64 MiB: time in which each of two processes
     copies as many bytes at once, over our time; 1 is one copy per element and rank.
+    `handover/X` up to 1 MiB has no goal and tells what the machine allows at the moment: time in
+    which both ranks copy the tensor into shared memory, set one flag, and add the other's.
 oversubscribed (4 ranks, meant for 2 cores)
     `deepspeed/X`, `mpich/X`; a batch of calls back to back, not single ones. Judged under both
     schedulings: among real-time processes who yields is sure to let another one run, and who
@@ -130,6 +132,8 @@ def _time(case: Case) -> AbstractContextManager[Contenders]:
     names = ["gloo", *MPIS, "deepspeed", *variants(*ways)]
     if case["nbytes"] >= 64 * MiB:
         names.append("copy")
+    if KiB < case["nbytes"] <= MiB:
+        names.append("handover")
     return measured(case, names)
 
 
@@ -242,6 +246,8 @@ def _ratios_of_times(case: Case, times: Times) -> Iterator[Ratio]:
             goal = of_engine(engine, _COPY_GOALS)
             yield over(case, times, "copy", f"shm-{engine} plain", judged(case, goal))
             yield over(case, times, "copy", name)
+        if "handover" in times:
+            yield over(case, times, "handover", f"shm-{engine} registered")
 
 
 def _ratios_of_oversubscribed(case: Case, times: Times) -> Iterator[Ratio]:

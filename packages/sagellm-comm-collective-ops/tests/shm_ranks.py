@@ -9,16 +9,25 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sagellm.comm.collective_ops import ShmBackend
+from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols import CommError
 
 CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
 
 
 def join(rank, size, meet, *, timeout_s=10.0, name="shm", **options):
-    """A rank's backend over a file."""
+    """A rank's backend over a file, whose name may end in the engine's."""
+    engine = meet.rpartition(".")[2]
+    if engine in ENGINES:
+        options.setdefault("engine", engine)
     return ShmBackend.over_store(
         dist.FileStore(meet, size), rank, size, name=name, timeout_s=timeout_s, options=options
     )
+
+
+def engines():
+    """The engines to test here: those that exist."""
+    return list(available_engines())
 
 
 def forked(body):

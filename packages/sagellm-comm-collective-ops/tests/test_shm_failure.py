@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from shm_ranks import await_mark, ended, failure, forked, join, mark
+from shm_ranks import await_mark, ended, engines, failure, forked, join, mark
 
 from sagellm.comm.collective_ops._shm import meeting, transport
 from sagellm.core.protocols.testing.rank_pool import RankPool
@@ -20,6 +20,12 @@ SIZE = 3
 def pool():
     with RankPool(SIZE) as made:
         yield made
+
+
+@pytest.fixture(params=engines())
+def meet(pool, request):
+    """Where the ranks of one test meet, with one of the engines."""
+    return f"{pool.store_path()}.{request.param}"
 
 
 def dies(meet, how):
@@ -104,8 +110,8 @@ PHASES = ["meeting", "one_shot", "large", "recv", "send", "async", "split", "clo
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_rank_is_named_to_the_others_at_once(pool, phase):
-    first, fate, last = pool.run(a_rank_goes, pool.store_path(), phase, signal.SIGKILL, 20.0)
+def test_killed_rank_is_named_to_the_others_at_once(pool, meet, phase):
+    first, fate, last = pool.run(a_rank_goes, meet, phase, signal.SIGKILL, 20.0)
 
     assert fate == -signal.SIGKILL
     for seconds, kind, text, lost in (first, last):
@@ -116,8 +122,8 @@ def test_killed_rank_is_named_to_the_others_at_once(pool, phase):
 
 
 @pytest.mark.parametrize("phase", [p for p in PHASES if p != "close"])
-def test_stopped_rank_is_named_to_the_others_at_the_deadline(pool, phase):
-    first, fate, last = pool.run(a_rank_goes, pool.store_path(), phase, signal.SIGSTOP, 0.7)
+def test_stopped_rank_is_named_to_the_others_at_the_deadline(pool, meet, phase):
+    first, fate, last = pool.run(a_rank_goes, meet, phase, signal.SIGSTOP, 0.7)
 
     assert fate == "stopped"
     for seconds, kind, text, _ in (first, last):
@@ -170,8 +176,8 @@ def a_rank_differs(rank, size, meet, case):
         ("async", "all_reduce float32 32 bytes sum", "barrier"),
     ],
 )
-def test_different_calls_are_named_on_every_rank(pool, case, usual, other):
-    for (_, kind, text, _, calls), again in pool.run(a_rank_differs, pool.store_path(), case):
+def test_different_calls_are_named_on_every_rank(pool, meet, case, usual, other):
+    for (_, kind, text, _, calls), again in pool.run(a_rank_differs, meet, case):
         assert kind == "CollectiveMismatchError", text
         assert usual in calls[0], calls
         assert other in calls[1], calls
@@ -259,8 +265,8 @@ def the_second_aborts(rank, size, meet):
     return found[1:4]
 
 
-def test_abort_reaches_every_rank_with_its_reason(pool):
-    first, second, third = pool.run(the_second_aborts, pool.store_path())
+def test_abort_reaches_every_rank_with_its_reason(pool, meet):
+    first, second, third = pool.run(the_second_aborts, meet)
 
     assert second[0] == "DistributedRuntimeError"
     for kind, text, lost in (first, third):
@@ -292,8 +298,8 @@ def the_second_waits_and_is_interrupted(rank, size, meet):
     return found[1:3]
 
 
-def test_interrupt_in_a_call_ends_the_group_and_tells_the_others(pool):
-    first, second, third = pool.run(the_second_waits_and_is_interrupted, pool.store_path())
+def test_interrupt_in_a_call_ends_the_group_and_tells_the_others(pool, meet):
+    first, second, third = pool.run(the_second_waits_and_is_interrupted, meet)
 
     assert "KeyboardInterrupt" in second[1]
     for kind, text in (first, third):
@@ -312,8 +318,8 @@ def closed_by_one(rank, size, meet):
     return found[1:3]
 
 
-def test_rank_that_closed_is_lost_to_the_others(pool):
-    first, _, third = pool.run(closed_by_one, pool.store_path())
+def test_rank_that_closed_is_lost_to_the_others(pool, meet):
+    first, _, third = pool.run(closed_by_one, meet)
 
     for kind, text in (first, third):
         assert kind == "PeerLostError", text
@@ -354,7 +360,7 @@ def a_bug_in_a_call(rank, size, meet):
     return found[1:3]
 
 
-def test_error_in_a_hook_reaches_the_others(pool):
-    for kind, text in pool.run(a_bug_in_a_call, pool.store_path()):
+def test_error_in_a_hook_reaches_the_others(pool, meet):
+    for kind, text in pool.run(a_bug_in_a_call, meet):
         assert kind == "PeerLostError", text
         assert "a bug" in text

@@ -269,7 +269,7 @@ def test_strangers_are_sent_away(listener, stranger):
 def test_exchange_names_the_ranks_that_said_nothing(tmp_path):
     exchange = Exchange(dist.FileStore(str(tmp_path / "store"), 3), 0, 3, "alone", 0.1)
 
-    with pytest.raises(CommTimeoutError, match="no sign of rank 1, 2 of 3 within 0.1 s"):
+    with pytest.raises(CommTimeoutError, match=r"no sign of rank 1, 2 of 3 within 0\.1 s"):
         exchange.all("claim", {})
 
 

@@ -13,7 +13,7 @@ from sagellm.comm.collective_ops._shm import segment as segments
 from sagellm.comm.collective_ops._shm.arena import Arena
 from sagellm.comm.collective_ops._shm.layout import PAGE, Layout
 from sagellm.comm.collective_ops._shm.overrides import parse_overrides
-from sagellm.comm.collective_ops._shm.rings import ANNOUNCE, SMALL, Ring, plain_words
+from sagellm.comm.collective_ops._shm.rings import ANNOUNCE, SMALL, Ring, segment_words
 from sagellm.comm.collective_ops._shm.segment import Segment
 from sagellm.comm.collective_ops._shm.settings import ShmSettings
 from sagellm.core.protocols import ConfigError, IntegrityError, ResourceError
@@ -180,7 +180,7 @@ def test_tensor_outlives_the_group(segment, arena):
 
 @pytest.fixture
 def ring(segment):
-    words = plain_words(segment.memory)
+    words = segment_words(segment.memory)
     ends = [Ring(segment.memory, words, segment.layout, 0, 1) for _ in range(2)]
     yield ends
     del ends, words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -319,6 +320,7 @@ class ShmBackend(TensorBackend):
 
     def after_fork(self) -> None:
         """In a forked child: refuse everything, for the group is the parent's."""
+        self._state = threading.RLock()  # a thread that the child does not have may hold it
         self._hot.stop()
         self._dead = ConfigError(FORKED)
 

@@ -1,15 +1,17 @@
-"""Which engines this process has, which one a group takes, and making it."""
+"""Which engines this process has, and which one a group takes. No torch until one is made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import BackendUnavailableError, ConfigError
 
-from .engine import EngineFactory
 from .identity import machine
 from .native_library import ABI, library
+
+if TYPE_CHECKING:
+    from .engine import EngineFactory
 
 __all__ = ["ENGINES", "agree_engine", "available_engines", "engine_factory"]
 
@@ -20,7 +22,7 @@ ENGINES = ("native", "python")
 def available_engines() -> dict[str, str]:
     """The engines that work in this process, each with the version that all ranks must share.
 
-    No engine is loaded twice; what is missing is simply not in the answer.
+    What is missing is simply not in the answer.
     """
     found: dict[str, str] = {}
     if not isinstance(library(), str):

@@ -33,7 +33,7 @@ from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
 from .overrides import parse_overrides
 from .p2p import Messages
-from .rings import Ring, plain_words
+from .rings import Ring, segment_words
 from .settings import ShmSettings, facts_of, plan_layout
 
 __all__ = ["ShmTransport", "form_transport"]
@@ -232,7 +232,7 @@ class ShmTransport(Transport):
                 who = ", ".join(self._board.who(r) for r in lost)
                 raise PeerLostError(
                     f"split of group {self._name}: lost rank {who}",
-                    rank=self._global_ranks[lost[0]],
+                    rank=list(ranks).index(lost[0]),
                 )
 
         return form_transport(
@@ -251,6 +251,7 @@ class ShmTransport(Transport):
         """In a child: close the connections, whose ends of file must mean the parent's."""
         self.forked = True
         self._lock = threading.Lock()
+        self.arena.close()
         for link in self._met.links.values():
             link.close()
 
@@ -282,6 +283,8 @@ def form_transport(
             watch=watch,
         )
     except CommError as e:
+        if isinstance(e, PeerLostError) and e.rank is not None:
+            e.rank = global_ranks[e.rank]
         raise _renamed(e, f"shm group {name} of {size} ranks (this is rank {rank})") from e
     polls = polls_for(size, usable_cpus(met.claims))
     try:
@@ -312,7 +315,7 @@ def form_transport(
 
 def _rings(met: Met, rank: int) -> dict[int, tuple[Ring, Ring]]:
     memory, layout = met.segment.memory, met.segment.layout
-    words = plain_words(memory)
+    words = segment_words(memory)
     return {
         peer: (Ring(memory, words, layout, rank, peer), Ring(memory, words, layout, peer, rank))
         for peer in met.links

@@ -34,6 +34,7 @@ from sagellm.core.protocols.process_group import (
 )
 
 from ._groups import find_source
+from ._shm.any_source import AnySourceReceive
 from ._shm.engine import EngineFailure
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
@@ -289,6 +290,10 @@ class ShmBackend(TensorBackend):
         """An interrupt, or a bug, in the middle of a call: the ranks are apart."""
         self._hot.stop()
         self.abort(f"{type(error).__name__} in {op}")
+
+    def recv_any_source(self, x: Tensor, tag: int = 0) -> AnySourceReceive:
+        """Start to fill `x` from whichever rank sends first with this tag; `source` says which."""
+        return AnySourceReceive(self, self._shm, x, tag)
 
     # -- what changes the way -------------------------------------------------------------
 

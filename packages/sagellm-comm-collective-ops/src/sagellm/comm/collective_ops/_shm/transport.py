@@ -141,6 +141,10 @@ class ShmTransport(Transport):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self._messages.issue(calls)
 
+    def sender_of(self, tag: int) -> int | None:
+        """A peer that has sent a message with this tag for which no receive was posted."""
+        return self._messages.sender_of(tag)
+
     def run(self, call: RawCall) -> None:
         """Run a collective here and now; an interrupt ends the group: its ranks are apart then."""
         started = time.perf_counter_ns()

@@ -245,8 +245,9 @@ def differing(kind, rank):
         return RawCall("all_reduce", [], [x], reduce_op="max" if odd else "sum")
     if kind == "root":
         return RawCall("broadcast", [], [x], peer=int(odd))
-    splits = [2, 2, 4] if odd else [4, 2, 2]
-    return RawCall("all_to_all", [x], [torch.zeros(8)], in_splits=splits, out_splits=[3, 3, 2])
+    gives = [2 if r == rank else 3 for r in range(3)]
+    takes = [2, 2, 4] if odd else gives
+    return RawCall("all_to_all", [x], [torch.zeros(8)], in_splits=gives, out_splits=takes)
 
 
 def make_different_calls(backend, folder, kind, prepared):

@@ -63,6 +63,44 @@ class ShmWorld:
         self._pool.close()
 
 
+def on_c10d(rank, size, store, fn, *args):
+    """In a worker: `fn(*args)` in a process whose default group is ours."""
+    import torch.distributed as dist
+
+    from sagellm.comm.collective_ops import register_c10d_backend
+
+    if "c10d" not in _state:
+        register_c10d_backend()
+        register_c10d_backend("sagellm_gloo", backend="gloo")
+        dist.init_process_group(
+            "sagellm",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=20),
+        )
+        _state["c10d"] = {
+            "gloo": dist.new_group(backend="gloo"),
+            "sagellm": dist.new_group(),
+            "sagellm_gloo": dist.new_group(backend="sagellm_gloo"),
+        }
+    return fn(_state["c10d"], *args)
+
+
+class C10dWorld:
+    """`run` calls a test file's function in every rank as `fn(groups by backend name, *args)`."""
+
+    def __init__(self, size):
+        self._pool = RankPool(size)
+        self._store = self._pool.store_path()
+
+    def run(self, fn, *args, timeout_s=60.0):
+        return self._pool.run(on_c10d, self._store, fn, *args, timeout_s=timeout_s)
+
+    def close(self):
+        self._pool.close()
+
+
 class GlooWorld:
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
@@ -130,6 +168,21 @@ def fresh_shm(loopback):
 
     yield make
     for world in worlds:
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def c10d_worlds(loopback):
+    """Worlds whose default torch group is ours, by size, started when first asked for."""
+    worlds = {}
+
+    def get(size):
+        if size not in worlds:
+            worlds[size] = C10dWorld(size)
+        return worlds[size]
+
+    yield get
+    for world in worlds.values():
         world.close()
 
 

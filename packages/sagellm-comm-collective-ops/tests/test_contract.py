@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sagellm.comm.collective_ops import MockWorld, fused_all_reduce
+from sagellm.comm.collective_ops._shm.engines import available_engines
 from sagellm.core.protocols import (
     ConfigError,
     KVBlock,
@@ -421,10 +422,14 @@ def case_memory_and_explain(b):
 CASES = [found for name, found in list(globals().items()) if name.startswith("case_")]
 
 
-@pytest.fixture(params=["mock-2", "mock-3", "gloo-2", "gloo-3", "python-2", "python-3"])
+@pytest.fixture(
+    params=["mock-2", "mock-3", "gloo-2", "gloo-3", "native-2", "native-3", "python-2", "python-3"]
+)
 def on_every_rank(request, gloo_pools, shm_pools):
     kind, size = request.param.split("-")
-    if kind == "python":
+    if kind in ("native", "python"):
+        if kind not in available_engines():
+            pytest.skip(f"no {kind} engine here")
         return shm_pools(int(size), kind).run
     if kind == "gloo":
         return gloo_pools(int(size)).run

@@ -13,7 +13,7 @@ import torch
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
 from ._process_group.cost_table import table_by_store
 from ._process_group.ops import TensorBackend
-from ._process_group.shim import group_facts, group_libraries, make_group
+from ._process_group.shim import abort_group, group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
 from ._process_group.stats import busbw_factor
 from ._process_group.torch_transport import TorchTransport
@@ -32,6 +32,7 @@ __all__ = [
     "TensorBackend",
     "TorchObject",
     "Transport",
+    "abort_group",
     "busbw_factor",
     "completed_future",
     "fingerprint",

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ._c10d.wrapping import GroupCall as GroupCall
     from ._mock_group import Transfer as Transfer
+    from .c10d import (
+        register_c10d_backend as register_c10d_backend,
+        wrap_process_group as wrap_process_group,
+    )
     from .factory import (
         create_comm_backend as create_comm_backend,
         explain_selection as explain_selection,
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FusedAllReduce",
     "GlooBackend",
+    "GroupCall",
     "MockBackend",
     "MockWorld",
     "NCCLBackend",
@@ -34,11 +40,14 @@ __all__ = [
     "create_comm_backend",
     "explain_selection",
     "fused_all_reduce",
+    "register_c10d_backend",
+    "wrap_process_group",
 ]
 
 _NEED_TORCH = {
     "FusedAllReduce": "fusion",
     "GlooBackend": "gloo_backend",
+    "GroupCall": "_c10d.wrapping",
     "MockBackend": "mock_backend",
     "MockWorld": "mock_backend",
     "NCCLBackend": "nccl_backend",
@@ -48,6 +57,8 @@ _NEED_TORCH = {
     "create_comm_backend": "factory",
     "explain_selection": "factory",
     "fused_all_reduce": "fusion",
+    "register_c10d_backend": "c10d",
+    "wrap_process_group": "c10d",
 }
 
 

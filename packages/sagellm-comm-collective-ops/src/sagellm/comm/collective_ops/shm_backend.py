@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from sagellm.core.protocols.process_group import (
 )
 
 from ._groups import find_source
+from ._shm.any_source import AnySourceReceive
 from ._shm.engine import EngineFailure
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
@@ -289,6 +291,10 @@ class ShmBackend(TensorBackend):
         self._hot.stop()
         self.abort(f"{type(error).__name__} in {op}")
 
+    def recv_any_source(self, x: Tensor, tag: int = 0) -> AnySourceReceive:
+        """Start to fill `x` from whichever rank sends first with this tag; `source` says which."""
+        return AnySourceReceive(self, self._shm, x, tag)
+
     # -- what changes the way -------------------------------------------------------------
 
     def add_hook(
@@ -316,6 +322,7 @@ class ShmBackend(TensorBackend):
 
     def after_fork(self) -> None:
         """In a forked child: refuse everything, for the group is the parent's."""
+        self._state = threading.RLock()  # a thread that the child does not have may hold it
         self._hot.stop()
         self._dead = ConfigError(FORKED)
 

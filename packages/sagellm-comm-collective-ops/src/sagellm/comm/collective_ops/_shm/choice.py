@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["ALGORITHMS", "Override", "choose"]
+__all__ = [
+    "ALGORITHMS",
+    "ONE_SHOT_BYTES",
+    "SYMMETRIC_BYTES",
+    "Override",
+    "choose",
+    "one_shot_bytes",
+]
 
 ALGORITHMS = ("direct", "one_shot", "two_shot", "symmetric")
 
@@ -17,6 +24,11 @@ ONE_SHOT_BYTES = 32 * 1024
 SYMMETRIC_BYTES = 64 * 1024
 """Symmetric tensors are reduced where they lie above this size: below, a copy is cheaper than
 a second synchronisation."""
+
+
+def one_shot_bytes(world: int, slot_bytes: int) -> int:
+    """Longest tensor of which every rank adds all."""
+    return slot_bytes if world == 2 else min(ONE_SHOT_BYTES, slot_bytes)
 
 
 def choose(
@@ -47,4 +59,4 @@ def choose(
                 return algorithm
     if symmetric and nbytes > SYMMETRIC_BYTES:
         return "symmetric"
-    return "one_shot" if nbytes <= (slot_bytes if world == 2 else ONE_SHOT_BYTES) else "two_shot"
+    return "one_shot" if nbytes <= one_shot_bytes(world, slot_bytes) else "two_shot"

@@ -1,14 +1,17 @@
-"""Which engines this process has, which one a group takes, and making it."""
+"""Which engines this process has, and which one a group takes. No torch until one is made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import BackendUnavailableError, ConfigError
 
-from .engine import EngineFactory
 from .identity import machine
+from .native_library import ABI, library
+
+if TYPE_CHECKING:
+    from .engine import EngineFactory
 
 __all__ = ["ENGINES", "agree_engine", "available_engines", "engine_factory"]
 
@@ -19,9 +22,11 @@ ENGINES = ("native", "python")
 def available_engines() -> dict[str, str]:
     """The engines that work in this process, each with the version that all ranks must share.
 
-    No engine is loaded twice; what is missing is simply not in the answer.
+    What is missing is simply not in the answer.
     """
     found: dict[str, str] = {}
+    if not isinstance(library(), str):
+        found["native"] = f"{machine()} {ABI}"
     if machine() == "x86_64":
         found["python"] = "1"
     return found
@@ -53,6 +58,10 @@ def agree_engine(wanted: str, offers: Sequence[Mapping[str, Any]]) -> str:
 
 def engine_factory(name: str) -> EngineFactory:
     """The class of an engine."""
+    if name == "native":
+        from .native_engine import NativeEngine
+
+        return NativeEngine
     if name == "python":
         from .python_engine import PythonEngine
 

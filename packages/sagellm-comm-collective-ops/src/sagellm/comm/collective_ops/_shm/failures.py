@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from sagellm.core.protocols import (
 from .engine import EngineFailure
 from .layout import CAUSES, H_POISON, REASON, SEQUENCE, SIGNATURE, Layout, describe
 
-__all__ = ["Board", "explain"]
+__all__ = ["Board", "explain", "late_ranks"]
 
 _WORD = struct.Struct("<q")
 _GRACE_S = 0.2
@@ -86,16 +87,20 @@ def explain(
 
     """
     cause, rank = failure.cause, failure.rank
+    poison = board.poison()
+    if cause == "lost" and poison is not None and poison[1] not in (board.rank, rank):
+        # A rank that learns of a failure leaves: what it was told came first.
+        cause, rank = poison
     if cause == "mismatch":
         return _mismatch(board, text, failure)
-    poison = board.poison()
     told = poison is not None and poison[1] != board.rank and poison[1] == rank
     reason = board.reason(rank) if told else ""
     if cause == "lost" or (told and cause not in ("timeout", "aborted", "error")):
-        lost = [rank] if not told else list(gone()) or [rank]
-        who = ", ".join(board.who(r) for r in lost)
-        detail = f" ({reason})" if reason else ""
-        return PeerLostError(f"{text}: lost rank {who}{detail}", rank=board.global_ranks[lost[0]])
+        lost = _culprit(board, reason, gone()) if told else rank
+        detail = f" (rank {board.who(rank)} says: {reason})" if told and lost != rank else ""
+        return PeerLostError(
+            f"{text}: lost rank {board.who(lost)}{detail}", rank=board.global_ranks[lost]
+        )
     if cause == "timeout":
         if told:
             return CommTimeoutError(f"{text}: rank {board.who(rank)} gave up: {reason}")
@@ -106,6 +111,20 @@ def explain(
             rank=board.global_ranks[rank],
         )
     return DistributedRuntimeError(f"{text}: {cause}: {board.reason(board.rank) or failure}")
+
+
+def _culprit(board: Board, reason: str, gone: Sequence[int]) -> int:
+    """The rank that a reason names, else one that is gone."""
+    named = re.search(r"rank (\d+)", reason)
+    if named is not None and int(named[1]) < len(board.global_ranks):
+        return int(named[1])
+    return gone[0] if gone else board.rank
+
+
+def late_ranks(board: Board) -> list[int]:
+    """The ranks whose step is behind the foremost one's."""
+    steps = [board.step(r) for r in range(len(board.global_ranks))]
+    return [r for r, step in enumerate(steps) if step < max(steps)]
 
 
 def _late(board: Board, rank: int, step: int) -> str:

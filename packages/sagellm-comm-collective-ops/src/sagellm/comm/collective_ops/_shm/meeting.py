@@ -96,7 +96,7 @@ def meet(
     crowd = _Crowd(exchange, listener)
     try:
         said |= {"address": listener.address, "nonce": listener.nonce.hex()}
-        crowd.claims = exchange.all("claim", said, watch)
+        crowd.claims = crowd.listen(said, watch)
         failure: CommError | None = None
         try:
             crowd.gather(plan)
@@ -124,6 +124,17 @@ class _Crowd:
         self.links: dict[int, socket.socket] = {}
         self.pending: dict[int, socket.socket] = {}
         self.segment: Segment | None = None
+
+    def listen(self, said: Mapping[str, Any], watch: Callable[[], None] | None) -> Claims:
+        """Everybody's claims; a rank that gives up leaves word of why."""
+        try:
+            return self.exchange.all("claim", said, watch)
+        except CommError as e:
+            given = [v for v in self.exchange.seen("done").values() if "code" in v]
+            self.exchange.tell("done", _told(e))
+            if given and e.code == PeerLostError.code:  # it left because of something else
+                raise _error(given[0], given[0]["text"]) from e
+            raise
 
     def gather(self, plan: Callable[[Claims], Layout]) -> None:
         claims, rank = self.claims, self.exchange.rank
@@ -202,7 +213,7 @@ class _Crowd:
     def settle(self, mine: CommError | None) -> None:
         """Return on every rank or raise on every rank."""
         exchange = self.exchange
-        value = {} if mine is None else {"code": mine.code, "text": str(mine)}
+        value = {} if mine is None else _told(mine)
         if mine is not None:
             exchange.tell("done", value)
             if mine.code not in _SECONDARY:
@@ -228,14 +239,24 @@ class _Crowd:
         if first is None and errors:
             first = next(iter(errors))
         if first is not None:
-            code, text = errors[first]["code"], errors[first]["text"]
-            raise error_from_code(code, f"rank {first}: {text}")
+            raise _error(errors[first], f"rank {first}: {errors[first]['text']}")
 
     def disperse(self) -> None:
         for link in (*self.links.values(), *self.pending.values()):
             link.close()
         if self.segment is not None:
             self.segment.close()
+
+
+def _told(error: CommError) -> dict[str, Any]:  # Any: JSON
+    return {"code": error.code, "text": str(error), "rank": getattr(error, "rank", None)}
+
+
+def _error(told: Mapping[str, Any], text: str) -> CommError:  # Any: JSON
+    error = error_from_code(told["code"], text)
+    if isinstance(error, PeerLostError):
+        error.rank = told.get("rank")
+    return error
 
 
 def require_alive(links: Mapping[int, socket.socket]) -> None:

@@ -176,6 +176,21 @@ class Messages:
                 nap_s = min(nap_s * 1.3 + 10e-6, _LONGEST_NAP_S)
         return True
 
+    def sender_of(self, tag: int) -> int | None:
+        """A peer whose message with this tag has come and was not asked for; None if there is none.
+
+        Raises whatever `health` does once a peer is gone or the group dead.
+        """
+        self._move()
+        with self._lock:
+            for rank, peer in self._peers.items():
+                if peer.arrived.get(tag):
+                    return rank
+            peers = tuple(self._peers)
+        for rank in peers:
+            self._health(rank)
+        return None
+
     def _healthy(self, work: _Message) -> bool:
         try:
             self._health(work.peer)

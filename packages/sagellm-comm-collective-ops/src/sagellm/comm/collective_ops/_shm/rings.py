@@ -8,15 +8,30 @@ at the end of the ring is skipped.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from sagellm.core.protocols import BackendUnavailableError
 
-__all__ = ["ANNOUNCE", "CLEAR", "DATA", "HEADER", "SMALL", "Frame", "Ring", "Words", "plain_words"]
+from .identity import machine
+from .layout import Layout
+from .native_library import library
+
+__all__ = [
+    "ANNOUNCE",
+    "CLEAR",
+    "DATA",
+    "HEADER",
+    "SMALL",
+    "Frame",
+    "Ring",
+    "Words",
+    "segment_words",
+]
 
 HEAD, TAIL, MATCHED = 0, 64, 128
 _START = 256
@@ -54,9 +69,34 @@ class _PlainWords:
         self._words[offset >> 3] = value
 
 
-def plain_words(memory: mmap.mmap) -> Words:
-    """Words by plain loads and stores, for x86-64 only."""
-    return _PlainWords(memory)
+class _OrderedWords:
+    """Loads and stores by the compiled library, for machines that reorder them."""
+
+    def __init__(self, memory: mmap.mmap, lib: ctypes.PyDLL) -> None:
+        self._anchor = ctypes.c_char.from_buffer(memory)
+        self._base = ctypes.addressof(self._anchor)
+        self._load, self._store = lib.sage_shm_load_acquire, lib.sage_shm_store_release
+
+    def load(self, offset: int) -> int:
+        return int(self._load(self._base + offset))
+
+    def store(self, offset: int, value: int) -> None:
+        self._store(self._base + offset, value)
+
+
+def segment_words(memory: mmap.mmap) -> Words:
+    """The words of a segment, in the way that this machine needs.
+
+    Raises:
+        BackendUnavailableError: It needs the compiled library, which is not there.
+
+    """
+    if machine() == "x86_64":
+        return _PlainWords(memory)
+    found = library()
+    if isinstance(found, str):
+        raise BackendUnavailableError(f"messages over shm need the native engine: {found}")
+    return _OrderedWords(memory, found.held)
 
 
 class Ring:

@@ -29,13 +29,13 @@ from .arena import Arena
 from .calls import CallQueue, FinishedWork
 from .engine import Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
-from .failures import Board, explain
+from .failures import Board, explain, late_ranks
 from .forks import release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
 from .overrides import parse_overrides
 from .p2p import Messages
-from .rings import Ring, plain_words
+from .rings import Ring, segment_words
 from .settings import ShmSettings, facts_of, plan_layout
 
 __all__ = ["ShmTransport", "form_transport"]
@@ -141,6 +141,10 @@ class ShmTransport(Transport):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self._messages.issue(calls)
 
+    def sender_of(self, tag: int) -> int | None:
+        """A peer that has sent a message with this tag for which no receive was posted."""
+        return self._messages.sender_of(tag)
+
     def run(self, call: RawCall) -> None:
         """Run a collective here and now; an interrupt ends the group: its ranks are apart then."""
         started = time.perf_counter_ns()
@@ -204,7 +208,11 @@ class ShmTransport(Transport):
             return error
         if not isinstance(error, EngineFailure):
             named = _renamed(error, describe)
-            self.engine.poison(_cause_of(error), str(error))
+            late = late_ranks(self._board) if isinstance(error, CommTimeoutError) else []
+            if late and "no sign of rank" not in str(error):
+                who = ", ".join(self._board.who(r) for r in late)
+                named = CommTimeoutError(f"{describe}: no sign of rank {who}: {error}")
+            self.engine.poison(_cause_of(error), str(named if late else error))
             return named
         told = explain(self._board, describe, error, self.gone)
         self.engine.poison(error.cause, _short(self._board, error))
@@ -247,7 +255,7 @@ class ShmTransport(Transport):
                 who = ", ".join(self._board.who(r) for r in lost)
                 raise PeerLostError(
                     f"split of group {self._name}: lost rank {who}",
-                    rank=self._global_ranks[lost[0]],
+                    rank=list(ranks).index(lost[0]),
                 )
 
         return form_transport(
@@ -266,6 +274,7 @@ class ShmTransport(Transport):
         """In a child: close the connections, whose ends of file must mean the parent's."""
         self.forked = True
         self._lock = threading.Lock()
+        self.arena.close()
         for link in self._met.links.values():
             link.close()
 
@@ -297,6 +306,8 @@ def form_transport(
             watch=watch,
         )
     except CommError as e:
+        if isinstance(e, PeerLostError) and e.rank is not None:
+            e.rank = global_ranks[e.rank]
         raise _renamed(e, f"shm group {name} of {size} ranks (this is rank {rank})") from e
     polls = polls_for(size, usable_cpus(met.claims))
     try:
@@ -327,7 +338,7 @@ def form_transport(
 
 def _rings(met: Met, rank: int) -> dict[int, tuple[Ring, Ring]]:
     memory, layout = met.segment.memory, met.segment.layout
-    words = plain_words(memory)
+    words = segment_words(memory)
     return {
         peer: (Ring(memory, words, layout, rank, peer), Ring(memory, words, layout, peer, rank))
         for peer in met.links

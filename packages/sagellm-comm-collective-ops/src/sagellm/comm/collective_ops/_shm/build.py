@@ -1,0 +1,61 @@
+"""Compile the C engine: `python -m sagellm.comm.collective_ops._shm.build`, and the wheel's hook.
+
+Nothing but the standard library is imported here: the hook loads this file by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["FLAGS", "SOURCE", "TARGET", "compile_library", "compiler"]
+
+SOURCE = Path(__file__).with_name("_native.c")
+TARGET = Path(__file__).with_name("_sage_shm.so")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
+"""No contraction: sums must have the same bits on every machine."""
+
+
+def compiler() -> list[str] | None:
+    """The command of a C compiler: $CC, cc, gcc or clang; None if there is none."""
+    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def compile_library(target: Path = TARGET) -> str | None:
+    """Make the library; None when it is there, else why not. An older one is replaced at once."""
+    if not sys.platform.startswith("linux"):
+        return f"the shm backend needs Linux, this is {sys.platform}"
+    command = compiler()
+    if command is None:
+        return "no C compiler: set CC, or install gcc or clang"
+    made = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        done = subprocess.run(
+            [*command, *FLAGS, "-shared", "-o", str(made), str(SOURCE)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if done.returncode:
+            return f"{shlex.join(command)} failed: {done.stderr.strip()[-2000:]}"
+        made.replace(target)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"{shlex.join(command)} could not run: {e}"
+    finally:
+        made.unlink(missing_ok=True)
+    return None
+
+
+if __name__ == "__main__":
+    wrong = compile_library()
+    print(f"not built: {wrong}" if wrong else f"built {TARGET}")
+    raise SystemExit(1 if wrong else 0)

@@ -1,0 +1,104 @@
+"""The compiled engine as a library: finding it, and refusing one that is not what it should be."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ABI", "LIBRARY", "NativeLibrary", "library", "load"]
+
+logger = logging.getLogger(__name__)
+
+ABI = 1
+"""What `sage_shm_abi` must answer."""
+LIBRARY = Path(__file__).parent / "_sage_shm.so"
+"""Where the wheel's build hook puts the library."""
+LAYOUT = (
+    "page=4096 control_bytes=256 poison=128 reason=128 signature=1,4 symmetric=8,10 ops=9 "
+    f"dtypes=10 reductions=9 abi={ABI}"
+)
+"""What `sage_shm_layout` must answer: the numbers of `layout` that `_native.c` repeats."""
+
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES = {
+    "sage_shm_abi": (_I, []),
+    "sage_shm_layout": (ctypes.c_char_p, []),
+    "sage_shm_open": (_P, [_P, _I, _I, _L, _L, _L, _L, _P, _L, _I]),
+    "sage_shm_tune": (None, [_P, _L, _L, _L, _L, _L]),
+    "sage_shm_override": (_I, [_P, _L, _L, _L, _L]),
+    "sage_shm_algorithm": (_I, [_P, _I, _L, _I]),
+    "sage_shm_run": (_I, [_P, _L, _L, _P, _P, _P, _L]),
+    "sage_shm_resume": (_I, [_P]),
+    "sage_shm_prepare": (_P, [_P, _L, _L, _P, _P, _L]),
+    "sage_shm_go": (_I, [_P]),
+    "sage_shm_forget": (None, [_P]),
+    "sage_shm_failure": (None, [_P, _P]),
+    "sage_shm_totals": (_L, [_P, _P, _L]),
+    "sage_shm_records": (_L, [_P, _P]),
+    "sage_shm_reset": (None, [_P]),
+    "sage_shm_poison": (None, [_P, _I, ctypes.c_char_p]),
+    "sage_shm_close": (None, [_P]),
+    "sage_shm_load_acquire": (_L, [_P]),
+    "sage_shm_store_release": (None, [_P, _L]),
+    "sage_shm_fold": (None, [_I, _I, _I, _P, _P, _L]),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLibrary:
+    """One library opened twice: `held` keeps the interpreter's lock in a call, `free` lets it go."""
+
+    held: ctypes.PyDLL
+    free: ctypes.CDLL
+
+
+def load(path: Path) -> NativeLibrary:
+    """The library at `path`.
+
+    Raises:
+        OSError: It is absent, or for another machine.
+        ValueError: It is of another version than this module.
+
+    """
+    free = ctypes.CDLL(str(path))
+    held = ctypes.PyDLL(str(path))
+    try:
+        for handle in (free, held):
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(handle, name)
+                function.restype, function.argtypes = result, arguments
+    except AttributeError as e:
+        raise ValueError(f"it lacks a function: {e}") from None
+    found = free.sage_shm_layout().decode()
+    if free.sage_shm_abi() != ABI or found != LAYOUT:
+        raise ValueError(f"it is of another version: {found}; this package has {LAYOUT}")
+    return NativeLibrary(held, free)
+
+
+_once = threading.Lock()
+
+
+@functools.cache
+def _library(path: Path) -> NativeLibrary | str:
+    if not path.exists():
+        return f"{path.name} was not built: no C compiler was there when the wheel was made"
+    try:
+        return load(path)
+    except (OSError, ValueError) as e:
+        logger.warning(
+            "the compiled engine of shm at %s is left out: %s; reinstall this package, or run "
+            "python -m sagellm.comm.collective_ops._shm.build",
+            path,
+            e,
+        )
+        return str(e)
+
+
+def library(path: Path | None = None) -> NativeLibrary | str:
+    """The installed library, or why there is none; looked at once, a bad one logged once."""
+    with _once:
+        return _library(LIBRARY if path is None else path)

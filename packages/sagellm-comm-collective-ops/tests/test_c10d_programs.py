@@ -100,7 +100,7 @@ def dtensor(groups):
     columns = sharded.redistribute(placements=[Shard(1)])
     same(columns.full_tensor(), whole)
     part = DTensor.from_local(torch.full((2 * size, 2), 1.0 + rank), mesh, [Partial()])
-    total = sum(range(1, size + 1))
+    total = float(sum(range(1, size + 1)))
     same(part.redistribute(placements=[Replicate()]).to_local(), torch.full((2 * size, 2), total))
     same(part.redistribute(placements=[Shard(0)]).to_local(), torch.full((2, 2), total))
 

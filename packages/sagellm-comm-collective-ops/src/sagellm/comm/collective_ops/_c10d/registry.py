@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import distributed_c10d
 
 from sagellm.core.protocols import ConfigError
+from sagellm.core.protocols.process_group import TorchObject
 
 __all__ = ["adopt"]
 
 
-def adopt(group: Any, inner: Any, name: str) -> None:  # Any: process groups
+def adopt(group: TorchObject, inner: TorchObject, name: str) -> None:
     """Register `group` beside `inner`, with its ranks, so that `dist.*` takes it.
 
     A group outside the table stays outside.

@@ -221,7 +221,7 @@ def test_age_is_rank_0s_and_counted_in_tensors_everywhere(monkeypatch):
     def monotonic():
         if getattr(clock, "rank", None) is None:
             return real()
-        clock.now = getattr(clock, "now", 0.0) + (0.5 if clock.rank == 0 else 0.0)
+        clock.now = getattr(clock, "now", 0.0) + (4.0 if clock.rank == 0 else 0.0)
         return clock.now
 
     real = time.monotonic

@@ -210,7 +210,7 @@ def test_several_ranks_need_a_store_that_works():
 
 
 DOMESTIC = "bccl cncl eccl hccl hygon iluvatar kunlun mccl metax sccl tccl".split()
-OURS = ["gloo", "mock", "nccl", "rccl"]
+OURS = ["gloo", "hier", "mock", "nccl", "rccl", "shm"]
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_unknown_backend_lists_what_exists_and_what_to_install(installed):
     with pytest.raises(ConfigError) as caught:
         backend_registry().load("nonesuch")
     text = str(caught.value)
-    assert "installed: gloo, mock, nccl, rccl" in text
+    assert "installed: gloo, hier, mock, nccl, rccl, shm" in text
     assert all(f"{name} (`pip install sagellm-comm-domestic`)" in text for name in DOMESTIC)
     assert "collective-ops" not in text
 

@@ -27,6 +27,38 @@ def on_backend(rank, size, store, fn, *args):
     return fn(_state["backend"], *args)
 
 
+def on_shm(rank, size, store, engine, fn, *args):
+    """In a worker: `fn(backend, *args)` with a backend of one engine over shared memory."""
+    import torch.distributed as dist
+
+    from sagellm.comm.collective_ops import ShmBackend
+
+    if engine not in _state:
+        _state[engine] = ShmBackend.over_store(
+            dist.FileStore(store, size), rank, size, timeout_s=20, options={"engine": engine}
+        )
+    return fn(_state[engine], *args)
+
+
+class ShmWorld:
+    """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
+
+    def __init__(self, size, engine="auto"):
+        self._pool = RankPool(size)
+        self._engine = engine
+        self._store = self._pool.store_path()
+
+    def run(self, fn, *args, timeout_s=60.0):
+        return self._pool.run(on_shm, self._store, self._engine, fn, *args, timeout_s=timeout_s)
+
+    def outcomes(self, fn, *args, timeout_s=60.0):
+        job = self._pool.submit(on_shm, self._store, self._engine, fn, *args)
+        return job.outcomes(timeout_s)
+
+    def close(self):
+        self._pool.close()
+
+
 class GlooWorld:
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
@@ -65,6 +97,35 @@ def gloo_pools(loopback):
 
     yield get
     for world in worlds.values():
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def shm_pools(loopback):
+    """Worlds by size and engine, started when first asked for."""
+    worlds = {}
+
+    def get(size, engine="auto"):
+        if (size, engine) not in worlds:
+            worlds[size, engine] = ShmWorld(size, engine)
+        return worlds[size, engine]
+
+    yield get
+    for world in worlds.values():
+        world.close()
+
+
+@pytest.fixture
+def fresh_shm(loopback):
+    """Makes a world over shared memory that a test may break."""
+    worlds = []
+
+    def make(size, engine="auto"):
+        worlds.append(ShmWorld(size, engine))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
         world.close()
 
 

@@ -14,6 +14,7 @@ from sagellm.comm.collective_ops import (
     MockBackend,
     NCCLBackend,
     RCCLBackend,
+    ShmBackend,
     create_comm_backend,
     explain_selection,
 )
@@ -27,7 +28,7 @@ from sagellm.core.protocols import (
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gloo", GlooBackend), ("mock", MockBackend)])
+@pytest.mark.parametrize(("name", "kind"), [("gloo", GlooBackend), ("mock", MockBackend), ("shm", ShmBackend)])
 def test_named_backend_is_a_world_of_one(name, kind):
     with create_comm_backend(name) as backend:
         assert isinstance(backend, kind)
@@ -51,10 +52,11 @@ def test_named_backend_is_a_world_of_one(name, kind):
 
 
 @needs_no_cuda
-def test_auto_takes_gloo_on_a_host_without_devices():
-    assert create_comm_backend().name == "gloo"
+def test_auto_takes_shm_on_a_host_without_devices():
+    assert create_comm_backend().name == "shm"
     text = explain_selection().explain()
-    assert text.startswith("gloo: taken for cpu")
+    assert text.startswith("shm: taken for cpu")
+    assert "gloo: not taken: shm comes first" in text
     assert "mock: not taken: taken only by name" in text
     assert "nccl: not taken: " in text
 
@@ -70,7 +72,7 @@ def test_setting_overrides_auto(monkeypatch):
         ("hccl", "pip install sagellm-comm-domestic"),
         ("cncl", "pip install sagellm-comm-domestic"),
         ("glooo", "did you mean 'gloo'"),
-        ("nonesuch", "installed: gloo, mock, nccl, rccl"),
+        ("nonesuch", "installed: gloo, mock, nccl, rccl, shm"),
     ],
 )
 def test_unknown_name_says_what_exists_and_what_to_install(name, hint, monkeypatch):
@@ -225,7 +227,7 @@ def test_world_from_the_environment(tmp_path):
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=60)[0] for process in ranks]
-    assert outputs == ["auto gloo 2 3\ngloo gloo 2 3\n"] * 2
+    assert outputs == ["auto shm 2 3\ngloo gloo 2 3\n"] * 2
 
 
 def test_importing_starts_nothing():

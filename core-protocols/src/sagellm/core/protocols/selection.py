@@ -40,7 +40,7 @@ BACKEND_SETTING = "SAGELLM_COMM_BACKEND"
 _OURS = "pip install sagellm-comm-collective-ops"
 _DOMESTIC = "pip install sagellm-comm-domestic"
 _HINTS = {
-    **dict.fromkeys(("gloo", "mock", "nccl", "rccl"), _OURS),
+    **dict.fromkeys(("gloo", "hier", "mock", "nccl", "rccl", "shm"), _OURS),
     **dict.fromkeys(
         (
             "bccl",
@@ -226,7 +226,7 @@ def _refuse(
     if device_type is not None and device_type not in spec.device_types:
         return True, f"serves {', '.join(spec.device_types)}, not {device_type}"
     if libraries:
-        kinds = [k for k in spec.device_types if libraries.get(k) == spec.c10d_name]
+        kinds = [k for k in spec.device_types if libraries.get(k) == spec.c10d_name is not None]
         if not kinds:
             running = ", ".join(f"{lib} on {kind}" for kind, lib in sorted(libraries.items()))
             return True, f"the process group runs {running}"

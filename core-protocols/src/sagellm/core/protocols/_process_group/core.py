@@ -117,6 +117,7 @@ class BackendCore(CommBackendProtocol):
         self._before: list[Before] = []
         self._after: list[After] = []
         self._take_over: list[TakeOver] = []
+        self._background = False  # whether the call being issued has async_op
         self._deferred: list[Work[Any]] | None = None  # works of a running `coalesce`
         self._splits = 0
         self._kv_receives: dict[int, KVReceive] = {}  # the latest from each peer
@@ -204,6 +205,7 @@ class BackendCore(CommBackendProtocol):
         self._sequence += 1
         self._counters.started(op, copies=copies, lowered=lowered)
         limit = self.timeout_s if timeout_s is None else timeout_s
+        self._background = async_op
         raws, done = self._launch(call, start, local)
         with self._state:
             self._in_flight += 1
@@ -258,6 +260,7 @@ class BackendCore(CommBackendProtocol):
     def _issue(self, method: str, call: RawCall) -> Started:
         """Start `call` as it is, or by the rule that the spec gives for `method`."""
         call.device = self._device
+        call.background = self._background
         if method in self.spec.capabilities.ops:
             return [self._transport.issue(call)], lambda: None
         lowered = lower_call(self.spec, self._rules[method].rule, call, self._rank, self._size)
@@ -407,6 +410,10 @@ class BackendCore(CommBackendProtocol):
     # -- memory and steering --------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._scratch(shape, dtype)
+
+    def _scratch(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Ordinary memory for a result or a copy, whatever `empty` gives callers."""
         return torch.empty(tuple(shape), dtype=dtype, device=self._device)
 
     def register(self, x: Tensor) -> Registration:

@@ -173,6 +173,7 @@ class KVReceive(RawWork):
                 timeout_s=left,
                 describe=self._text,
                 device=self._transport.device,
+                background=True,
             )
             self._pending.append(self._transport.issue(call))
 

@@ -47,7 +47,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
 
     def all_gather(self, x: Tensor, *, async_op: bool = False) -> list[Tensor] | Work[list[Tensor]]:
         check_tensor("x", x, self._device.type)
-        out = self.empty((self._size, *x.shape), x.dtype)
+        out = self._scratch((self._size, *x.shape), x.dtype)
         return self._all_gather("all_gather", out, x, lambda: list(out.unbind(0)), async_op, False)
 
     def _all_gather(
@@ -66,7 +66,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
 
         def start(text: str) -> Started:
             source, _ = as_contiguous(x)
-            target = out if out.is_contiguous() else self.empty(out.shape, out.dtype)
+            target = out if out.is_contiguous() else self._scratch(out.shape, out.dtype)
             call = RawCall(
                 "all_gather",
                 [source.view(-1)],
@@ -125,7 +125,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
 
         def start(text: str) -> Started:
             source, _ = as_contiguous(x)
-            target = out if out.is_contiguous() else self.empty(out.shape, out.dtype)
+            target = out if out.is_contiguous() else self._scratch(out.shape, out.dtype)
             call = RawCall(
                 "all_to_all",
                 [source],
@@ -167,7 +167,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
         in_splits = [p.numel() for p in parts]
         out_splits = [math.prod(shape) for shape in shapes]
         x = torch.cat([p.reshape(-1) for p in parts])
-        out = self.empty((sum(out_splits),), x.dtype)
+        out = self._scratch((sum(out_splits),), x.dtype)
         even = len({*in_splits, *out_splits}) == 1 and not self.spec.capabilities.uneven
         self._check_move(x)
         lowered = self._offered("all_to_all")
@@ -279,7 +279,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
         lowered = self._offered("gather")
         alone = self._size == 1 or x.numel() == 0
         root = self._rank == dst
-        outs = [self.empty(x.shape, x.dtype) for _ in range(self._size)] if root else []
+        outs = [self._scratch(x.shape, x.dtype) for _ in range(self._size)] if root else []
 
         def start(text: str) -> Started:
             source, _ = as_contiguous(x)
@@ -325,7 +325,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
         strided = sum(not p.is_contiguous() for p in parts)
 
         def start(text: str) -> Started:
-            target = out if out.is_contiguous() else self.empty(out.shape, out.dtype)
+            target = out if out.is_contiguous() else self._scratch(out.shape, out.dtype)
             sources = [as_contiguous(p)[0].view(target.shape) for p in parts]
             call = RawCall(
                 "scatter", sources, [target], peer=src, timeout_s=self.timeout_s, describe=text

@@ -44,7 +44,7 @@ class PointToPointOps(BackendCore):
         call, done = self._p2p_call(method, x, peer, tag)
 
         def start(text: str) -> Started:
-            call.describe = text
+            call.describe, call.background = text, self._background
             return [self._transport.issue(call)], done
 
         return self._run(
@@ -69,7 +69,7 @@ class PointToPointOps(BackendCore):
             raise ConfigError(f"tag {tag} is not in 0..{_MAX_TAG - 1}, or is {KV_TAG}, kept for KV")
         receiving = method == "recv"
         if receiving:
-            buffer = x if x.is_contiguous() else self.empty(x.shape, x.dtype)
+            buffer = x if x.is_contiguous() else self._scratch(x.shape, x.dtype)
         else:
             buffer, _ = as_contiguous(x)
         call = RawCall(
@@ -96,6 +96,7 @@ class PointToPointOps(BackendCore):
         def start_all(text: str) -> None:
             for i in live:
                 prepared[i][0].describe = text
+                prepared[i][0].background = True
             raws = self._transport.issue_batch([prepared[i][0] for i in live])
             started.update(zip(live, raws, strict=True))
 
@@ -132,7 +133,7 @@ class PointToPointOps(BackendCore):
 
         def start(text: str) -> Started:
             for call in calls:
-                call.describe = text
+                call.describe, call.background = text, self._background
             return [self._transport.issue(call) for call in calls], _nothing
 
         def finish() -> Sequence[KVBlock]:

@@ -91,7 +91,7 @@ class ReducingOps(BackendCore):
         self, xs: Sequence[Tensor], op: str | ReduceOp = "sum", *, async_op: bool = False
     ) -> Tensor | Work[Tensor]:
         parts = self._check_parts("xs", xs, even=True)
-        out = self.empty(parts[0].shape, parts[0].dtype)
+        out = self._scratch(parts[0].shape, parts[0].dtype)
         # Joining is the copy that lets one primitive serve both forms.
         joined = torch.stack(parts)
         return self._reduce_scatter("reduce_scatter", out, joined, op, async_op, 1)
@@ -118,7 +118,7 @@ class ReducingOps(BackendCore):
             source, _ = as_contiguous(x)
             source = source.to(plan.dtype)
             direct = out.is_contiguous() and plan.dtype == out.dtype
-            target = out if direct else self.empty(out.shape, plan.dtype)
+            target = out if direct else self._scratch(out.shape, plan.dtype)
             call = RawCall(
                 "reduce_scatter",
                 [source.view(-1)],

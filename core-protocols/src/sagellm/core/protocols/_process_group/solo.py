@@ -16,9 +16,10 @@ __all__ = ["SoloTransport"]
 class SoloTransport(Transport):
     """A world of this process alone; needs no library and no process group."""
 
-    def __init__(self, device: torch.device, name: str = "solo") -> None:
+    def __init__(self, device: torch.device, name: str = "solo", global_rank: int = 0) -> None:
         self._device = device
         self._name = name
+        self._global_rank = global_rank
 
     @property
     def rank(self) -> int:
@@ -30,7 +31,7 @@ class SoloTransport(Transport):
 
     @property
     def global_ranks(self) -> tuple[int, ...]:
-        return (0,)
+        return (self._global_rank,)
 
     @property
     def device(self) -> torch.device:
@@ -56,4 +57,4 @@ class SoloTransport(Transport):
         """Nothing was opened."""
 
     def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
-        return SoloTransport(self._device, name)
+        return SoloTransport(self._device, name, self._global_rank)

@@ -41,6 +41,7 @@ class RawCall:
         timeout_s: Longest time it may take.
         describe: The call for error messages and mismatch checks.
         device: Where the group's tensors live; None is the CPU.
+        background: Whether the caller goes on without waiting: it asked for a work.
 
     """
 
@@ -55,6 +56,7 @@ class RawCall:
     timeout_s: float = 30.0
     describe: str = ""
     device: torch.device | None = None
+    background: bool = False
 
 
 class RawWork(ABC):

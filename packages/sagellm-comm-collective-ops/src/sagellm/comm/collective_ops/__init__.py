@@ -1,4 +1,4 @@
-"""Collectives over NCCL, RCCL, Gloo and an in-process mock behind one protocol.
+"""Collectives over shared memory, NCCL, RCCL, Gloo and an in-process mock behind one protocol.
 
 Importing this package does not import torch, so that finding its backends costs nothing. Every
 name below but `__version__` needs torch and is imported when it is first asked for.
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
     from .nccl_backend import NCCLBackend as NCCLBackend
     from .rccl_backend import RCCLBackend as RCCLBackend
+    from .shm_backend import ShmBackend as ShmBackend
 
 __all__ = [
     "FusedAllReduce",
@@ -27,6 +28,7 @@ __all__ = [
     "MockWorld",
     "NCCLBackend",
     "RCCLBackend",
+    "ShmBackend",
     "Transfer",
     "__version__",
     "create_comm_backend",
@@ -41,6 +43,7 @@ _NEED_TORCH = {
     "MockWorld": "mock_backend",
     "NCCLBackend": "nccl_backend",
     "RCCLBackend": "rccl_backend",
+    "ShmBackend": "shm_backend",
     "Transfer": "_mock_group",
     "create_comm_backend": "factory",
     "explain_selection": "factory",

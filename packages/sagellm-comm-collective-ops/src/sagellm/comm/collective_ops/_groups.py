@@ -35,6 +35,8 @@ class GroupSource:
         rank: This rank.
         size: Ranks.
         reason: One sentence for a person.
+        name: Of the group.
+        global_ranks: The job's rank of each member.
 
     """
 
@@ -43,6 +45,8 @@ class GroupSource:
     rank: int
     size: int
     reason: str
+    name: str = "world"
+    global_ranks: tuple[int, ...] = (0,)
 
 
 def find_source(group: dist.ProcessGroup | None, timeout_s: float) -> GroupSource:
@@ -56,12 +60,10 @@ def find_source(group: dist.ProcessGroup | None, timeout_s: float) -> GroupSourc
 
     """
     if group is not None:
-        return GroupSource(group, _store_of(group), group.rank(), group.size(), "the given group")
+        return _source_of(group, "the given group")
     if dist.is_available() and dist.is_initialized():
         world = cast("dist.ProcessGroup", dist.group.WORLD)
-        return GroupSource(
-            world, _store_of(world), world.rank(), world.size(), "the default process group"
-        )
+        return _source_of(world, "the default process group")
     present = [name for name in _VARIABLES if os.environ.get(name)]
     if not present:
         return GroupSource(None, None, 0, 1, "a world of one: no group and no RANK was found")
@@ -86,7 +88,8 @@ def find_source(group: dist.ProcessGroup | None, timeout_s: float) -> GroupSourc
         raise CommTimeoutError(
             f"rank {rank} of {size} cannot meet the others at {address} in {timeout_s} s: {e}"
         ) from e
-    return GroupSource(None, store, rank, size, f"RANK {rank} of {size} at {address}")
+    reason = f"RANK {rank} of {size} at {address}"
+    return GroupSource(None, store, rank, size, reason, global_ranks=tuple(range(size)))
 
 
 def group_for(
@@ -142,8 +145,9 @@ def _serves(group: dist.ProcessGroup, library: str, device: torch.device) -> boo
     return libraries.get(device.type, library if not libraries else "") == library
 
 
-def _store_of(group: dist.ProcessGroup) -> Store | None:
-    return cast("Store | None", group_facts(group)[2])
+def _source_of(group: dist.ProcessGroup, reason: str) -> GroupSource:
+    name, ranks, store = group_facts(group)
+    return GroupSource(group, store, group.rank(), group.size(), reason, name or "group", ranks)
 
 
 def _integer(name: str) -> int:

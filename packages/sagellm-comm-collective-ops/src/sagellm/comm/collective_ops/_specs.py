@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from sagellm.core.protocols import (
     Probe,
 )
 
-__all__ = ["GLOO", "MOCK", "NCCL", "RCCL"]
+__all__ = ["GLOO", "MOCK", "NCCL", "RCCL", "SHM"]
 
 _OPS = frozenset(
     {
@@ -107,6 +108,23 @@ def _probe_gloo() -> Probe:
     return Probe(True, "part of every torch build for this system")
 
 
+def _probe_shm() -> Probe:
+    if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
+        return Probe(False, "shared memory without names (memfd_create) is Linux's; use gloo")
+    if _torch_folder() is None:
+        return Probe(False, "torch is not installed; pip install torch")
+    from ._shm.engines import available_engines
+
+    found = available_engines()
+    if not found:
+        return Probe(
+            False,
+            f"{platform.machine()} needs the compiled engine, which this installation lacks: "
+            f"install a platform wheel, or a C compiler and the sdist; or use gloo",
+        )
+    return Probe(True, f"engine{'s' * (len(found) > 1)} {', '.join(found)}")
+
+
 def _probe_mock() -> Probe:
     return Probe(True, "threads of this process")
 
@@ -127,6 +145,12 @@ def _load_gloo() -> Callable[..., CommBackendProtocol]:
     from .gloo_backend import GlooBackend
 
     return GlooBackend
+
+
+def _load_shm() -> Callable[..., CommBackendProtocol]:
+    from .shm_backend import ShmBackend
+
+    return ShmBackend
 
 
 def _load_mock() -> Callable[..., CommBackendProtocol]:
@@ -192,6 +216,32 @@ GLOO = BackendSpec(
     load=_load_gloo,
 )
 """Gloo on the CPU, over TCP."""
+
+SHM = BackendSpec(
+    name="shm",
+    device_types=("cpu",),
+    c10d_name=None,
+    priority=50,
+    capabilities=Capabilities(
+        ops=_OPS,
+        reduce_ops=_ARITHMETIC | _BITWISE,
+        dtypes=_DTYPES | {"int16", "bool"},
+        uneven=True,
+        symmetric_memory=True,
+        verified_on_hardware=True,
+    ),
+    options={
+        "engine": "`auto`, `native` or `python`: what runs the calls",
+        "slot_bytes": "bytes of a staging slot, two for each rank",
+        "arena_bytes": "address space of a rank's symmetric tensors; memory comes with them",
+        "statistics": "False counts and times nothing",
+        "algorithms": "overrides such as `all_reduce:0-64k:one_shot`, separated by commas",
+    },
+    install_hint="pip install sagellm-comm-collective-ops on Linux",
+    probe=_probe_shm,
+    load=_load_shm,
+)
+"""Shared memory between the ranks of one host."""
 
 MOCK = BackendSpec(
     name="mock",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.doctor import require_supported_platform
 from sagellm.core.protocols.selection import Selection, backend_registry, select_backend
 
-from ._groups import find_source
+from ._groups import GroupSource, find_source
+from ._shm.hosts import prove_hosts
 
 __all__ = ["create_comm_backend", "explain_selection"]
 
@@ -42,9 +44,10 @@ def create_comm_backend(
     rank of the world makes this call.
 
     Args:
-        name: `nccl`, `rccl`, `gloo`, `mock`, a plug-in's name, or `auto`: the setting
+        name: `shm`, `nccl`, `rccl`, `gloo`, `mock`, a plug-in's name, or `auto`: the setting
             SAGELLM_COMM_BACKEND, else the group's own library, else a device that is present,
-            else the CPU's fastest.
+            else, on the CPU, `shm` if all ranks prove to share a host, `hier` if some do, and
+            `gloo` otherwise.
         group: Process group to stand on.
         device: Where tensors live; None is the backend's current device.
         timeout_s: Deadline of every call that gives none, and of meeting the other ranks.
@@ -96,7 +99,7 @@ def explain_selection(
     """What `auto` chooses here and why every other candidate was passed over. Collective.
 
     >>> print(explain_selection(device="cpu").explain().splitlines()[0])
-    gloo: taken for cpu: ...
+    shm: taken for cpu: ...
     """
     source = find_source(group, timeout_s)
     selection = select_backend(
@@ -107,5 +110,41 @@ def explain_selection(
         size=source.size if source.store is not None else 1,
         timeout_s=timeout_s,
     )
+    selection = _by_hosts(selection, source, timeout_s)
     logger.info("%s (%s)", selection.explain().splitlines()[0], source.reason)
     return selection
+
+
+def _by_hosts(selection: Selection, source: GroupSource, timeout_s: float) -> Selection:
+    """The selection, or another one where shm was chosen and not all ranks share a host."""
+    if selection.spec.name != "shm":
+        _tell_without_shm(selection)
+        return selection
+    if source.store is None or source.size == 1 or selection.reason.startswith("asked for"):
+        return selection
+    hosts = prove_hosts(source.store, source.rank, source.size, timeout_s, label=source.name)
+    if len(hosts.partition) == 1:
+        reason = f"all {source.size} ranks proved to share a host; {selection.reason}"
+        return replace(selection, reason=reason)
+    registry = backend_registry()
+    some = len(hosts.partition) < source.size and "hier" in registry.names()
+    chosen = registry.load("hier" if some else "gloo")
+    rejected = {k: v for k, v in selection.rejected.items() if k != chosen.name}
+    rejected["shm"] = f"needs all ranks on one host ({hosts.explain()})"
+    which = "some ranks share a host" if some else "no hosts to use shared memory in were proven"
+    return replace(
+        selection, spec=chosen, reason=f"{which}: {hosts.explain()}", rejected=rejected
+    )
+
+
+_told = False
+
+
+def _tell_without_shm(selection: Selection) -> None:
+    """Say once that a CPU goes without its fastest backend."""
+    global _told
+    if selection.spec.name == "gloo" and "shm" in selection.rejected and not _told:
+        why = selection.rejected["shm"]
+        if not why.startswith("the process group runs"):
+            _told = True
+            logger.warning("gloo serves the CPU ranks of this host: shm was not taken: %s", why)

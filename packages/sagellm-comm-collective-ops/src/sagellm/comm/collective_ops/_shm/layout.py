@@ -5,6 +5,7 @@
     page 0                 header: magic, version, shape of the segment, nonce, poison word
     CONTROL                one control block of 256 bytes per rank
     data_offset            two slots of `slot_bytes` per rank, rank by rank
+    mailbox_offset         a line per rank, then a ring of `mailbox_bytes` per ordered pair of ranks
     arena_offset           one arena of `arena_bytes` per rank, for symmetric tensors
 
 Rules of the flag protocol. Every rank counts steps; all ranks take the same steps in the same
@@ -38,7 +39,7 @@ MAX_RANKS = 64
 
 # header words, as byte offsets
 H_MAGIC, H_VERSION, H_WORLD, H_SLOT_BYTES, H_ARENA_BYTES = 0, 8, 16, 24, 32
-H_DATA_OFFSET, H_ARENA_OFFSET, H_NONCE = 40, 48, 64
+H_DATA_OFFSET, H_ARENA_OFFSET, H_MAILBOX_BYTES, H_NONCE = 40, 48, 56, 64
 H_POISON = 128
 """0, or cause << 32 | (rank that failed) + 1. Written once, by compare-and-swap or by one rank."""
 
@@ -105,12 +106,15 @@ class Layout:
         world: Ranks.
         slot_bytes: Bytes of one slot; a multiple of 4096.
         arena_bytes: Address space of one rank's arena; a multiple of 4096, may be 0.
+        mailbox_bytes: Bytes of one ring between two ranks; a multiple of 4096, 0 without
+            send and recv.
 
     """
 
     world: int
     slot_bytes: int
     arena_bytes: int
+    mailbox_bytes: int = 0
 
     @property
     def data_offset(self) -> int:
@@ -118,9 +122,16 @@ class Layout:
         return (CONTROL + self.world * CONTROL_BYTES + PAGE - 1) // PAGE * PAGE
 
     @property
+    def mailbox_offset(self) -> int:
+        """Where the mailboxes begin: one page of lines, then the rings."""
+        return self.data_offset + self.world * 2 * self.slot_bytes
+
+    @property
     def arena_offset(self) -> int:
         """Where arenas begin; everything before is reserved when the segment is made."""
-        return self.data_offset + self.world * 2 * self.slot_bytes
+        if not self.mailbox_bytes:
+            return self.mailbox_offset
+        return self.mailbox_offset + PAGE + self.world * self.world * self.mailbox_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -134,6 +145,14 @@ class Layout:
     def slot(self, rank: int, parity: int) -> int:
         """Byte offset of one of a rank's slots."""
         return self.data_offset + (2 * rank + parity) * self.slot_bytes
+
+    def state(self, rank: int) -> int:
+        """Byte offset of a rank's line in the mailboxes: a word that says how it left."""
+        return self.mailbox_offset + 64 * rank
+
+    def mailbox(self, src: int, dst: int) -> int:
+        """Byte offset of the ring that `src` writes and `dst` reads."""
+        return self.mailbox_offset + PAGE + (src * self.world + dst) * self.mailbox_bytes
 
     def arena(self, rank: int) -> int:
         """Byte offset of a rank's arena."""

@@ -1,0 +1,38 @@
+"""What a forked child must let go of."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Protocol
+
+__all__ = ["Forkable", "release_in_children"]
+
+
+class Forkable(Protocol):
+    """Something that a forked child cannot use."""
+
+    def after_fork(self) -> None:
+        """Let go of descriptors and refuse further use; runs in the child."""
+        ...
+
+
+_held: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_lock = threading.Lock()
+_registered = False
+
+
+def release_in_children(thing: Forkable) -> None:
+    """Call `thing.after_fork()` in every child forked from now on, while `thing` lives."""
+    global _registered
+    with _lock:
+        if not _registered:
+            os.register_at_fork(after_in_child=_run)
+            _registered = True
+    _held.add(thing)
+
+
+def _run() -> None:
+    for thing in list(_held):
+        thing.after_fork()

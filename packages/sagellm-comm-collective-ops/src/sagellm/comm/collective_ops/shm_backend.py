@@ -1,0 +1,347 @@
+"""Collectives inside one host, over memory that its ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sagellm.core.protocols import (
+    BackendSpec,
+    Choice,
+    CommBackendProtocol,
+    CommStats,
+    ConfigError,
+    CostModelProtocol,
+    CostTable,
+    ReduceOp,
+    Registration,
+    TopologyManagerProtocol,
+    Work,
+)
+from sagellm.core.protocols.process_group import (
+    SoloTransport,
+    TensorBackend,
+    TorchObject,
+    Transport,
+)
+
+from ._groups import find_source
+from ._shm.engine import EngineFailure
+from ._shm.forks import release_in_children
+from ._shm.hot import HotPath
+from ._shm.settings import ShmSettings
+from ._shm.statistics import merge_statistics
+from ._shm.transport import FORKED, ShmTransport, form_transport
+from ._specs import SHM
+
+__all__ = ["ShmBackend"]
+
+
+class ShmBackend(TensorBackend):
+    """Ranks of one host over shared memory, for CPU tensors.
+
+    Without a group it stands on the initialised default group, else on RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT, else on a world of one. A torch group only tells who the ranks are
+    and lends its store: nothing is sent over it. All ranks must be on one host, which is proven,
+    not believed. A forked child cannot use the group, nor the tensors of `empty`.
+
+    Results are equal on all ranks, bit for bit, and from run to run: sums are formed in the order of
+    the ranks, those of 16-bit floats in float32 when more than two ranks add.
+
+    Args:
+        spec: Facts about the backend; None is this package's.
+        process_group: Whose ranks to serve.
+        device: None is the CPU.
+        timeout_s: Deadline of every call, and of meeting the other ranks.
+        topology_manager: Not used.
+        cost_model: Lets `explain` give a time.
+        options: `engine`, `slot_bytes`, `arena_bytes`, `statistics`, `algorithms`; alike on all ranks.
+
+    >>> ShmBackend().size
+    1
+    """
+
+    def __init__(
+        self,
+        spec: BackendSpec | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str | None = None,
+        timeout_s: float = 30.0,
+        topology_manager: TopologyManagerProtocol | None = None,
+        cost_model: CostModelProtocol | None = None,
+        options: Mapping[str, Any] | None = None,  # Any: each option has its own type
+    ) -> None:
+        facts = SHM if spec is None else spec
+        if device is not None and torch.device(device).type != "cpu":
+            raise ConfigError(f"{facts.name} serves cpu, not {device}")
+        settings = ShmSettings.of(facts.name, options)
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
+        source = find_source(process_group, timeout_s)
+        transport: Transport = SoloTransport(torch.device("cpu"))
+        if source.size > 1:
+            transport = form_transport(
+                source.store,
+                source.rank,
+                source.size,
+                name=source.name,
+                label=source.name,
+                global_ranks=source.global_ranks,
+                timeout_s=timeout_s,
+                settings=settings,
+            )
+        self._start(facts, transport, timeout_s, topology_manager, cost_model, None)
+
+    @classmethod
+    def over_store(
+        cls,
+        store: TorchObject,
+        rank: int,
+        size: int,
+        *,
+        name: str = "shm",
+        global_ranks: Sequence[int] | None = None,
+        timeout_s: float = 30.0,
+        options: Mapping[str, Any] | None = None,  # Any: each option has its own type
+        topology_manager: TopologyManagerProtocol | None = None,
+        cost_model: CostModelProtocol | None = None,
+    ) -> Self:
+        """A group of `size` ranks that share a torch store; every one of them makes this call.
+
+        Args:
+            store: Any torch store; keys are counted and never used twice.
+            rank: This rank.
+            size: Ranks.
+            name: Of the group; groups of different ranks over one store need different names.
+            global_ranks: The job's rank of each member; None numbers them from 0.
+            timeout_s: Deadline of every call, and of meeting the other ranks.
+            options: As of the constructor.
+            topology_manager: As of the constructor.
+            cost_model: As of the constructor.
+
+        """
+        members = tuple(range(size) if global_ranks is None else global_ranks)
+        if not 0 <= rank < size or len(members) != size:
+            raise ConfigError(f"rank {rank} of {size} with global ranks {members} cannot be")
+        transport = form_transport(
+            store,
+            rank,
+            size,
+            name=name,
+            label=name,
+            global_ranks=members,
+            timeout_s=timeout_s,
+            settings=ShmSettings.of(SHM.name, options),
+        )
+        backend = cls.__new__(cls)
+        backend._start(SHM, transport, timeout_s, topology_manager, cost_model, None)
+        return backend
+
+    @classmethod
+    def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
+        """A rank of a group that meets at a file; for the conformance kit."""
+        store = dist.FileStore(meet, size)
+        return cls.over_store(store, rank, size, timeout_s=timeout_s)
+
+    def _start(
+        self,
+        spec: BackendSpec,
+        transport: Transport,
+        timeout_s: float,
+        topology_manager: TopologyManagerProtocol | None,
+        cost_model: CostModelProtocol | None,
+        cost_table: CostTable | None,
+    ) -> None:
+        self._hot = HotPath()
+        self._shm = transport if isinstance(transport, ShmTransport) else None
+        super().__init__(
+            spec,
+            transport,
+            timeout_s=timeout_s,
+            topology_manager=topology_manager,
+            cost_model=cost_model,
+            cost_table=cost_table,
+        )
+        if self._shm is not None:
+            self._hot = HotPath(self._shm, self._size, self.timeout_s)
+            release_in_children(self)
+
+    def _wrap(self, transport: Transport) -> CommBackendProtocol:
+        backend = type(self).__new__(type(self))
+        backend._start(
+            self.spec,
+            transport,
+            self.timeout_s,
+            self.topology_manager,
+            self.cost_model,
+            self._cost_table,
+        )
+        return backend
+
+    @property
+    def engine(self) -> str:
+        """What runs the calls: `native`, `python`, or `none` in a world of one."""
+        return "none" if self._shm is None else self._shm.engine.name
+
+    # -- the short way --------------------------------------------------------------------
+    # Each method asks the hot path for something that can run at once; what it does not know, it
+    # leaves to the general way, which checks, tells hooks, copies, and queues.
+
+    def all_reduce(
+        self, x: Tensor, op: str | ReduceOp = "sum", *, async_op: bool = False
+    ) -> Tensor | Work[Tensor]:
+        if not async_op:
+            hot = self._hot
+            ready = hot.ready.get(id(x)) if op == "sum" else None
+            try:
+                if ready is not None:
+                    ready()
+                    return x
+                if hot.all_reduce(x, op):
+                    return x
+            except EngineFailure as e:
+                raise self._failed("all_reduce", x, e) from e
+            except BaseException as e:
+                self._interrupted("all_reduce", e)
+                raise
+        return super().all_reduce(x, op, async_op=async_op)
+
+    def all_gather_into_tensor(
+        self, out: Tensor, x: Tensor, *, async_op: bool = False
+    ) -> Tensor | Work[Tensor]:
+        if not async_op:
+            try:
+                if self._hot.pair("all_gather", out, x, "none"):
+                    return out
+            except EngineFailure as e:
+                raise self._failed("all_gather_into_tensor", x, e) from e
+            except BaseException as e:
+                self._interrupted("all_gather_into_tensor", e)
+                raise
+        return super().all_gather_into_tensor(out, x, async_op=async_op)
+
+    def reduce_scatter_tensor(
+        self, out: Tensor, x: Tensor, op: str | ReduceOp = "sum", *, async_op: bool = False
+    ) -> Tensor | Work[Tensor]:
+        if not async_op:
+            try:
+                if self._hot.pair("reduce_scatter", out, x, op):
+                    return out
+            except EngineFailure as e:
+                raise self._failed("reduce_scatter_tensor", x, e) from e
+            except BaseException as e:
+                self._interrupted("reduce_scatter_tensor", e)
+                raise
+        return super().reduce_scatter_tensor(out, x, op, async_op=async_op)
+
+    def broadcast(self, x: Tensor, src: int, *, async_op: bool = False) -> Tensor | Work[Tensor]:
+        if not async_op:
+            try:
+                if self._hot.broadcast(x, src):
+                    return x
+            except EngineFailure as e:
+                raise self._failed("broadcast", x, e) from e
+            except BaseException as e:
+                self._interrupted("broadcast", e)
+                raise
+        return super().broadcast(x, src, async_op=async_op)
+
+    def barrier(
+        self, timeout_s: float | None = None, *, async_op: bool = False
+    ) -> Work[None] | None:
+        if timeout_s is None and not async_op:
+            try:
+                if self._hot.barrier():
+                    return None
+            except EngineFailure as e:
+                raise self._failed("barrier", None, e) from e
+            except BaseException as e:
+                self._interrupted("barrier", e)
+                raise
+        return super().barrier(timeout_s, async_op=async_op)
+
+    def _failed(self, op: str, x: Tensor | None, failure: EngineFailure) -> Exception:
+        """What the general way would raise for a call of the short one."""
+        self._hot.stop()
+        if self._dead is not None or self._closed:
+            return self._unusable(op)
+        detail = "" if x is None else f", {x.nbytes} bytes {str(x.dtype).removeprefix('torch.')}"
+        text = f"{op} of group {self.group_name} (rank {self._rank} of {self._size}{detail})"
+        self._counters.started(op)
+        self._counters.failed(op)
+        return self._declare_dead(text, failure)
+
+    def _interrupted(self, op: str, error: BaseException) -> None:
+        """An interrupt, or a bug, in the middle of a call: the ranks are apart."""
+        self._hot.stop()
+        self.abort(f"{type(error).__name__} in {op}")
+
+    # -- what changes the way -------------------------------------------------------------
+
+    def add_hook(self, **hooks: Any) -> Callable[[], None]:  # Any: as of the base
+        remove = super().add_hook(**hooks)
+        self._hot.allow(not self._hooked())
+
+        def undo() -> None:
+            remove()
+            self._hot.allow(not self._hooked())
+
+        return undo
+
+    def _hooked(self) -> bool:
+        return bool(self._before or self._after or self._take_over)
+
+    def close(self) -> None:
+        self._hot.stop()
+        super().close()
+
+    def after_fork(self) -> None:
+        """In a forked child: refuse everything, for the group is the parent's."""
+        self._hot.stop()
+        self._dead = ConfigError(FORKED)
+
+    # -- memory and steering --------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that peers reach where it lies; its memory comes now and goes with its last view.
+
+        It may be used after `close`, and by this process only.
+
+        Raises:
+            ResourceError: The arena (`arena_bytes`), or the machine, has no room for it.
+
+        """
+        if self._shm is None:
+            return super().empty(shape, dtype)
+        if self._closed or self._dead is not None:
+            raise self._unusable("empty")
+        return self._shm.arena.empty(shape, dtype)
+
+    def register(self, x: Tensor) -> Registration:
+        """Prepare calls on `x`: they are then the fastest there are. `x` is kept until release."""
+        return self._hot.register(x)
+
+    def explain(self, op: str, nbytes: int) -> Choice:
+        choice = super().explain(op, nbytes)
+        if self._shm is None or op in ("send", "recv"):
+            return choice
+        name = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
+                "all_to_all_single": "all_to_all"}.get(op, op)  # fmt: skip
+        engine = self._shm.engine
+        algorithm = engine.algorithm(name, nbytes)
+        reason = f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
+        return Choice(self.name, algorithm, reason, choice.estimate_us)
+
+    def get_stats(self) -> CommStats:
+        stats = super().get_stats()
+        return stats if self._shm is None else merge_statistics(stats, self._shm)
+
+    def reset_stats(self) -> None:
+        super().reset_stats()
+        if self._shm is not None:
+            self._shm.reset_statistics()

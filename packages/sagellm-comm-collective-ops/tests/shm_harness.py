@@ -1,0 +1,63 @@
+"""A segment for tests of engines alone: a sparse file and a socket between every two ranks."""
+
+import contextlib
+import mmap
+import os
+import socket
+import time
+
+
+class Meeting:
+    """Rank processes that share a folder share a segment; `close` or leaving the block ends it.
+
+    Attributes:
+        memory: The segment.
+        sockets: One to each peer, by rank.
+
+    """
+
+    def __init__(self, folder, rank, layout, timeout_s=20.0):
+        self.rank, self.layout = rank, layout
+        self.sockets = {}
+        path = f"{folder}.segment"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(fd, layout.total_bytes)
+        self.memory = mmap.mmap(fd, layout.total_bytes)
+        os.close(fd)
+        deadline = time.monotonic() + timeout_s
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}.{rank}")
+            listener.listen(64)
+            listener.settimeout(timeout_s)
+            for lower in range(rank):
+                peer = socket.socket(socket.AF_UNIX)
+                while True:
+                    try:
+                        peer.connect(f"{folder}.{lower}")
+                        break
+                    except (FileNotFoundError, ConnectionRefusedError):
+                        if time.monotonic() > deadline:
+                            raise
+                        os.sched_yield()
+                peer.sendall(bytes([rank]))
+                self.sockets[lower] = peer
+            while len(self.sockets) < layout.world - 1:
+                peer, _ = listener.accept()
+                self.sockets[peer.recv(1)[0]] = peer
+
+    def engine(self, make, **options):
+        options.setdefault("polls", 50)
+        fds = {rank: peer.fileno() for rank, peer in self.sockets.items()}
+        return make(self.memory, self.layout, self.rank, fds, **options)
+
+    def close(self):
+        for peer in self.sockets.values():
+            peer.close()
+        with contextlib.suppress(BufferError):  # views of it are still about
+            self.memory.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()

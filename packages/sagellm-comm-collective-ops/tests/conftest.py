@@ -40,6 +40,34 @@ def on_shm(rank, size, store, engine, fn, *args):
     return fn(_state[engine], *args)
 
 
+def on_hier(rank, size, store, hosts, fn, *args):
+    """In a worker: `fn(backend, *args)` with a backend over pretended hosts."""
+    from sagellm.comm.collective_ops import HierBackend
+
+    def make(backend):
+        key = str(hosts)
+        if key not in _state:
+            _state[key] = HierBackend(timeout_s=20, options={"hosts": hosts})
+        return fn(_state[key], *args)
+
+    return on_backend(rank, size, store, make)
+
+
+class HierWorld:
+    """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
+
+    def __init__(self, hosts):
+        self._hosts = hosts
+        self._pool = RankPool(sum(len(host) for host in hosts))
+        self._store = self._pool.store_path()
+
+    def run(self, fn, *args, timeout_s=60.0):
+        return self._pool.run(on_hier, self._store, self._hosts, fn, *args, timeout_s=timeout_s)
+
+    def close(self):
+        self._pool.close()
+
+
 class ShmWorld:
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
@@ -126,6 +154,22 @@ def fresh_shm(loopback):
 
     yield make
     for world in worlds:
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def hier_pools(loopback):
+    """Worlds over pretended hosts, started when first asked for."""
+    worlds = {}
+
+    def get(hosts):
+        key = str(hosts)
+        if key not in worlds:
+            worlds[key] = HierWorld(hosts)
+        return worlds[key]
+
+    yield get
+    for world in worlds.values():
         world.close()
 
 

@@ -421,9 +421,11 @@ def case_memory_and_explain(b):
 CASES = [found for name, found in list(globals().items()) if name.startswith("case_")]
 
 
-@pytest.fixture(params=["mock-2", "mock-3", "gloo-2", "gloo-3", "python-2", "python-3"])
-def on_every_rank(request, gloo_pools, shm_pools):
+@pytest.fixture(params=["mock-2", "mock-3", "gloo-2", "gloo-3", "python-2", "python-3", "hier-3"])
+def on_every_rank(request, gloo_pools, shm_pools, hier_pools):
     kind, size = request.param.split("-")
+    if kind == "hier":
+        return hier_pools([[0, 2], [1]]).run
     if kind == "python":
         return shm_pools(int(size), kind).run
     if kind == "gloo":

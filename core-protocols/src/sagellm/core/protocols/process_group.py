@@ -30,6 +30,7 @@ __all__ = [
     "SoloTransport",
     "TensorBackend",
     "TorchObject",
+    "TorchTransport",
     "Transport",
     "completed_future",
     "fingerprint",

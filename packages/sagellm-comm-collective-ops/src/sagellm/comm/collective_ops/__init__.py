@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     )
     from .fusion import FusedAllReduce as FusedAllReduce, fused_all_reduce as fused_all_reduce
     from .gloo_backend import GlooBackend as GlooBackend
+    from .hier_backend import HierBackend as HierBackend
     from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
     from .nccl_backend import NCCLBackend as NCCLBackend
+    from .quantized import LossyCollectives as LossyCollectives, error_bound as error_bound
     from .rccl_backend import RCCLBackend as RCCLBackend
     from .shm_backend import ShmBackend as ShmBackend
 
 __all__ = [
     "FusedAllReduce",
     "GlooBackend",
+    "HierBackend",
+    "LossyCollectives",
     "MockBackend",
     "MockWorld",
     "NCCLBackend",
@@ -32,6 +36,7 @@ __all__ = [
     "Transfer",
     "__version__",
     "create_comm_backend",
+    "error_bound",
     "explain_selection",
     "fused_all_reduce",
 ]
@@ -39,6 +44,8 @@ __all__ = [
 _NEED_TORCH = {
     "FusedAllReduce": "fusion",
     "GlooBackend": "gloo_backend",
+    "HierBackend": "hier_backend",
+    "LossyCollectives": "quantized",
     "MockBackend": "mock_backend",
     "MockWorld": "mock_backend",
     "NCCLBackend": "nccl_backend",
@@ -46,6 +53,7 @@ _NEED_TORCH = {
     "ShmBackend": "shm_backend",
     "Transfer": "_mock_group",
     "create_comm_backend": "factory",
+    "error_bound": "quantized",
     "explain_selection": "factory",
     "fused_all_reduce": "fusion",
 }

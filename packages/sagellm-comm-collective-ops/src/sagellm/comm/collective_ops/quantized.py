@@ -153,9 +153,8 @@ class LossyCollectives:
             op, nbytes, self.backend.size, self._rates, wires, self.backend.name, dtype.itemsize
         )
 
-    # -- inside -----------------------------------------------------------------------------
-
-    def _codec_for(self, method: str, x: Tensor, op: ReduceOp) -> Codec | None:
+    def takes(self, method: str, x: Tensor, op: ReduceOp) -> str | None:
+        """The format that such a call would send; None for exact bytes."""
         if op not in (ReduceOp.SUM, ReduceOp.AVG) or x.dtype not in _FLOATS:
             return None
         if self.backend.size == 1 or x.numel() == 0 or self.wire == "none":
@@ -163,7 +162,13 @@ class LossyCollectives:
         name = self.wire
         if name == "auto":
             name = self.explain(method, x.nbytes, x.dtype).algorithm
-        if not self._shrinks(name, x.dtype):
+        return name if self._shrinks(name, x.dtype) else None
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _codec_for(self, method: str, x: Tensor, op: ReduceOp) -> Codec | None:
+        name = self.takes(method, x, op)
+        if name is None:
             return None
         codec = self._codecs.get(name)
         if codec is None:

@@ -91,7 +91,7 @@ class GlooWorld:
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
     def __init__(self, size):
-        self._pool = RankPool(size)
+        self.pool = self._pool = RankPool(size)
         self._store = self._pool.store_path()
 
     def run(self, fn, *args, timeout_s=60.0):

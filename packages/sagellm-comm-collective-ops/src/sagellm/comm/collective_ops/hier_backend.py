@@ -21,7 +21,6 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.process_group import (
     SoloTransport,
     TensorBackend,
-    TorchObject,
     TorchTransport,
     Transport,
 )
@@ -48,8 +47,9 @@ _RAW = {
 class HierBackend(TensorBackend):
     """Ranks on several hosts, for CPU tensors.
 
-    Ranks of a host add up in shared memory, one of them speaks for the host over gloo, and large
-    all_reduces use every rank as such a speaker. How ranks are numbered does not matter, nor
+    Ranks of a host add up in shared memory, and one of them speaks for the host over gloo; with
+    algorithm `two_d` every rank does, for its part of the tensor, which suits hosts that are alike
+    and a link that one connection cannot fill. How ranks are numbered does not matter, nor
     whether hosts have as many each. Who shares a host is proven, not believed.
 
     all_reduce, all_gather, reduce_scatter, broadcast, reduce and barrier go by hosts. all_to_all,
@@ -220,12 +220,14 @@ def _shm_maker(timeout_s: float) -> Callable[[HostMap, TorchTransport], CommBack
     from .shm_backend import ShmBackend
 
     def make(map: HostMap, flat: TorchTransport) -> CommBackendProtocol:
-        members: TorchObject = [flat.global_ranks[r] for r in map.mine]
+        members = [flat.global_ranks[r] for r in map.mine]
+        # Named after its members: other backends of the same ranks may see other hosts.
+        name = f"{flat.group_name}/host/{','.join(str(r) for r in members)}"
         return ShmBackend.over_store(
             flat.store,
             map.local,
             len(map.mine),
-            name=f"{flat.group_name}/host{map.index}",
+            name=name,
             global_ranks=members,
             timeout_s=timeout_s,
         )

@@ -65,7 +65,7 @@ class Plans:
 
     def variant(self, nbytes: int) -> str:
         """How an all_reduce of `nbytes` runs: `leaders` or `two_d`; alike on all ranks."""
-        wide = self._map.equal and len(self._map.mine) > 1
+        wide = self._rail is not None
         return "two_d" if wide and nbytes >= self._two_d_bytes else "leaders"
 
     def run(self, call: RawCall) -> None:
@@ -93,16 +93,16 @@ class Plans:
 
     def _all_reduce(self, x: Tensor, op: ReduceOp, end: float) -> None:
         flat = x.view(-1)
-        locals_ = len(self._map.mine)
+        each = max(1, self._chunk_bytes // flat.itemsize)  # the same on every host
         steps = self._by_leaders
         if self.variant(flat.nbytes) == "two_d":
+            locals_ = len(self._map.mine)
+            each += -each % locals_
             whole = flat.numel() - flat.numel() % locals_
             if whole < flat.numel():
                 self._pipeline([flat[whole:]], self._by_leaders, op, end)
                 flat = flat[:whole]
             steps = self._by_rails
-        each = max(1, self._chunk_bytes // flat.itemsize)
-        each += -each % locals_
         self._pipeline(flat.split(each), steps, op, end)
 
     def _pipeline(

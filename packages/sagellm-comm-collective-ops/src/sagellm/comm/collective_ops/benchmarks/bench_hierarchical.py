@@ -40,6 +40,9 @@ def cases(quick: bool) -> Sequence[dict[str, Any]]:
 def rank_process(rank: int, folder: str, pipe: Connection, pids: tuple[int, int]) -> None:
     host = rank // 2
     enter_namespace(pids[host])
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) > 1:  # each host has its part of the machine, for all contenders alike
+        os.sched_setaffinity(0, cpus[host::2])
     os.environ.update(GLOO_SOCKET_IFNAME=ShapedHosts.interfaces[host], OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist

@@ -158,7 +158,7 @@ def test_bad_options_are_refused_by_name():
         HierBackend(options={"algorithm": "ring"})
     with pytest.raises(ConfigError, match="chunk_bytes must be an integer above 0, got 0"):
         HierBackend(options={"chunk_bytes": 0})
-    with pytest.raises(ConfigError, match=r"no partition of ranks 0\.\.2"):
+    with pytest.raises(ConfigError, match=r"no partition of ranks"):
         HostMap.of([[0, 1], [1, 2]], 0)
     with pytest.raises(ConfigError, match="wire 'int4' is not one of"):
         HierBackend(options={"wire": "int4"})

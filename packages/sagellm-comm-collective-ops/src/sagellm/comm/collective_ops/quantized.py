@@ -67,12 +67,7 @@ class LossyCollectives:
         link_bytes_per_s: float | None = None,
         rates: WireRates | None = None,
     ) -> None:
-        if wire not in ("auto", "none", *WIRES):
-            raise ConfigError(f"wire {wire!r} is not one of auto, none, {', '.join(WIRES)}")
-        if wire in WIRES and not allow_lossy:
-            raise ConfigError(f"wire {wire!r} rounds what it sends; allow_lossy=True allows it")
-        if link_bytes_per_s is not None and not link_bytes_per_s > 0:
-            raise ConfigError(f"link_bytes_per_s must be above 0, got {link_bytes_per_s}")
+        check_wire(wire, allow_lossy, link_bytes_per_s)
         self.backend = backend
         self.wire = wire
         self.allow_lossy = allow_lossy
@@ -223,6 +218,21 @@ class LossyCollectives:
                 codec.decode(total, buffers.received[row], add=row > 0)
         if op is ReduceOp.AVG:
             total.div_(size)
+
+
+def check_wire(wire: str, allow_lossy: bool, link_bytes_per_s: float | None) -> None:
+    """Refuse what can never work.
+
+    Raises:
+        ConfigError: An unknown format, a lossy one that is not allowed, or no bandwidth.
+
+    """
+    if wire not in ("auto", "none", *WIRES):
+        raise ConfigError(f"wire {wire!r} is not one of auto, none, {', '.join(WIRES)}")
+    if wire in WIRES and not allow_lossy:
+        raise ConfigError(f"wire {wire!r} rounds what it sends; allow_lossy=True allows it")
+    if link_bytes_per_s is not None and not link_bytes_per_s > 0:
+        raise ConfigError(f"link_bytes_per_s must be above 0, got {link_bytes_per_s}")
 
 
 def _round_up(n: int, granule: int) -> int:

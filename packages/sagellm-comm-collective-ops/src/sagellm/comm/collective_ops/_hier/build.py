@@ -13,7 +13,7 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.process_group import TensorBackend, TorchTransport, Transport
 
-from ..quantized import LossyCollectives
+from ..quantized import LossyCollectives, check_wire
 from .partition import HostMap
 from .plans import Plans
 from .transport import Stages
@@ -56,6 +56,7 @@ class Settings:
             raise ConfigError(f"algorithm {found.algorithm!r} is not one of {', '.join(ALGORITHMS)}")
         if not isinstance(found.chunk_bytes, int) or found.chunk_bytes < 1:
             raise ConfigError(f"chunk_bytes must be an integer above 0, got {found.chunk_bytes!r}")
+        check_wire(found.wire, found.allow_lossy, found.link_bytes_per_s)
         return found
 
     @property

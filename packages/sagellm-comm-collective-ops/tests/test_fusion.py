@@ -17,7 +17,6 @@ from sagellm.comm.collective_ops import (
 )
 from sagellm.core.protocols import CommTimeoutError, ConfigError
 
-
 EVERYTHING = 1 << 40
 
 

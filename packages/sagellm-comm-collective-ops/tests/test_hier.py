@@ -9,7 +9,7 @@ import torch
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
 from sagellm.comm.collective_ops._hier.partition import HostMap
 from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
-from sagellm.core.protocols import CommError, CommTimeoutError, ConfigError, PeerLostError
+from sagellm.core.protocols import CommError, ConfigError
 
 LAYOUTS = [
     [[0, 2], [1, 3]],

@@ -34,7 +34,7 @@ def bounds(inputs, wire, n):
         each = torch.stack([x.abs() for x in inputs]).T.tolist()
         return torch.tensor([error_bound(wire, a) for a in each], dtype=torch.float64)
     size = len(inputs)
-    part = -(-(-(-n // size)) // BLOCK) * BLOCK
+    part = math.ceil(math.ceil(n / size) / BLOCK) * BLOCK
     padded = torch.zeros(size, part * size)
     padded[:, :n] = torch.stack(inputs)
     each = padded.view(size, -1, BLOCK).abs().amax(2).T.tolist()

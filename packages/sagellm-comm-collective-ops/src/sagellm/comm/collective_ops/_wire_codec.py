@@ -76,7 +76,7 @@ class CastCodec(Codec):
             x_n.copy_(source)
             return
         # Adding other dtypes makes a temporary, which is slow to come by when it is large.
-        for x, part in zip(x_n.split(_TILE), source.split(_TILE), strict=True):
+        for x, part in zip(torch.split(x_n, _TILE), torch.split(source, _TILE), strict=True):
             x.add_(part)
 
 

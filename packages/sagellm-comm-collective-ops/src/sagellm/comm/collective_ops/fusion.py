@@ -16,8 +16,8 @@ from ._fusion_threshold import FusionThreshold, find_threshold
 
 __all__ = ["FusedAllReduce", "fused_all_reduce"]
 
-_BUCKET_BYTES = 1 << 20
-"""For 200 tensors of 4-64 KiB over gloo, 1 MiB buckets were as good as one (2-core x86-64)."""
+_BUCKET_BYTES = 4 << 20
+"""For 200 tensors of 4-64 KiB over gloo, 4 MiB took 0.8 of the time of 1 MiB (2-core x86-64)."""
 
 _RATE_EVERY = 16
 """Buckets between two agreements on what an age is in tensors."""

@@ -78,6 +78,8 @@ class HierBackend(TensorBackend):
     1
     """
 
+    _world_is_ours = False
+
     def __init__(
         self,
         spec: BackendSpec | None = None,
@@ -131,12 +133,18 @@ class HierBackend(TensorBackend):
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
         """A rank of a group that meets at a file, on two pretended hosts; for the kit."""
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meet}", rank=rank, world_size=size
-        )
+        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
         half = (size + 1) // 2
         hosts = [list(range(half)), list(range(half, size))]
-        return cls(timeout_s=timeout_s, options={"hosts": [h for h in hosts if h]})
+        backend = cls(timeout_s=timeout_s, options={"hosts": [h for h in hosts if h]})
+        backend._world_is_ours = True
+        return backend
+
+    def close(self) -> None:
+        super().close()
+        if self._world_is_ours:
+            self._world_is_ours = False
+            dist.destroy_process_group()
 
     def _start(
         self,
@@ -177,7 +185,9 @@ class HierBackend(TensorBackend):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        group: dist.ProcessGroup | None = None if self._hier is None else self._hier.stages.flat.group
+        group: dist.ProcessGroup | None = (
+            None if self._hier is None else self._hier.stages.flat.group
+        )
         return group
 
     def explain(self, op: str, nbytes: int) -> Choice:

@@ -97,9 +97,7 @@ class LossyCollectives:
             x.copy_(numbers[: x.numel()].view(x.shape))
         return x
 
-    def reduce_scatter_tensor(
-        self, out: Tensor, x: Tensor, op: str | ReduceOp = "sum"
-    ) -> Tensor:
+    def reduce_scatter_tensor(self, out: Tensor, x: Tensor, op: str | ReduceOp = "sum") -> Tensor:
         """Leave this rank's part of the sum or average in `out`; it is not rounded again."""
         reduction = ReduceOp.of(op)
         codec = self._codec_for("reduce_scatter_tensor", x, reduction)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sagellm.comm.collective_ops.quantized import LossyCollectives, check_wire
 from sagellm.core.protocols import (
     BackendSpec,
     CommBackendProtocol,
@@ -13,7 +14,6 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.process_group import TensorBackend, TorchTransport, Transport
 
-from ..quantized import LossyCollectives, check_wire
 from .partition import HostMap
 from .plans import Plans
 from .transport import Stages
@@ -53,7 +53,9 @@ class Settings:
         """Check options by name."""
         found = cls(**options)
         if found.algorithm not in ALGORITHMS:
-            raise ConfigError(f"algorithm {found.algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+            raise ConfigError(
+                f"algorithm {found.algorithm!r} is not one of {', '.join(ALGORITHMS)}"
+            )
         if not isinstance(found.chunk_bytes, int) or found.chunk_bytes < 1:
             raise ConfigError(f"chunk_bytes must be an integer above 0, got {found.chunk_bytes!r}")
         check_wire(found.wire, found.allow_lossy, found.link_bytes_per_s)

@@ -103,7 +103,7 @@ class Plans:
                 self._pipeline([flat[whole:]], self._by_leaders, op, end)
                 flat = flat[:whole]
             steps = self._by_rails
-        self._pipeline(flat.split(each), steps, op, end)
+        self._pipeline(torch.split(flat, each), steps, op, end)
 
     def _pipeline(
         self,
@@ -177,7 +177,7 @@ class Plans:
         size, n = self._map.size, x.numel()
         rows = out.view(size, n) if self._map.in_order else torch.empty(size, n, dtype=x.dtype)
         counts = [len(host) for host in self._map.hosts]
-        parts = rows.split(counts)
+        parts = torch.split(rows, counts)
         mine = parts[self._map.index]
         if self._intra is not None:
             self._intra.all_gather_into_tensor(mine, x.view(-1))
@@ -202,12 +202,14 @@ class Plans:
         if self._intra is not None:
             self._intra.reduce(rows, 0, op)
         counts = [len(host) for host in self._map.hosts]
-        mine = rows.split(counts)[self._map.index].clone()
+        mine = torch.split(rows, counts)[self._map.index].clone()
         if self._leaders is not None:
             group = self._leaders.group
             here = len(self._map.mine)
             theirs = torch.empty((len(counts) * here, n), dtype=x.dtype)
-            work = group.all_to_all_single(theirs, rows, [here] * len(counts), counts, async_op=True)
+            work = group.all_to_all_single(
+                theirs, rows, [here] * len(counts), counts, async_op=True
+            )
             finish(work, end)
             Fold(op).over(mine, theirs.view(len(counts), here, n).unbind(0))
         if self._intra is not None:

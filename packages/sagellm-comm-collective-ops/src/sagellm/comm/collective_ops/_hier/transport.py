@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sagellm.comm.collective_ops._shm.calls import CallQueue, FinishedWork
 from sagellm.core.protocols import CommBackendProtocol, CommError, PeerLostError
 from sagellm.core.protocols.process_group import RawCall, RawWork, TorchTransport, Transport
 
-from .._shm.calls import CallQueue, FinishedWork
 from .partition import HostMap
 from .plans import PLANNED, Plans
 
@@ -144,7 +144,9 @@ class HierTransport(Transport):
 
 def _names_ranks(error: CommError) -> bool:
     text = str(error)
-    return "lost rank" in text or "no sign of rank" in text or getattr(error, "rank", None) is not None
+    return (
+        "lost rank" in text or "no sign of rank" in text or getattr(error, "rank", None) is not None
+    )
 
 
 def _more(error: CommError, text: str) -> CommError:

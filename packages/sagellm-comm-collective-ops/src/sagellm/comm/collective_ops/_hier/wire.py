@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sagellm.comm.collective_ops.quantized import LossyCollectives
 from sagellm.core.protocols import CommBackendProtocol, ReduceOp, Work
-
-from ..quantized import LossyCollectives
 
 __all__ = ["Wire", "finish"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sagellm.core.protocols.process_group import RawCall
 
-__all__ = ["CallRecord", "Engine", "EngineTotals", "EngineFailure"]
+__all__ = ["CallRecord", "Engine", "EngineFailure", "EngineTotals"]
 
 
 class EngineFailure(Exception):

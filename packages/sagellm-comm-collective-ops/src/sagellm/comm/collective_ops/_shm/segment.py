@@ -15,7 +15,7 @@ from sagellm.core.protocols import IntegrityError, ResourceError
 from . import layout as words
 from .forks import release_in_children
 from .identity import cgroup_folders
-from .layout import MAGIC, PAGE, VERSION, Layout
+from .layout import MAGIC, VERSION, Layout
 
 __all__ = ["Segment", "reserve", "room_bytes"]
 

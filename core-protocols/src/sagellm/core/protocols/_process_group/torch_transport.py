@@ -42,11 +42,19 @@ class TorchTransport(Transport):
         device: Where tensors live.
         timeout_s: The group's deadline, kept by the watchdog on devices.
         owned: Whether `close` destroys the group.
+        reports: Whether failures are told to the ranks and asked about over the group's store;
+            False for a part of a larger group, which does so itself.
 
     """
 
     def __init__(
-        self, group: TorchObject, device: torch.device, timeout_s: float, *, owned: bool = False
+        self,
+        group: TorchObject,
+        device: torch.device,
+        timeout_s: float,
+        *,
+        owned: bool = False,
+        reports: bool = True,
     ) -> None:
         self.group = group
         self._device = device
@@ -55,7 +63,8 @@ class TorchTransport(Transport):
         self._rank, self._size = int(group.rank()), int(group.size())
         name, self._global_ranks, store = group_facts(group)
         self._name = name or f"group{id(group):x}"
-        self._board = FailureBoard(store, self._rank, self._global_ranks)
+        self._store = store
+        self._board = FailureBoard(store if reports else None, self._rank, self._global_ranks)
         self._is_gloo = group_libraries(group).get("cpu") == "gloo"
         self._watchdog: Watchdog | None = None
         self._launch: GroupLaunch | None = None  # of a running `coalesce`
@@ -84,7 +93,7 @@ class TorchTransport(Transport):
     @property
     def store(self) -> TorchObject:
         """The group's store, None when the group does not show one."""
-        return self._board.store
+        return self._store
 
     def issue(self, call: RawCall) -> RawWork:
         if self._device.type != "cpu":

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     )
     from .fusion import FusedAllReduce as FusedAllReduce, fused_all_reduce as fused_all_reduce
     from .gloo_backend import GlooBackend as GlooBackend
+    from .hier_backend import HierBackend as HierBackend
     from .mock_backend import MockBackend as MockBackend, MockWorld as MockWorld
     from .nccl_backend import NCCLBackend as NCCLBackend
+    from .quantized import LossyCollectives as LossyCollectives, error_bound as error_bound
     from .rccl_backend import RCCLBackend as RCCLBackend
     from .schedules import (
         Schedule as Schedule,
@@ -38,6 +40,8 @@ __all__ = [
     "FusedAllReduce",
     "GlooBackend",
     "GroupCall",
+    "HierBackend",
+    "LossyCollectives",
     "MockBackend",
     "MockLinks",
     "MockWorld",
@@ -49,6 +53,7 @@ __all__ = [
     "__version__",
     "check_schedule",
     "create_comm_backend",
+    "error_bound",
     "explain_selection",
     "fused_all_reduce",
     "make_schedule",
@@ -62,6 +67,8 @@ _NEED_TORCH = {
     "FusedAllReduce": "fusion",
     "GlooBackend": "gloo_backend",
     "GroupCall": "_c10d.wrapping",
+    "HierBackend": "hier_backend",
+    "LossyCollectives": "quantized",
     "MockBackend": "mock_backend",
     "MockLinks": "_mock_clock",
     "MockWorld": "mock_backend",
@@ -72,6 +79,7 @@ _NEED_TORCH = {
     "Transfer": "_mock_group",
     "check_schedule": "schedules",
     "create_comm_backend": "factory",
+    "error_bound": "quantized",
     "explain_selection": "factory",
     "fused_all_reduce": "fusion",
     "register_c10d_backend": "c10d",

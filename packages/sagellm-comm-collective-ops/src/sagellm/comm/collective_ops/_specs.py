@@ -17,7 +17,7 @@ from sagellm.core.protocols import (
     Probe,
 )
 
-__all__ = ["GLOO", "MOCK", "NCCL", "RCCL", "SHM"]
+__all__ = ["GLOO", "HIER", "MOCK", "NCCL", "RCCL", "SHM"]
 
 _OPS = frozenset(
     {
@@ -146,6 +146,12 @@ def _load_rccl() -> Callable[..., CommBackendProtocol]:
     return RCCLBackend
 
 
+def _load_hier() -> Callable[..., CommBackendProtocol]:
+    from .hier_backend import HierBackend
+
+    return HierBackend
+
+
 def _load_gloo() -> Callable[..., CommBackendProtocol]:
     from .gloo_backend import GlooBackend
 
@@ -253,6 +259,28 @@ SHM = BackendSpec(
     load=_load_shm,
 )
 """Shared memory between the ranks of one host."""
+
+HIER = BackendSpec(
+    name="hier",
+    device_types=("cpu",),
+    c10d_name=None,
+    priority=5,
+    capabilities=GLOO.capabilities,
+    lowering=GLOO.lowering,
+    options={
+        "hosts": "the ranks of each host, in place of proving who shares one",
+        "intra": "`auto`, `shm`, `gloo`, or a function that makes a host's group",
+        "algorithm": "`auto`, `leaders` or `two_d`, for all_reduce",
+        "wire": "`none`, `bf16`, `fp16`, `int8` or `auto`: what all_reduce sends between hosts",
+        "allow_lossy": "True lets `wire` round",
+        "link_bytes_per_s": "of a host's link, for `wire` auto; measured otherwise",
+        "chunk_bytes": "piece of a large all_reduce",
+    },
+    install_hint="pip install torch",
+    probe=_probe_gloo,
+    load=_load_hier,
+)
+"""Shared memory inside hosts, gloo between them."""
 
 MOCK = BackendSpec(
     name="mock",

@@ -1,7 +1,6 @@
 """The segment and what lies in it: reservations, arenas, rings."""
 
 import fcntl
-import gc
 import os
 import resource
 
@@ -104,7 +103,6 @@ def arena(segment):
     made = Arena(segment, 1)
     yield made
     made.close()
-    gc.collect()
 
 
 def test_symmetric_tensors_lie_in_the_arena_and_are_aligned(segment, arena):
@@ -129,11 +127,9 @@ def test_memory_goes_with_the_last_view(segment, arena):
     assert reserved(segment) == base + (4 << 20)
     view = x[5:].view(-1)[3:7]
     del x
-    gc.collect()
     assert view.tolist() == [1.0] * 4
     assert reserved(segment) == base + (4 << 20)
     del view
-    gc.collect()
     assert reserved(segment) == base
     assert arena.used_bytes == 0
 
@@ -142,13 +138,11 @@ def test_pages_shared_by_two_tensors_stay_until_both_are_gone(segment, arena):
     x, y = arena.empty((100,), torch.uint8), arena.empty((PAGE,), torch.uint8)
     y.fill_(9)
     del x
-    gc.collect()
     assert y.eq(9).all()
     z = arena.empty((64,), torch.uint8)
     z.fill_(3)
     assert y.eq(9).all()
     del y
-    gc.collect()
     assert z.eq(3).all()
 
 
@@ -157,11 +151,9 @@ def test_freed_room_is_used_again(arena):
     for _ in range(4):
         xs = [arena.empty((PAGE,), torch.uint8) for _ in range(8)]
         del xs[1::2]
-        gc.collect()
         xs += [arena.empty((PAGE,), torch.uint8) for _ in range(4)]
         assert arena.used_bytes == 12 * PAGE - 4 * PAGE
         del xs
-        gc.collect()
     assert arena.used_bytes == 0
     with pytest.raises(ResourceError, match="largest gap has 1073741824"):
         arena.empty((5, size), torch.uint8)
@@ -184,7 +176,6 @@ def ring(segment):
     ends = [Ring(segment.memory, words, segment.layout, 0, 1) for _ in range(2)]
     yield ends
     del ends, words
-    gc.collect()
 
 
 def test_frames_come_out_as_they_went_in_around_the_end_many_times(ring):

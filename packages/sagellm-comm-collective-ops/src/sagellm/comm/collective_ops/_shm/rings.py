@@ -25,7 +25,6 @@ __all__ = [
     "ANNOUNCE",
     "CLEAR",
     "DATA",
-    "HEADER",
     "SMALL",
     "Frame",
     "Ring",

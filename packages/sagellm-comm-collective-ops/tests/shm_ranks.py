@@ -15,7 +15,7 @@ from sagellm.core.protocols import CommError
 CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
 
 
-def join(rank, size, meet, *, timeout_s=10.0, name="shm", **options):
+def join(rank, size, meet, *, timeout_s=30.0, name="shm", **options):
     """A rank's backend over a file, whose name may end in the engine's."""
     engine = meet.rpartition(".")[2]
     if engine in ENGINES:

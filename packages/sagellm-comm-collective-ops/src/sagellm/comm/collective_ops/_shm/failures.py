@@ -103,7 +103,9 @@ def explain(
         )
     if cause == "timeout":
         if told:
-            return CommTimeoutError(f"{text}: rank {board.who(rank)} gave up: {reason}")
+            late = ", ".join(board.who(r) for r in late_ranks(board) if r != board.rank)
+            missing = f"no sign of rank {late}; " if late else ""
+            return CommTimeoutError(f"{text}: {missing}rank {board.who(rank)} gave up: {reason}")
         return CommTimeoutError(f"{text}: {_late(board, rank, failure.step)}")
     if told:
         return PeerLostError(

@@ -19,6 +19,8 @@ class Done:
 class Group:
     """Writes down what is called, as torch's own coalescing would see it."""
 
+    _device_types = ()
+
     def __init__(self):
         self.seen = []
 

@@ -250,7 +250,7 @@ class CpuGroup(Facade):
         def run(late: bool) -> TorchObject:
             return self._backend.all_to_all_single(out, x, theirs, ours, async_op=late)
 
-        return self._go(opts, run, targets, lambda: copy_parts(targets, out.split(theirs)))
+        return self._go(opts, run, targets, lambda: copy_parts(targets, torch.split(out, theirs)))
 
     def broadcast(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         x, src = one(tensors, "broadcast"), root_of(opts)

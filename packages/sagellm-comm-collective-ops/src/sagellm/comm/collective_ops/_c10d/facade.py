@@ -22,7 +22,10 @@ def alias_older_names(cls: type) -> None:
                 setattr(cls, name, cls.__dict__[entry.name])
 
 
-class Facade(dist.ProcessGroup):
+_ProcessGroup: TorchObject = dist.ProcessGroup
+
+
+class Facade(_ProcessGroup):  # type: ignore[misc]  # torch's stubs of it differ by release
     """A process group in Python that torch takes for one of its own.
 
     Subclasses define the calls, and run `alias_older_names` on themselves.

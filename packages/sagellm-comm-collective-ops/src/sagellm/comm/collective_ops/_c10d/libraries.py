@@ -104,11 +104,11 @@ def _backend(library: str, store: TorchObject, plan: GroupPlan) -> TorchObject:
         raise BackendUnavailableError(f"torch {torch.__version__} is built without {library}")
     if not plugin.extended_api:
         return plugin.creator_fn(store, plan.rank, plan.size, plan.deadline)
-    options = c10d._DistributedBackendOptions()
-    options.store, options.group_rank, options.group_size = store, plan.rank, plan.size
-    options.timeout, options.group_id = plan.deadline, plan.name
-    options.global_ranks_in_group = list(plan.global_ranks)
-    return plugin.creator_fn(options, None)
+    asked: TorchObject = c10d._DistributedBackendOptions()
+    asked.store, asked.group_rank, asked.group_size = store, plan.rank, plan.size
+    asked.timeout, asked.group_id = plan.deadline, plan.name
+    asked.global_ranks_in_group = list(plan.global_ranks)
+    return plugin.creator_fn(asked, None)
 
 
 def device_types() -> Sequence[str]:

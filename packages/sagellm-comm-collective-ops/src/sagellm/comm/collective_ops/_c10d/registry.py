@@ -20,7 +20,7 @@ def adopt(group: TorchObject, inner: TorchObject, name: str) -> None:
         ConfigError: The name is taken.
 
     """
-    world = distributed_c10d._world
+    world: TorchObject = distributed_c10d._world
     if inner not in world.pg_map:
         return
     if name in world.pg_names.values():
@@ -33,4 +33,5 @@ def adopt(group: TorchObject, inner: TorchObject, name: str) -> None:
     world.pg_to_tag[group] = tag
     world.tags_to_pg.setdefault(tag, []).append(group)
     world.tags_to_pg.setdefault("", []).append(group)
-    c10d._register_process_group(name, group)
+    register: TorchObject = c10d._register_process_group
+    register(name, group)

@@ -108,19 +108,19 @@ def test_bench_counts_wrong_elements(op, monkeypatch):
     monkeypatch.setattr(bench, "_BUDGET_S", 0.001)
     store = dist.HashStore()
 
-    def rows(world):
+    def rows(world, label):
         def one(b):
-            meeting = Meeting(dist.PrefixStore(str(id(world)), store), b.rank, 2, 10.0)
+            meeting = Meeting(dist.PrefixStore(label, store), b.rank, 2, 10.0)
             return bench._measure(meeting, b, "mock", op, 256, torch.float32, "cpu")
 
         return world.run(one)
 
-    row = rows(MockWorld(2))[0]
+    row = rows(MockWorld(2), "good")[0]
     assert (row.nbytes, row.wrong, row.error) == (256, 0, "")
     assert row.algbw_bytes_per_s == pytest.approx(256 / (row.time_us * 1e-6))
     bad = MockWorld(2)
     bad.corrupt(1)
-    assert rows(bad)[0].wrong > 0
+    assert rows(bad, "bad")[0].wrong > 0
 
 
 def test_bench_measures_over_processes_and_tells_who_could_not_start(capsys, loopback):

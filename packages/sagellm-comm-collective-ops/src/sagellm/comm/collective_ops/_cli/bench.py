@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sagellm.core.protocols import CommBackendProtocol, CommError, ConfigError
 from sagellm.core.protocols.process_group import busbw_factor
 
-from .launch import make_backends, run_ranks
+from .launch import Meeting, make_backends, run_ranks
 
 __all__ = ["OPS", "BenchRow", "run_bench"]
 
@@ -85,7 +84,16 @@ def run_bench(
     if not isinstance(kind, torch.dtype):
         raise ConfigError(f"{dtype!r} is no element type of torch")
     found = run_ranks(
-        _on_rank, ops, sizes, backends, device, dtype, timeout_s, ranks=ranks, timeout_s=600.0
+        _on_rank,
+        ops,
+        sizes,
+        backends,
+        device,
+        dtype,
+        timeout_s,
+        ranks=ranks,
+        deadline_s=timeout_s,
+        timeout_s=900.0,
     )
     if not found:
         return [], {}
@@ -94,15 +102,23 @@ def run_bench(
 
 
 def _on_rank(
-    ops: list[str], sizes: list[int], names: list[str], device: str, dtype: str, timeout_s: float
+    meeting: Meeting,
+    ops: list[str],
+    sizes: list[int],
+    names: list[str],
+    device: str,
+    dtype: str,
+    timeout_s: float,
 ) -> tuple[list[dict[str, object]], dict[str, str]]:
-    made, failed = make_backends(names, device, timeout_s)
+    made, failed = make_backends(meeting, names, device, timeout_s)
     rows = []
     try:
         for op in ops:
             for size in sizes:
                 for name in list(made):
-                    row = _measure(made[name], name, op, size, getattr(torch, dtype), device)
+                    row = _measure(
+                        meeting, made[name], name, op, size, getattr(torch, dtype), device
+                    )
                     if row.error:
                         failed[name] = row.error
                         made.pop(name).close()
@@ -114,7 +130,13 @@ def _on_rank(
 
 
 def _measure(
-    backend: CommBackendProtocol, name: str, op: str, nbytes: int, dtype: torch.dtype, device: str
+    meeting: Meeting,
+    backend: CommBackendProtocol,
+    name: str,
+    op: str,
+    nbytes: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> BenchRow:
     text = str(dtype).removeprefix("torch.")
     call, check, size = _prepare(backend, op, nbytes, dtype, device)
@@ -128,9 +150,8 @@ def _measure(
         start = time.perf_counter()
         call()
         _sync(device)
-        once = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        dist.all_reduce(once, dist.ReduceOp.MAX)
-        calls = max(5, min(_MAX_CALLS, int(_BUDGET_S / max(once.item(), 1e-7))))
+        once = max(meeting.gather(time.perf_counter() - start))
+        calls = max(5, min(_MAX_CALLS, int(_BUDGET_S / max(once, 1e-7))))
         for _ in range(calls):
             start = time.perf_counter()
             call()
@@ -138,11 +159,10 @@ def _measure(
             seconds.append(time.perf_counter() - start)
     except CommError as e:
         error = str(e)
-    answers: list[tuple[float, float, int, str]] = [(0.0, 0.0, 0, "")] * dist.get_world_size()
     seconds.sort()
     middle = seconds[len(seconds) // 2] if seconds else 0.0
     late = seconds[int(len(seconds) * 0.99)] if seconds else 0.0
-    dist.all_gather_object(answers, (middle, late, wrong, error))
+    answers = meeting.gather((middle, late, wrong, error))
     errors = [answer[3] for answer in answers if answer[3]]
     if errors:
         return BenchRow(name, op, size, text, error=errors[0])
@@ -186,7 +206,7 @@ def _prepare(
             return backend.all_reduce(zeros)
 
         def check() -> int:
-            return int((backend.all_reduce(x.clone()) != expected).sum())
+            return _differ(backend.all_reduce(x.clone()), expected)
 
     elif op == "broadcast":
 
@@ -195,7 +215,7 @@ def _prepare(
 
         def check() -> int:
             z = torch.full_like(x, backend.rank)
-            return int((backend.broadcast(z, world - 1) != world - 1).sum())
+            return _differ(backend.broadcast(z, world - 1), world - 1)
 
     elif op == "all_gather_into_tensor":
         expected = torch.arange(world, device=device).to(dtype).repeat_interleave(part)
@@ -204,7 +224,7 @@ def _prepare(
             return backend.all_gather_into_tensor(x, y)
 
         def check() -> int:
-            return int((backend.all_gather_into_tensor(x, y) != expected).sum())
+            return _differ(backend.all_gather_into_tensor(x, y), expected)
 
     elif op == "reduce_scatter_tensor":
 
@@ -212,7 +232,7 @@ def _prepare(
             return backend.reduce_scatter_tensor(y, x)
 
         def check() -> int:
-            return int((backend.reduce_scatter_tensor(y, x) != world).sum())
+            return _differ(backend.reduce_scatter_tensor(y, x), world)
 
     else:
         z = torch.empty_like(x)
@@ -223,9 +243,14 @@ def _prepare(
             return backend.all_to_all_single(z, own)
 
         def check() -> int:
-            return int((backend.all_to_all_single(z, own) != expected).sum())
+            return _differ(backend.all_to_all_single(z, own), expected)
 
     return call, check, whole * dtype.itemsize
+
+
+def _differ(got: object, expected: Tensor | int) -> int:
+    assert isinstance(got, Tensor)
+    return int(torch.ne(got, expected).sum())
 
 
 def _sync(device: str) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch.distributed as dist
-
 from sagellm.comm.collective_ops.factory import explain_selection
 from sagellm.core.protocols import CommError
 
-from .launch import make_backends, run_ranks
+from .launch import Meeting, make_backends, run_ranks
 
 __all__ = ["run_explain"]
 
@@ -25,7 +23,15 @@ def run_explain(
 
     """
     found = run_ranks(
-        _on_rank, op, nbytes, backend, device, timeout_s, ranks=ranks, timeout_s=4 * timeout_s
+        _on_rank,
+        op,
+        nbytes,
+        backend,
+        device,
+        timeout_s,
+        ranks=ranks,
+        deadline_s=timeout_s,
+        timeout_s=4 * timeout_s,
     )
     if not found:
         return None
@@ -35,11 +41,13 @@ def run_explain(
     return first
 
 
-def _on_rank(op: str, nbytes: int, name: str, device: str, timeout_s: float) -> dict[str, Any]:
+def _on_rank(
+    meeting: Meeting, op: str, nbytes: int, name: str, device: str, timeout_s: float
+) -> dict[str, Any]:
     answer: dict[str, Any] = {"op": op, "nbytes": nbytes, "asked": name}
     if name == "auto":
         answer["selection"] = explain_selection(device=device, timeout_s=timeout_s).explain()
-    made, failed = make_backends([name], device, timeout_s)
+    made, failed = make_backends(meeting, [name], device, timeout_s)
     if failed:
         return answer | {"error": failed[name]}
     with made[name] as backend:
@@ -49,5 +57,5 @@ def _on_rank(op: str, nbytes: int, name: str, device: str, timeout_s: float) -> 
             answer["error"] = str(e)
         else:
             answer["choice"] = asdict(choice) | {"rejected": dict(choice.rejected)}
-        dist.barrier()
+        meeting.gather(None)
     return answer

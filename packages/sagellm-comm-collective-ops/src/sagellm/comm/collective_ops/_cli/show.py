@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
     """
     word = text.strip().lower().removesuffix("ib").removesuffix("b")
     unit = word[-1:] if word[-1:] in ("k", "m", "g") else ""
-    number = word.removesuffix(unit) if unit else word
+    number = word.removesuffix(unit).strip()
     if not number.isdecimal():
         raise ValueError(f"{text!r} is no size; write 4096, 64k, 1M or 1G")
     return int(number) * _UNITS[unit]

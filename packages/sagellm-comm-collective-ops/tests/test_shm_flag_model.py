@@ -123,7 +123,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("world, calls", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize(("world", "calls"), MIXED.values(), ids=MIXED)
 def test_nothing_is_overwritten_while_it_can_be_read(world, calls):
     assert fault(world, calls) is None
 

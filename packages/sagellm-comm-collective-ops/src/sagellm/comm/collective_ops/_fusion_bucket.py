@@ -94,6 +94,10 @@ class Homes:
         start, home.used = home.used, home.used + room
         return home.flat[start : start + count].view(tuple(shape))
 
+    def __bool__(self) -> bool:
+        """Whether any tensor lives here."""
+        return bool(self._by_storage)
+
     def owns(self, x: Tensor) -> bool:
         """Whether `x` lives in one of the buckets."""
         return bool(self._by_storage) and _storage(x) in self._by_storage

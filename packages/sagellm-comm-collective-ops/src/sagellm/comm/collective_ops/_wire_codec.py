@@ -146,7 +146,7 @@ def make_codec(name: str) -> Codec:
     raise ConfigError(f"wire {name!r} is not one of {', '.join(WIRES)}")
 
 
-def error_bound(wire: str, absmax: Sequence[float]) -> float:
+def error_bound(wire: str, absmax: Sequence[float], *, average: bool = False) -> float:
     """Most by which an element of a quantised all_reduce can miss the exact sum.
 
     With A_r the largest magnitude that rank r has in the element's block (for casts: the
@@ -158,19 +158,23 @@ def error_bound(wire: str, absmax: Sequence[float]) -> float:
       `E1 = u A + W f`, `E = E1 + u (A + E1) + f`. A number beyond 65504 becomes an infinity
       in fp16.
 
-    and `(W + 4) 2**-24 (A + E)` for float32's own rounding. The average's error is a W-th.
+    and `(W + 4) 2**-24 (A + E)` for float32's own rounding. An average's error is a W-th of a
+    sum's, and half of TINY (int8) or f (casts) more: it is rounded after the division.
 
     >>> round(error_bound("int8", [1.0, 1.0]) * 127, 2)
-    2.01
+    2.0
     """
     total, ranks = math.fsum(absmax), len(absmax)
     if wire == "int8":
         first = math.fsum(max(a / 127, TINY) / 2 for a in absmax)
         both = first + max((total + first) / 127, TINY) / 2
+        step = TINY / 2
     elif wire in _CAST_UNIT:
         unit, floor = _CAST_UNIT[wire], _CAST_FLOOR[wire]
         first = unit * total + ranks * floor
         both = first + unit * (total + first) + floor
+        step = floor
     else:
         raise ConfigError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
-    return both + (ranks + 4) * _FLOAT32_UNIT * (total + both) + TINY * 2.0**-20
+    bound = both + (ranks + 4) * _FLOAT32_UNIT * (total + both) + TINY * 2.0**-20
+    return bound / ranks + step if average else bound

@@ -47,7 +47,7 @@ class FusedAllReduce:
         bucket_bytes: Bytes at which a bucket is sent.
         max_tensors: Tensors at which a bucket is sent.
         fuse_below_bytes: Larger tensors are sent by themselves; None asks the backend's cost
-            model, or measures some twenty calls at the first `add` (collective, rank 0 decides).
+            model, or measures some forty calls at the first `add` (collective, rank 0 decides).
         max_age_s: About how long a tensor may wait for company while others come; None for as
             long as it takes.
 
@@ -85,6 +85,7 @@ class FusedAllReduce:
         self._bytes = 0
         self._age = 0
         self._flights: list[_Flight] = []
+        self._nothing_gains = False
         self.buckets_sent = 0
         self.sent_alone = 0
 
@@ -103,21 +104,25 @@ class FusedAllReduce:
         stays for as long as a tensor of the bucket does, or this object. Its values are zeros at
         first. Every rank makes the same tensors in the same order.
         """
+        self._nothing_gains = False
         return self._homes.empty(shape, dtype)
 
     def add(self, x: Tensor, op: str | ReduceOp = "sum") -> Work[Tensor]:
         """Queue `x`; the work is done once its bucket is, and waiting for it sends the bucket."""
+        if self._nothing_gains:  # the shortest way: this must cost nearly nothing
+            self.sent_alone += 1
+            return CompletedWork(self._backend.all_reduce(x, op))  # type: ignore[arg-type]  # a tensor without async_op
         reduction = ReduceOp.of(op)
         if self._pace is not None:
             self._pace.tensor_came()
-        lives_here = self._homes.owns(x)
-        if not lives_here and x.nbytes >= self.threshold.nbytes:
+        nbytes = x.nbytes
+        if not self._homes.owns(x) and nbytes >= self.threshold.nbytes:
             return self._alone(x, reduction)
         member = _Member(self, x, reduction)
         if self._pending and not member.fits(self._pending[0]):
             self._send()
         self._pending.append(member)
-        self._bytes += x.nbytes
+        self._bytes += nbytes
         self._grow_older()
         if self._bytes >= self._bucket_bytes or len(self._pending) >= self._max_tensors:
             self._send()
@@ -142,6 +147,7 @@ class FusedAllReduce:
     def _alone(self, x: Tensor, op: ReduceOp) -> Work[Tensor]:
         self.sent_alone += 1
         if self.threshold.nbytes == 0:  # so low a latency that a handle would cost more
+            self._nothing_gains = self._pace is None and not self._homes and not self._pending
             done = self._backend.all_reduce(x, op)
             assert isinstance(done, Tensor)
             work: Work[Tensor] = CompletedWork(done)
@@ -250,6 +256,8 @@ class _Flight:
 
 class _Member:
     """The `Work` of one tensor of a bucket."""
+
+    __slots__ = ("_owner", "flight", "op", "x")
 
     def __init__(self, owner: FusedAllReduce, x: Tensor, op: ReduceOp) -> None:
         self._owner = owner

@@ -31,6 +31,7 @@ from ._barrier import LINE_BYTES
 START_S = 120.0
 ANSWER_S = 180.0
 END_S = 5.0
+_PREFIX = "sagellm-bench-"
 
 build_peers = True
 """Whether a contender that must be compiled first may be; `--quick` only takes what is there."""
@@ -45,7 +46,7 @@ class Ranks:
         self._world = world
         memory = Path("/dev/shm")
         base = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-        self._folder = Path(tempfile.mkdtemp(prefix="sagellm-bench-", dir=base))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
         for name in ("barrier", "handover"):
             (self._folder / name).write_bytes(bytes(world * LINE_BYTES))
         self._listener = socket.socket(socket.AF_UNIX)
@@ -133,9 +134,23 @@ class Ranks:
         for wire in self._wires:
             wire.close()
         self._listener.close()
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._folder.name}_*"):
-            left.unlink(missing_ok=True)  # it unlinks its segments in no case
-        shutil.rmtree(self._folder, ignore_errors=True)
+        _remove(self._folder)
+
+
+def _remove(folder: Path) -> None:
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{folder.name}_*"):
+        left.unlink(missing_ok=True)  # DeepSpeed unlinks its segments in no case
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove what launches left that were killed, and could not do so themselves."""
+    for folder in Path("/dev/shm").glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(FileNotFoundError):
+            mine = folder.stat().st_uid == os.getuid()
+            if mine and pid.isdigit() and not Path("/proc", pid).exists():
+                _remove(folder)
 
 
 _fleet: dict[tuple[str, int], Ranks] = {}
@@ -145,6 +160,7 @@ def ranks_of(kind: str, world: int) -> Ranks:
     """The contender's ranks, started if they do not stand yet."""
     if not _fleet:
         atexit.register(close_all)
+        _sweep()
     if (kind, world) not in _fleet:
         _fleet[kind, world] = Ranks(kind, world)
     return _fleet[kind, world]

@@ -104,7 +104,7 @@ def tail_sampler(case: Case, variant: str) -> Callable[[], float]:
         times: list[float] = []
         end = time.monotonic() + P99_S
         while len(times) < P99_CALLS and (not times or time.monotonic() < end):
-            times += _sample(case, variant, P99_CALLS // 20, each=True)
+            times += _sample(case, variant, P99_CALLS // 50, each=True)
         return sorted(times)[len(times) * 99 // 100]
 
     return sample

@@ -219,6 +219,8 @@ class ShmTransport(Transport):
         self._met.close()
 
     def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
+        if self.forked:
+            raise ConfigError(FORKED)
         if self._rank not in ranks:
             return None
         chosen = [self._global_ranks[r] for r in ranks]

@@ -133,7 +133,7 @@ def test_declared_names_are_unique_and_carry_units():
         assert metric.name.startswith("sagellm_")
         assert metric.name.endswith("_total") == (metric.kind == "counter")
         if metric.unit == "s":
-            assert metric.name.endswith("_seconds")
+            assert metric.name.removesuffix("_total").endswith("_seconds")
         if metric.unit == "By":
             assert "_bytes" in metric.name
 

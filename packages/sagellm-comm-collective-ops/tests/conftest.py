@@ -44,6 +44,34 @@ def on_shm(rank, size, store, engine, fn, *args):
     return fn(_state[engine], *args)
 
 
+def on_hier(rank, size, store, hosts, fn, *args):
+    """In a worker: `fn(backend, *args)` with a backend over pretended hosts."""
+    from sagellm.comm.collective_ops import HierBackend
+
+    def make(backend):
+        key = str(hosts)
+        if key not in _state:
+            _state[key] = HierBackend(timeout_s=20, options={"hosts": hosts})
+        return fn(_state[key], *args)
+
+    return on_backend(rank, size, store, make)
+
+
+class HierWorld:
+    """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
+
+    def __init__(self, hosts):
+        self._hosts = hosts
+        self._pool = RankPool(sum(len(host) for host in hosts))
+        self._store = self._pool.store_path()
+
+    def run(self, fn, *args, timeout_s=60.0):
+        return self._pool.run(on_hier, self._store, self._hosts, fn, *args, timeout_s=timeout_s)
+
+    def close(self):
+        self._pool.close()
+
+
 class ShmWorld:
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
@@ -105,7 +133,7 @@ class GlooWorld:
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
     def __init__(self, size):
-        self._pool = RankPool(size)
+        self.pool = self._pool = RankPool(size)
         self._store = self._pool.store_path()
 
     def run(self, fn, *args, timeout_s=60.0):
@@ -180,6 +208,22 @@ def c10d_worlds(loopback):
         if size not in worlds:
             worlds[size] = C10dWorld(size)
         return worlds[size]
+
+    yield get
+    for world in worlds.values():
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def hier_pools(loopback):
+    """Worlds over pretended hosts, started when first asked for."""
+    worlds = {}
+
+    def get(hosts):
+        key = str(hosts)
+        if key not in worlds:
+            worlds[key] = HierWorld(hosts)
+        return worlds[key]
 
     yield get
     for world in worlds.values():

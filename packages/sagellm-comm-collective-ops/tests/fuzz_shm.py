@@ -363,7 +363,7 @@ def delay(rng):
 
 
 class Groups:
-    """The groups of an epoch on this rank: shm backends with gloo beside, None where not a member."""
+    """The groups of an epoch: shm backends, None where this rank is no member; gloo beside."""
 
     def __init__(self, world, second, gloo, epoch, seed):
         rng = random.Random(f"{seed}/{epoch}/groups")

@@ -91,6 +91,17 @@ def test_choice_is_told_to_the_library_unless_the_user_did(monkeypatch):
     assert apply_algorithm(choose("ring")).algorithm == "ring"
 
 
+def test_newer_library_is_told_of_all_reduce_alone(monkeypatch):
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    assert apply_algorithm(choose("tree"), version=(2, 24, 3)).reason.startswith(
+        "NCCL_ALGO=allreduce:tree"
+    )
+    assert apply_algorithm(choose("tree"), version=(2, 24, 3)).algorithm == "tree"
+    monkeypatch.delenv("NCCL_ALGO")
+    assert apply_algorithm(choose("ring"), version=(2, 21)).reason.startswith("NCCL_ALGO=Ring")
+    monkeypatch.delenv("NCCL_ALGO")
+
+
 def test_nothing_is_claimed_of_a_group_that_was_there_before(monkeypatch, caplog):
     monkeypatch.delenv("NCCL_ALGO", raising=False)
 

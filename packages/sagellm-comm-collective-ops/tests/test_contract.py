@@ -423,10 +423,15 @@ CASES = [found for name, found in list(globals().items()) if name.startswith("ca
 
 
 @pytest.fixture(
-    params=["mock-2", "mock-3", "gloo-2", "gloo-3", "native-2", "native-3", "python-2", "python-3"]
+    params=[
+        *("mock-2", "mock-3", "gloo-2", "gloo-3", "native-2", "native-3", "python-2", "python-3"),
+        "hier-3",
+    ]
 )
-def on_every_rank(request, gloo_pools, shm_pools):
+def on_every_rank(request, gloo_pools, shm_pools, hier_pools):
     kind, size = request.param.split("-")
+    if kind == "hier":
+        return hier_pools([[0, 2], [1]]).run
     if kind in ("native", "python"):
         if kind not in available_engines():
             pytest.skip(f"no {kind} engine here")

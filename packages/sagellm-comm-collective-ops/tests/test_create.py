@@ -74,7 +74,7 @@ def test_setting_overrides_auto(monkeypatch):
         ("hccl", "pip install sagellm-comm-domestic"),
         ("cncl", "pip install sagellm-comm-domestic"),
         ("glooo", "did you mean 'gloo'"),
-        ("nonesuch", "installed: gloo, mock, nccl, rccl, shm"),
+        ("nonesuch", "installed: gloo, hier, mock, nccl, rccl, shm"),
     ],
 )
 def test_unknown_name_says_what_exists_and_what_to_install(name, hint, monkeypatch):

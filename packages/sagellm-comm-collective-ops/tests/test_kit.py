@@ -6,7 +6,7 @@ from sagellm.core.protocols.testing.__main__ import main
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["gloo", "mock", "shm"])
+@pytest.mark.parametrize("name", ["gloo", "hier", "mock", "shm"])
 def test_the_contract_holds(name, capsys):
     arguments = ["--backend", name, "--world-size", "2", "--reference"]
 

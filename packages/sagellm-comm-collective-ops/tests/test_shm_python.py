@@ -6,6 +6,7 @@ import select
 import threading
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -245,19 +246,20 @@ def differing(kind, rank):
         return RawCall("all_reduce", [], [x], reduce_op="max" if odd else "sum")
     if kind == "root":
         return RawCall("broadcast", [], [x], peer=int(odd))
-    splits = [2, 2, 4] if odd else [4, 2, 2]
-    return RawCall("all_to_all", [x], [torch.zeros(8)], in_splits=splits, out_splits=[3, 3, 2])
+    gives = [2 if r == rank else 3 for r in range(3)]
+    takes = [2, 2, 4] if odd else gives
+    return RawCall("all_to_all", [x], [torch.zeros(8)], in_splits=gives, out_splits=takes)
 
 
 def make_different_calls(backend, folder, kind, prepared):
     with engine_of(backend, folder) as engine:
         engine.run(RawCall("barrier"))
         x = torch.zeros(8)
+        run = partial(engine.run, differing(kind, backend.rank))
+        if prepared and backend.rank != 1:
+            run = engine.prepare("all_reduce", x, x, "sum", LONG_S)
         with pytest.raises(EngineFailure) as failed:
-            if prepared and backend.rank != 1:
-                engine.prepare("all_reduce", x, x, "sum", LONG_S)()
-            else:
-                engine.run(differing(kind, backend.rank))
+            run()
         assert failed.value.cause == "mismatch"
         assert failed.value.rank != backend.rank
         with pytest.raises(EngineFailure, match="mismatch"):
@@ -293,15 +295,12 @@ def be_late(backend, folder, prepared):
         engine.run(RawCall("barrier"))
         if backend.rank == 2:
             until_poisoned(engine)
-            late = RawCall("barrier")
-        else:
-            late = RawCall("all_reduce", [], [x], reduce_op="sum", timeout_s=0.2)
+        run = partial(engine.run, RawCall("all_reduce", [], [x], reduce_op="sum", timeout_s=0.2))
+        if prepared:
+            run = engine.prepare("all_reduce", x, x, "sum", 0.2)
         started = time.monotonic()
         with pytest.raises(EngineFailure) as failed:
-            if prepared and backend.rank != 2:
-                engine.prepare("all_reduce", x, x, "sum", 0.2)()
-            else:
-                engine.run(late)
+            run()
         assert failed.value.cause == "timeout"
         return failed.value.rank, failed.value.step, time.monotonic() - started
 
@@ -368,7 +367,7 @@ def test_a_lost_peer_is_named_long_before_the_deadline(gloo_pools, folder, after
 
 
 def come_last(backend, folder):
-    """Every rank but 0 takes its last step and leaves; rank 0 comes when their sockets have ended."""
+    """Every rank but 0 takes its last step and leaves; rank 0 comes when they have left."""
     with engine_of(backend, folder) as engine:
         flags = engine._flags
         if backend.rank:

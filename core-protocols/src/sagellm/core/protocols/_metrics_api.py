@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from .errors import ConfigError
 
@@ -100,6 +100,12 @@ class Metric:
     unit: str = "1"
 
 
+MetricRow: TypeAlias = "dict[str, Any]"  # JSON
+"""One series as `InMemoryMetrics.snapshot` gives it."""
+
+MetricSource: TypeAlias = "Callable[[], Sequence[MetricRow]]"
+"""Series that somebody else keeps, asked for whenever a sink is read."""
+
 _CALL = ("backend", "op")
 COMM_CALLS: Final = Metric(
     "sagellm_comm_calls_total", "counter", "Calls of communication operations.", _CALL
@@ -115,6 +121,32 @@ COMM_SECONDS: Final = Metric(
 )
 COMM_IN_FLIGHT: Final = Metric(
     "sagellm_comm_in_flight", "gauge", "Asynchronous calls not yet done.", ("backend",)
+)
+_GROUP = ("backend", "group", "op")
+_GROUP_CELL = (*_GROUP, "algorithm", "bucket")
+GROUP_CALLS: Final = Metric(
+    "sagellm_comm_group_calls_total", "counter", "Finished calls.", _GROUP_CELL
+)
+GROUP_BYTES: Final = Metric(
+    "sagellm_comm_group_bytes_total", "counter", "Bytes of this rank's inputs.", _GROUP_CELL, "By"
+)
+GROUP_SECONDS: Final = Metric(
+    "sagellm_comm_group_seconds",
+    "histogram",
+    "From the call to its completion here; bucket is the smallest size in bytes.",
+    _GROUP_CELL,
+    "s",
+)
+GROUP_WAIT_SECONDS: Final = Metric(
+    "sagellm_comm_group_wait_seconds_total",
+    "counter",
+    "The part of the time that was spent waiting for other ranks.",
+    _GROUP_CELL,
+    "s",
+)
+GROUP_ERRORS: Final = Metric("sagellm_comm_group_errors_total", "counter", "Failed calls.", _GROUP)
+GROUP_IN_FLIGHT: Final = Metric(
+    "sagellm_comm_group_in_flight", "gauge", "Asynchronous calls not yet done.", _GROUP[:2]
 )
 KV_TRANSFERS: Final = Metric(
     "sagellm_kv_transfers_total",
@@ -163,6 +195,12 @@ ALL_METRICS: Final = (
     COMM_ERRORS,
     COMM_SECONDS,
     COMM_IN_FLIGHT,
+    GROUP_CALLS,
+    GROUP_BYTES,
+    GROUP_SECONDS,
+    GROUP_WAIT_SECONDS,
+    GROUP_ERRORS,
+    GROUP_IN_FLIGHT,
     KV_TRANSFERS,
     KV_PAYLOAD_BYTES,
     KV_WIRE_BYTES,

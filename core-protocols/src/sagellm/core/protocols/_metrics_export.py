@@ -7,7 +7,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._metrics_api import Counter, Gauge, Histogram, LabelGuard, buckets_for
+from ._metrics_api import (
+    ALL_METRICS,
+    Counter,
+    Gauge,
+    Histogram,
+    LabelGuard,
+    MetricSource,
+    buckets_for,
+)
 from .errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["OpenTelemetryMetrics", "PrometheusMetrics"]
 
 T = TypeVar("T")
+
+_DESCRIPTIONS = {metric.name: metric.description for metric in ALL_METRICS}
 
 
 def _need(module: str, extra: str) -> Any:  # noqa: ANN401 - an optional library, without types here
@@ -66,6 +76,40 @@ class _Prometheus:
         self._child(labels).observe(value)
 
 
+class _SourceCollector:
+    """Rows of a source as metric families, made anew at every scrape."""
+
+    def __init__(self, source: MetricSource) -> None:
+        self._source = source
+        self._core = _need("prometheus_client.core", "prometheus")
+
+    def describe(self) -> list[Any]:  # as the collector protocol wants it
+        """Nothing beforehand: the source is not asked before the first scrape."""
+        return []
+
+    def collect(self) -> list[Any]:  # metric families of a library that has no types here
+        """One family per name."""
+        families: dict[str, Any] = {}
+        for row in self._source():
+            name, kind, labels = row["name"], row["kind"], row["labels"]
+            if name not in families:
+                make = getattr(self._core, f"{kind.capitalize()}MetricFamily")
+                families[name] = make(
+                    name.removesuffix("_total"), _DESCRIPTIONS.get(name, name), labels=list(labels)
+                )
+            values = list(labels.values())
+            if kind == "histogram":
+                total = 0
+                buckets = []
+                for bound, count in row["buckets"]:
+                    total += count
+                    buckets.append(("+Inf" if bound is None else repr(bound), total))
+                families[name].add_metric(values, buckets, row["sum"])
+            else:
+                families[name].add_metric(values, row["value"])
+        return list(families.values())
+
+
 class PrometheusMetrics:
     """Records into a prometheus-client registry; the application serves or pushes it.
 
@@ -82,6 +126,17 @@ class PrometheusMetrics:
         self._client = _need("prometheus_client", "prometheus")
         self._registry = self._client.REGISTRY if registry is None else registry
         self._made = _Made()
+
+    def add_source(self, source: MetricSource) -> None:
+        """Ask `source` for its series at every scrape, such as `group_metrics(backend)`.
+
+        One source per registry and set of names: Prometheus refuses the same name twice.
+        """
+        self._registry.register(_SourceCollector(source))
+
+    def text(self) -> str:
+        """The registry in Prometheus' text format."""
+        return str(self._client.generate_latest(self._registry).decode())
 
     def counter(self, name: str, description: str, labels: Sequence[str] = ()) -> Counter:
         """A counter; Prometheus wants its name to end with `_total`."""

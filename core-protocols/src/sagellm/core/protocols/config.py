@@ -176,13 +176,14 @@ def load_all(
             section or variable that belongs to no package, with the nearest one.
 
     """
+    from .observe import ObserveSettings
     from .ports import PortSettings
     from .registry import Registry
     from .selection import SelectionSettings
 
     environ = os.environ if environ is None else environ
     classes: dict[str, type[Settings]] = {
-        cls.package: cls for cls in (PortSettings, SelectionSettings)
+        cls.package: cls for cls in (ObserveSettings, PortSettings, SelectionSettings)
     }
     registry: Registry[type[Settings]] = Registry(SETTINGS_GROUP)
     for name, found in registry.load_all().items():

@@ -30,6 +30,12 @@ from ._metrics_api import (
     COMM_IN_FLIGHT as COMM_IN_FLIGHT,
     COMM_SECONDS as COMM_SECONDS,
     DETECT_SECONDS as DETECT_SECONDS,
+    GROUP_BYTES as GROUP_BYTES,
+    GROUP_CALLS as GROUP_CALLS,
+    GROUP_ERRORS as GROUP_ERRORS,
+    GROUP_IN_FLIGHT as GROUP_IN_FLIGHT,
+    GROUP_SECONDS as GROUP_SECONDS,
+    GROUP_WAIT_SECONDS as GROUP_WAIT_SECONDS,
     KV_PAYLOAD_BYTES as KV_PAYLOAD_BYTES,
     KV_TRANSFER_SECONDS as KV_TRANSFER_SECONDS,
     KV_TRANSFERS as KV_TRANSFERS,
@@ -43,6 +49,8 @@ from ._metrics_api import (
     Histogram as Histogram,
     LabelGuard,
     Metric as Metric,
+    MetricRow as MetricRow,
+    MetricSource as MetricSource,
     MetricsSink as MetricsSink,
     buckets_for,
 )
@@ -50,6 +58,7 @@ from ._metrics_export import (
     OpenTelemetryMetrics as OpenTelemetryMetrics,
     PrometheusMetrics as PrometheusMetrics,
 )
+from ._metrics_groups import group_metrics as group_metrics
 from .errors import ConfigError
 
 __all__ = [
@@ -61,6 +70,12 @@ __all__ = [
     "COMM_IN_FLIGHT",
     "COMM_SECONDS",
     "DETECT_SECONDS",
+    "GROUP_BYTES",
+    "GROUP_CALLS",
+    "GROUP_ERRORS",
+    "GROUP_IN_FLIGHT",
+    "GROUP_SECONDS",
+    "GROUP_WAIT_SECONDS",
     "KV_PAYLOAD_BYTES",
     "KV_TRANSFERS",
     "KV_TRANSFER_SECONDS",
@@ -75,6 +90,8 @@ __all__ = [
     "InMemoryMetrics",
     "JsonMetrics",
     "Metric",
+    "MetricRow",
+    "MetricSource",
     "MetricsSink",
     "NoMetrics",
     "OpenTelemetryMetrics",
@@ -82,6 +99,7 @@ __all__ = [
     "counter",
     "gauge",
     "get_metrics",
+    "group_metrics",
     "histogram",
     "set_metrics",
 ]
@@ -244,6 +262,12 @@ class InMemoryMetrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._instruments: dict[str, _Instrument] = {}
+        self._sources: list[MetricSource] = []
+
+    def add_source(self, source: MetricSource) -> None:
+        """Include what `source` gives in every snapshot, such as `group_metrics(backend)`."""
+        with self._lock:
+            self._sources.append(source)
 
     def counter(self, name: str, description: str, labels: Sequence[str] = ()) -> Counter:
         """A counter; the same name gives the same series."""
@@ -269,7 +293,9 @@ class InMemoryMetrics:
     def snapshot(self) -> list[dict[str, object]]:
         """Every series as a row: name, kind, labels, and value, or count, sum and buckets."""
         with self._lock:
-            return [row for i in self._instruments.values() for row in i.rows()]
+            rows = [row for i in self._instruments.values() for row in i.rows()]
+            sources = list(self._sources)
+        return [*rows, *(row for source in sources for row in source())]
 
     def value(self, name: str, **labels: str) -> float:
         """Value of a counter or gauge, or sum of a histogram; 0 when nothing was recorded."""

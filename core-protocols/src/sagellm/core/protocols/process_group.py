@@ -11,27 +11,32 @@ from typing import Any
 import torch
 
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
-from ._process_group.cost_table import table_by_store
+from ._process_group.cost_table import table_by_broadcast, table_by_store
 from ._process_group.ops import TensorBackend
 from ._process_group.shim import abort_group, group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
-from ._process_group.stats import busbw_factor
+from ._process_group.stats import EngineRow, busbw_factor
 from ._process_group.torch_transport import TorchTransport
-from ._process_group.transport import RawCall, RawWork, TorchObject, Transport
+from ._process_group.transport import Position, RawCall, RawWork, TorchObject, Transport, WorkReport
 from ._process_group.work import completed_future
 from .backend_spec import BackendSpec
 from .comm_backend import CommBackendProtocol
 from .errors import ConfigError
+from .observe import OBSERVE_OPTIONS, observe_settings
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
+    "EngineRow",
+    "Position",
     "ProcessGroupBackend",
     "RawCall",
     "RawWork",
     "SoloTransport",
     "TensorBackend",
     "TorchObject",
+    "TorchTransport",
     "Transport",
+    "WorkReport",
     "abort_group",
     "busbw_factor",
     "completed_future",
@@ -40,6 +45,7 @@ __all__ = [
     "group_libraries",
     "make_group",
     "mismatch",
+    "table_by_broadcast",
     "table_by_store",
 ]
 
@@ -64,7 +70,8 @@ class ProcessGroupBackend(TensorBackend):
         cost_table: A table that the ranks agreed on before; nothing is exchanged then.
         options: `check_calls` (bool): compare every collective with the peers' before it is
             sent, so that each rank raises `CollectiveMismatchError` naming both calls; one small
-            exchange a call. Others are the spec's; unknown ones are refused.
+            exchange a call. `statistics`, `flight_entries` and `flight_folder`: see
+            `OBSERVE_OPTIONS`. Others are the spec's; unknown ones are refused.
 
     Raises:
         ConfigError: An unknown option, or a device the backend does not serve.
@@ -103,22 +110,29 @@ class ProcessGroupBackend(TensorBackend):
         cost_table: CostTable | None,
     ) -> None:
         self.options = dict(options or {})
-        unknown = sorted(set(self.options) - {"check_calls", *spec.options})
+        options_known = {"check_calls", *OBSERVE_OPTIONS, *spec.options}
+        unknown = sorted(set(self.options) - options_known)
         if unknown:
-            known = ", ".join(sorted({"check_calls", *spec.options}))
+            known = ", ".join(sorted(options_known))
             raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
         self._inner = transport
         checks = bool(self.options.get("check_calls")) and transport.size > 1
+        layered = self._layer(transport, timeout_s)
         super().__init__(
             spec,
-            CheckedTransport(transport) if checks else transport,
+            CheckedTransport(layered) if checks else layered,
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
             cost_table=cost_table,
+            observe=observe_settings(self.options),
         )
         if isinstance(transport, TorchTransport):
             transport.on_expired = self._expired
+
+    def _layer(self, transport: Transport, timeout_s: float) -> Transport:
+        """The transport to issue calls on; a subclass may put its own in front of the group's."""
+        return transport
 
     @property
     def process_group(self) -> torch.distributed.ProcessGroup | None:
@@ -128,7 +142,8 @@ class ProcessGroupBackend(TensorBackend):
         return group
 
     def _wrap(self, transport: Transport) -> CommBackendProtocol:
-        inner = transport.inner if isinstance(transport, CheckedTransport) else transport
+        # `split` of a layer gives the group's own transport.
+        inner = transport
         assert isinstance(inner, (TorchTransport, SoloTransport))
         # Subclasses may have other constructors; a split keeps everything but the group.
         backend = type(self).__new__(type(self))

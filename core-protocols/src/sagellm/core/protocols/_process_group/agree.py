@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from sagellm.core.protocols.errors import CollectiveMismatchError, CommTimeoutError
 
 from .shim import dtype_name
-from .transport import RawCall, RawWork, Transport
+from .transport import Position, RawCall, RawWork, Transport
 
 __all__ = ["CheckedTransport", "fingerprint", "mismatch"]
 
@@ -78,8 +78,20 @@ class CheckedTransport(Transport):
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self.inner.issue_batch(calls)
 
+    def start_coalescing(self) -> None:
+        self.inner.start_coalescing()
+
+    def end_coalescing(self) -> None:
+        self.inner.end_coalescing()
+
     def explain_failure(self, describe: str, error: Exception) -> Exception:
         return self.inner.explain_failure(describe, error)
+
+    def attach(self, position: Callable[[], Position | None]) -> None:
+        self.inner.attach(position)
+
+    def peer_positions(self) -> Mapping[int, Position | None]:
+        return self.inner.peer_positions()
 
     def abort(self, reason: str) -> None:
         self.inner.abort(reason)

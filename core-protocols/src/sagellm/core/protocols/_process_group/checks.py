@@ -36,7 +36,11 @@ def check_tensor(what: str, x: Tensor, device_type: str, *, written: bool = Fals
         raise ConfigError(f"{what} has layout {x.layout}; pass a dense tensor")
     if x.device.type != device_type:
         raise ConfigError(f"{what} is on {x.device}; this backend takes {device_type} tensors")
-    if written and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+    if (
+        written
+        and 0 in x.stride()
+        and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
+    ):
         raise ConfigError(f"{what} of shape {tuple(x.shape)} is expanded: its elements overlap")
     return x
 

@@ -7,7 +7,7 @@ import logging
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from torch import Tensor
 from sagellm.core.protocols.backend_spec import BackendSpec, Capabilities
 from sagellm.core.protocols.comm_backend import CommBackendProtocol
 from sagellm.core.protocols.comm_types import (
-    BandwidthStats,
     Choice,
-    CommCall,
-    CommStats,
     Registration,
 )
 from sagellm.core.protocols.errors import CommError, ConfigError, DistributedRuntimeError
+from sagellm.core.protocols.observe import ObserveSettings
 from sagellm.core.protocols.topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 from sagellm.core.protocols.work import Work
 
@@ -29,40 +27,17 @@ from .checks import check_tensor
 from .cost_table import table_by_broadcast
 from .kv import KVReceive
 from .lowering import Reductions, lower_call, refusal
-from .stats import CallCounters
-from .transport import RawCall, RawWork, Transport
-from .work import GroupWork, describe
+from .recorder import NATIVE, Describer
+from .running import After, Before, CallRunner, Started, TakeOver
+from .transport import RawCall, Transport
 
 __all__ = ["BackendCore", "Started"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-Before = Callable[[CommCall], None]
-After = Callable[[CommCall, float, BaseException | None], None]
-TakeOver = Callable[[CommCall], Work[Any] | None]  # Any: the operation's result
-
-Started = tuple[list[RawWork], Callable[[], None]]
-"""Primitive works, and what to do once all of them are done."""
-
-
-class _TakenWork(RawWork):
-    """A hook's work, as a primitive one."""
-
-    def __init__(self, work: Work[Any]) -> None:  # Any: the operation's result
-        self._work = work
-
-    def wait(self, timeout_s: float) -> bool:
-        self._work.wait(timeout_s)
-        return True
-
-    def synchronize(self, timeout_s: float) -> bool:
-        self._work.synchronize(timeout_s)
-        return True
-
-    def done(self) -> bool:
-        return self._work.done()
+def _nothing() -> None:
+    return None
 
 
 class _NoRegistration:
@@ -72,7 +47,7 @@ class _NoRegistration:
         """Do nothing."""
 
 
-class BackendCore(CommBackendProtocol):
+class BackendCore(CallRunner):
     """State of one group on this rank; `TensorBackend` adds the operations.
 
     With a `cost_model` in a group of several ranks, making one is collective: all ranks take
@@ -90,6 +65,7 @@ class BackendCore(CommBackendProtocol):
         topology_manager: TopologyManagerProtocol | None = None,
         cost_model: CostModelProtocol | None = None,
         cost_table: CostTable | None = None,
+        observe: ObserveSettings | None = None,
     ) -> None:
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
@@ -108,8 +84,12 @@ class BackendCore(CommBackendProtocol):
         self._device = transport.device
         self._reductions = Reductions(spec)
         self._rules = {rule.when: rule for rule in spec.lowering}
-        self._counters = CallCounters()
-        self._sequence = 0
+        self._algorithms = {op: rule.rule for op, rule in self._rules.items()}
+        self._algorithms |= dict.fromkeys(spec.capabilities.ops, NATIVE)
+        self._on_device = self._device.type != "cpu"
+        self._describe = Describer(transport.group_name, self._rank, self._size)
+        self._observe(ObserveSettings.load() if observe is None else observe)
+        transport.attach(self._recorder.position)
         self._in_flight = 0
         self._state = threading.RLock()
         self._dead: Exception | None = None
@@ -117,8 +97,8 @@ class BackendCore(CommBackendProtocol):
         self._before: list[Before] = []
         self._after: list[After] = []
         self._take_over: list[TakeOver] = []
-        self._background = False  # whether the call being issued has async_op
         self._deferred: list[Work[Any]] | None = None  # works of a running `coalesce`
+        self._background = False  # whether the call being issued is not waited for at once
         self._splits = 0
         self._kv_receives: dict[int, KVReceive] = {}  # the latest from each peer
 
@@ -162,107 +142,12 @@ class BackendCore(CommBackendProtocol):
         """Name in messages and statistics."""
         return self._transport.group_name
 
-    # -- around a call --------------------------------------------------------------------
-
-    def _run(
-        self,
-        op: str,
-        tensors: tuple[Tensor, ...],
-        start: Callable[[str], Started],
-        finish: Callable[[], T],
-        *,
-        async_op: bool,
-        local: Callable[[], object] | None = None,
-        nbytes: int | None = None,
-        wire_bytes: int | None = None,
-        reduce_op: str | None = None,
-        peer: int | None = None,
-        copies: int = 0,
-        lowered: int = 0,
-        timeout_s: float | None = None,
-        in_place: bool = False,
-    ) -> T | Work[T]:
-        """Issue one checked call: `start` sends, `finish` makes the result.
-
-        `local` stands for both the sending and the peers where none are needed.
-        """
-        if self._dead is not None or self._closed:
-            raise self._unusable(op)
-        x = tensors[0] if tensors else None
-        size = x.nbytes if nbytes is None and x is not None else nbytes or 0
-        call = CommCall(
-            op=op,
-            sequence=self._sequence,
-            nbytes=size,
-            dtype="" if x is None else str(x.dtype).removeprefix("torch."),
-            group=self._transport.group_name,
-            rank=self._rank,
-            size=self._size,
-            reduce_op=reduce_op,
-            peer=peer,
-            tensors=tensors,
-        )
-        self._sequence += 1
-        self._counters.started(op, copies=copies, lowered=lowered)
-        limit = self.timeout_s if timeout_s is None else timeout_s
-        self._background = async_op
-        raws, done = self._launch(call, start, local)
-        with self._state:
-            self._in_flight += 1
-
-        def result() -> T:
-            done()
-            return finish()
-
-        work = GroupWork(
-            self,
-            call,
-            raws,
-            result,
-            limit,
-            size if wire_bytes is None else wire_bytes,
-            on_device=self._device.type != "cpu",
-        )
-        if not raws:
-            work.wait()  # settle at once: count it and run the hooks
-        if async_op:
-            return work
-        if self._deferred is not None and in_place:
-            self._deferred.append(work)
-            return finish()
-        return work.wait()
-
-    def _launch(
-        self, call: CommCall, start: Callable[[str], Started], local: Callable[[], object] | None
-    ) -> Started:
-        try:
-            for before in self._before:
-                before(call)
-            for take_over in self._take_over:
-                taken = take_over(call)
-                if taken is not None:
-                    return [_TakenWork(taken)], lambda: None
-            if local is not None:
-                local()
-                return [], lambda: None
-            return start(describe(call))
-        except Exception as e:  # a hook's error, or the library's refusal to start
-            self._counters.failed(call.op)
-            if isinstance(e, CommError) and not isinstance(e, DistributedRuntimeError):
-                self._die(f"{describe(call)}: {e}", e)
-                raise
-            if type(e).__module__.startswith("torch") or isinstance(e, RuntimeError):
-                error = self._declare_dead(describe(call), e)
-                raise error from e
-            self._die(f"{describe(call)}: {type(e).__name__}: {e}", e)
-            raise
-
     def _issue(self, method: str, call: RawCall) -> Started:
         """Start `call` as it is, or by the rule that the spec gives for `method`."""
         call.device = self._device
         call.background = self._background
         if method in self.spec.capabilities.ops:
-            return [self._transport.issue(call)], lambda: None
+            return [self._transport.issue(call)], _nothing
         lowered = lower_call(self.spec, self._rules[method].rule, call, self._rank, self._size)
         return [self._transport.issue(part) for part in lowered.calls], lowered.after
 
@@ -279,30 +164,6 @@ class BackendCore(CommBackendProtocol):
         if rule is None or rule.rule == "refuse":
             raise refusal(self.spec, method, self._rules)
         return 1
-
-    def work_done(self, call: CommCall, seconds: float | None, wire_bytes: int) -> None:
-        """Count a finished call and run the hooks; for `GroupWork`."""
-        with self._state:
-            self._in_flight -= 1
-        self._counters.finished(call.op, call.nbytes, wire_bytes, seconds)
-        self._run_after(call, seconds or 0.0, None)
-
-    def work_failed(self, call: CommCall, seconds: float, error: Exception) -> Exception:
-        """Declare the group dead after a failed call and run the hooks; for `GroupWork`."""
-        with self._state:
-            self._in_flight -= 1
-        self._counters.failed(call.op)
-        named = self._declare_dead(describe(call), error)
-        self._run_after(call, seconds, named)
-        return named
-
-    def _run_after(self, call: CommCall, seconds: float, error: BaseException | None) -> None:
-        try:
-            for after in self._after:
-                after(call, seconds, error)
-        except Exception as e:
-            self._die(f"{describe(call)}: a hook raised {type(e).__name__}: {e}", e)
-            raise
 
     # -- checks ---------------------------------------------------------------------------
 
@@ -337,6 +198,7 @@ class BackendCore(CommBackendProtocol):
             if self._dead is None:
                 self._dead = self._transport.explain_failure(text, error)
                 logger.warning("group %s is dead: %s", self.group_name, self._dead)
+                self._dump(str(self._dead))
                 return self._dead
             return _again(text, self._dead)
 
@@ -345,6 +207,7 @@ class BackendCore(CommBackendProtocol):
             if self._dead is None:
                 self._dead = error
                 self._transport.abort(reason)
+                self._dump(reason)
 
     def _expired(self, text: str) -> None:
         """A device work is late: called by the watchdog."""
@@ -364,12 +227,14 @@ class BackendCore(CommBackendProtocol):
             self._dead = DistributedRuntimeError(f"group {self.group_name} was aborted: {reason}")
         logger.warning("%s", self._dead)
         self._transport.abort(reason)
+        self._dump(str(self._dead))
 
     def close(self) -> None:
         with self._state:
             if self._closed:
                 return
             self._closed = True
+        self._retire()
         self._transport.close()
 
     # -- the group ------------------------------------------------------------------------
@@ -397,10 +262,15 @@ class BackendCore(CommBackendProtocol):
         if self._deferred is not None:
             raise ConfigError("coalesce() is already running on this backend")
         self._deferred = []
+        together = self.spec.capabilities.coalesce
+        if together:
+            self._transport.start_coalescing()
         try:
             yield
         finally:
             works, self._deferred = self._deferred, None
+            if together:
+                self._transport.end_coalescing()
             for work in works:
                 work.wait()
 
@@ -433,23 +303,6 @@ class BackendCore(CommBackendProtocol):
             f"for {nbytes} bytes over {self._size} ranks ({estimate.basis})"
         )
         return Choice(self.name, algorithm, reason, estimate.time_us)
-
-    def get_stats(self) -> CommStats:
-        return CommStats(
-            backend=self.name,
-            group=self.group_name,
-            rank=self._rank,
-            size=self._size,
-            ops=self._counters.snapshot(),
-            in_flight=self._in_flight,
-        )
-
-    def reset_stats(self) -> None:
-        """Start the counters anew."""
-        self._counters.reset()
-
-    def get_bandwidth_stats(self) -> BandwidthStats:
-        return self._counters.bandwidth(self._size)
 
     def add_hook(
         self,

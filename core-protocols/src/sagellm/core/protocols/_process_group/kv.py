@@ -21,7 +21,7 @@ from sagellm.core.protocols.comm_types import KVBlock
 from sagellm.core.protocols.errors import ConfigError, IntegrityError, ResourceError
 
 from .shim import dtype_name
-from .transport import RawCall, RawWork, Transport
+from .transport import RawCall, RawWork, Transport, WorkReport
 
 __all__ = ["KV_TAG", "MAX_KV_BYTES", "KVReceive", "encode", "send_calls"]
 
@@ -215,6 +215,7 @@ class KVReceive(RawWork):
         for entry, part in zip(header.blocks, parts, strict=True):
             self._parts.append((entry, part))
         self._post(targets)
+        self.report = WorkReport(nbytes=self.nbytes)
 
     def result(self) -> list[KVBlock]:
         """The blocks, in the sender's order. Call once, after the work is done."""

@@ -164,7 +164,6 @@ class PointToPointOps(BackendCore):
             return [receive], _nothing
 
         def finish() -> Sequence[KVBlock]:
-            self._counters.learned("recv_kv_blocks", holder[0].nbytes)
             return holder[0].result()
 
         return self._run("recv_kv_blocks", (), start, finish, async_op=async_op, peer=src)

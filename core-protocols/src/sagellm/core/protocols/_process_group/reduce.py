@@ -48,7 +48,8 @@ class ReducingOps(BackendCore):
 
         def start(text: str) -> Started:
             buffer, _ = as_contiguous(x)
-            buffer = buffer.to(plan.dtype)
+            if buffer.dtype != plan.dtype:
+                buffer = buffer.to(plan.dtype)
             call = RawCall(
                 method,
                 outputs=[buffer],

@@ -1,18 +1,33 @@
-"""Counters of a backend: calls, bytes and latency, cheap enough to be always on."""
+"""Counters of a backend: calls, bytes and latency, cheap enough to be always on.
+
+Durations go into a log histogram with `PER_OCTAVE` buckets per doubling, from 10 ns: bucket `i`
+holds those of [2**(i/8), 2**((i+1)/8)) times 10 ns, so that a percentile is within 5 %.
+"""
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Mapping
+from math import ceil, log2
+from typing import TYPE_CHECKING, Protocol
 
-from sagellm.core.protocols.comm_types import BandwidthStats, OpStats
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-__all__ = ["CallCounters", "busbw_factor"]
+    from .recorder import Record
 
-_PER_OCTAVE = 8
-"""Buckets per doubling: a percentile is within 5 % of the true one."""
-_BUCKETS = 40 * _PER_OCTAVE
+__all__ = [
+    "BUCKETS",
+    "PER_OCTAVE",
+    "CallCounters",
+    "Cell",
+    "EngineRow",
+    "busbw_factor",
+    "percentile_us",
+]
+
+PER_OCTAVE = 8
+BUCKETS = 40 * PER_OCTAVE
+_FLOOR = -PER_OCTAVE * log2(10)
 
 
 def busbw_factor(op: str, size: int) -> float:
@@ -28,96 +43,182 @@ def busbw_factor(op: str, size: int) -> float:
     return (size - 1) / size
 
 
-class _OpCounter:
-    __slots__ = ("buckets", "bytes", "calls", "copies", "errors", "lowered", "seconds", "timed")
+def percentile_us(buckets: Sequence[int], share: float) -> float | None:
+    """The middle of the bucket in which that share of the calls is reached; None without any."""
+    total = sum(buckets)
+    if not total:
+        return None
+    need = ceil(total * share)
+    for index, count in enumerate(buckets):
+        need -= count
+        if need <= 0:
+            return float(2 ** ((index + 0.5) / PER_OCTAVE) * 1e-2)
+    raise AssertionError("unreachable: the buckets sum to the total")
+
+
+class EngineRow(Protocol):
+    """Counts that an engine below a transport keeps for one (op, algorithm, size bucket)."""
+
+    @property
+    def op(self) -> str:
+        """The primitive: `all_reduce`, `all_gather`, …."""
+        ...
+
+    @property
+    def algorithm(self) -> str:
+        """What ran."""
+        ...
+
+    @property
+    def bucket(self) -> int:
+        """Floor of log2 of the bytes; -1 for 0 bytes."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Finished calls."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's input, summed."""
+        ...
+
+    @property
+    def total_ns(self) -> int:
+        """From entry to end, summed."""
+        ...
+
+    @property
+    def wait_ns(self) -> int:
+        """The part spent waiting for peers."""
+        ...
+
+    @property
+    def histogram(self) -> Sequence[int]:
+        """Calls per duration, in the buckets of this module."""
+        ...
+
+
+class Cell:
+    """Counts of one (op, algorithm, size bucket)."""
+
+    __slots__ = ("bucket", "bytes", "calls", "histogram", "ns", "wait_ns", "waited_ns", "wire")
+
+    def __init__(self, bucket: int) -> None:
+        self.bucket = bucket
+        self.calls = self.bytes = 0
+        self.ns = self.wire = 0  # of the calls whose end the host saw
+        self.wait_ns = self.waited_ns = 0  # waits, and the whole time of the calls that tell them
+        self.histogram = [0] * BUCKETS
+
+    def add(self, other: Cell) -> None:
+        """Add another cell's counts to this one's."""
+        self.calls += other.calls
+        self.bytes += other.bytes
+        self.ns += other.ns
+        self.wire += other.wire
+        self.wait_ns += other.wait_ns
+        self.waited_ns += other.waited_ns
+        self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
+
+    def copy(self) -> Cell:
+        """The same counts, apart."""
+        made = Cell(self.bucket)
+        made.add(self)
+        return made
+
+
+class OpCounter:
+    """Counts of one operation, and its cells by (algorithm, bits of the size)."""
+
+    __slots__ = ("calls", "cells", "copies", "errors", "lowered")
 
     def __init__(self) -> None:
-        self.calls = self.errors = self.bytes = self.copies = self.lowered = 0
-        self.seconds = 0.0
-        self.timed = 0  # bytes whose time is in `seconds`
-        self.buckets = [0] * _BUCKETS
+        self.calls = self.errors = self.copies = self.lowered = 0
+        self.cells: dict[tuple[str, int], Cell] = {}
 
 
 class CallCounters:
-    """Counts per operation, with latencies in a log histogram. Thread-safe."""
+    """Counts per operation, algorithm and size bucket. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ops: dict[str, _OpCounter] = {}
+        self.lock = threading.Lock()
+        self.ops: dict[str, OpCounter] = {}
 
-    def started(self, op: str, *, copies: int = 0, lowered: int = 0) -> None:
+    def started(self, op: str, copies: int, lowered: int) -> None:
         """Count a call when it is issued."""
-        with self._lock:
-            counter = self._ops.get(op)
-            if counter is None:
-                counter = self._ops[op] = _OpCounter()
+        with self.lock:
+            counter = self._of(op)
             counter.calls += 1
             counter.copies += copies
             counter.lowered += lowered
 
-    def finished(self, op: str, nbytes: int, wire_bytes: int, seconds: float | None) -> None:
-        """Count its bytes when it is done; `seconds` is None where the host did not see its end."""
-        with self._lock:
-            counter = self._ops[op]
-            counter.bytes += nbytes
-            if seconds is None:
-                return
-            counter.seconds += seconds
-            counter.timed += wire_bytes
-            # Bucket 0 starts at 10 ns.
-            index = int(math.log2(max(seconds, 1e-8) * 1e8) * _PER_OCTAVE)
-            counter.buckets[min(index, _BUCKETS - 1)] += 1
+    def finished(self, record: Record, ns: int | None, wait_ns: int | None) -> None:
+        """Count its bytes when it is done; `ns` is None where the host did not see its end."""
+        with self.lock:
+            self._count(self._of(record.op), record, ns, wait_ns)
 
-    def learned(self, op: str, nbytes: int) -> None:
-        """Add bytes that were not known when the call was issued; before `finished`."""
-        with self._lock:
-            self._ops[op].bytes += nbytes
-            self._ops[op].timed += nbytes
+    def ran(
+        self, record: Record, ns: int | None, wait_ns: int | None, copies: int, lowered: int
+    ) -> None:
+        """`started` and `finished` at once, for a call that blocked."""
+        with self.lock:
+            counter = self.ops.get(record.op)
+            if counter is None:
+                counter = self.ops[record.op] = OpCounter()
+            counter.calls += 1
+            if copies or lowered:
+                counter.copies += copies
+                counter.lowered += lowered
+            if ns is None or wait_ns is not None:
+                self._count(counter, record, ns, wait_ns)
+                return
+            # `_count`, written out: this is the path of nearly every call.
+            nbytes = record.nbytes
+            key = (record.algorithm, nbytes.bit_length())
+            cell = counter.cells.get(key)
+            if cell is None:
+                cell = counter.cells[key] = Cell(key[1] - 1)
+            cell.calls += 1
+            cell.bytes += nbytes
+            cell.ns += ns
+            cell.wire += record.wire_bytes
+            index = int(log2(ns) * 8 + _FLOOR) if ns > 10 else 0
+            cell.histogram[index if index < BUCKETS else -1] += 1
 
     def failed(self, op: str) -> None:
         """Count a call that ended with an error."""
-        with self._lock:
-            self._ops.setdefault(op, _OpCounter()).errors += 1
+        with self.lock:
+            self._of(op).errors += 1
 
     def reset(self) -> None:
         """Forget everything counted so far; works in flight keep being counted at their end."""
-        with self._lock:
-            self._ops = {op: _OpCounter() for op in self._ops}
+        with self.lock:
+            self.ops = {op: OpCounter() for op in self.ops}
 
-    def snapshot(self) -> Mapping[str, OpStats]:
-        """The counters as plain data."""
-        with self._lock:
-            return {
-                op: OpStats(
-                    calls=c.calls,
-                    errors=c.errors,
-                    bytes=c.bytes,
-                    seconds=c.seconds,
-                    p50_us=_percentile(c.buckets, 0.50),
-                    p99_us=_percentile(c.buckets, 0.99),
-                    copies=c.copies,
-                    lowered=c.lowered,
-                )
-                for op, c in self._ops.items()
-            }
+    def _of(self, op: str) -> OpCounter:
+        counter = self.ops.get(op)
+        if counter is None:
+            counter = self.ops[op] = OpCounter()
+        return counter
 
-    def bandwidth(self, size: int) -> BandwidthStats:
-        """Bandwidth over the calls whose end the host saw."""
-        with self._lock:
-            algbw = {
-                op: c.timed / c.seconds for op, c in self._ops.items() if c.seconds and c.timed
-            }
-        busbw = {op: value * busbw_factor(op, size) for op, value in algbw.items()}
-        return BandwidthStats(algbw_bytes_per_s=algbw, busbw_bytes_per_s=busbw)
-
-
-def _percentile(buckets: list[int], share: float) -> float | None:
-    total = sum(buckets)
-    if not total:
-        return None
-    need = math.ceil(total * share)
-    for index, count in enumerate(buckets):
-        need -= count
-        if need <= 0:
-            return float(2 ** ((index + 0.5) / _PER_OCTAVE) * 1e-2)
-    raise AssertionError("unreachable: the buckets sum to the total")
+    def _count(
+        self, counter: OpCounter, record: Record, ns: int | None, wait_ns: int | None
+    ) -> None:
+        nbytes = record.nbytes
+        key = (record.algorithm, nbytes.bit_length())
+        cell = counter.cells.get(key)
+        if cell is None:
+            cell = counter.cells[key] = Cell(key[1] - 1)
+        cell.calls += 1
+        cell.bytes += nbytes
+        if ns is None:
+            return
+        cell.ns += ns
+        cell.wire += record.wire_bytes
+        if wait_ns is not None:
+            cell.wait_ns += wait_ns
+            cell.waited_ns += ns
+        index = int(log2(ns) * 8 + _FLOOR) if ns > 10 else 0
+        cell.histogram[min(index, BUCKETS - 1)] += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ from sagellm.core.protocols.errors import (
 
 from .failure import FailureBoard, classify
 from .gloo import gloo_call
+from .launch import GroupLaunch
 from .shim import (
     abort_group,
     group_facts,
@@ -23,12 +24,14 @@ from .shim import (
     world_is_initialized,
 )
 from .torch_work import DeviceWork, TorchWork
-from .transport import RawCall, RawWork, TorchObject, Transport
+from .transport import Position, RawCall, RawWork, TorchObject, Transport
 from .watchdog import Watchdog
 
 __all__ = ["TorchTransport"]
 
 _POINT_TO_POINT = frozenset({"send", "recv"})
+_ALONE = _POINT_TO_POINT | {"barrier"}
+"""Calls that no launch of several takes."""
 
 
 class TorchTransport(Transport):
@@ -39,11 +42,19 @@ class TorchTransport(Transport):
         device: Where tensors live.
         timeout_s: The group's deadline, kept by the watchdog on devices.
         owned: Whether `close` destroys the group.
+        reports: Whether failures are told to the ranks and asked about over the group's store;
+            False for a part of a larger group, which does so itself.
 
     """
 
     def __init__(
-        self, group: TorchObject, device: torch.device, timeout_s: float, *, owned: bool = False
+        self,
+        group: TorchObject,
+        device: torch.device,
+        timeout_s: float,
+        *,
+        owned: bool = False,
+        reports: bool = True,
     ) -> None:
         self.group = group
         self._device = device
@@ -52,9 +63,11 @@ class TorchTransport(Transport):
         self._rank, self._size = int(group.rank()), int(group.size())
         name, self._global_ranks, store = group_facts(group)
         self._name = name or f"group{id(group):x}"
-        self._board = FailureBoard(store, self._rank, self._global_ranks)
+        self._store = store
+        self._board = FailureBoard(store if reports else None, self._rank, self._global_ranks)
         self._is_gloo = group_libraries(group).get("cpu") == "gloo"
         self._watchdog: Watchdog | None = None
+        self._launch: GroupLaunch | None = None  # of a running `coalesce`
         self.on_expired: Callable[[str], None] = lambda describe: None
 
     @property
@@ -80,10 +93,14 @@ class TorchTransport(Transport):
     @property
     def store(self) -> TorchObject:
         """The group's store, None when the group does not show one."""
-        return self._board.store
+        return self._store
 
     def issue(self, call: RawCall) -> RawWork:
         if self._device.type != "cpu":
+            if self._launch is not None:
+                if call.op not in _ALONE:
+                    return self._launch.add(call)
+                self._launch.flush()
             return self._on_device(issue(self.group, call), call)
         finish: Callable[[], object] | None = None
         if self._is_gloo:
@@ -103,12 +120,25 @@ class TorchTransport(Transport):
             for call in sorted(calls, key=lambda c: c.op != "recv"):
                 works[id(call)] = self.issue(call)
             return [works[id(call)] for call in calls]
+        if self._launch is not None:
+            self._launch.flush()
         # Unverified on hardware: one NCCL group launch, as torch's batch_isend_irecv does.
         self.group._start_coalescing(self._device)
         for call in calls:
             issue(self.group, call)
         work = self.group._end_coalescing(self._device)
         return [self._on_device(work, call) for call in calls]
+
+    def start_coalescing(self) -> None:
+        """On a device: gather collectives for one launch, where torch's group can."""
+        if self._device.type != "cpu" and hasattr(self.group, "_start_coalescing"):
+            self._launch = GroupLaunch(self.group, self._device, self._on_device)
+
+    def end_coalescing(self) -> None:
+        """Make the launch."""
+        launch, self._launch = self._launch, None
+        if launch is not None:
+            launch.flush()
 
     def _on_device(self, work: TorchObject, call: RawCall) -> RawWork:
         """Unverified on hardware."""
@@ -118,6 +148,12 @@ class TorchTransport(Transport):
                 self._watchdog = Watchdog(self._name)
             self._watchdog.watch(raw.done, call.timeout_s, lambda: self.on_expired(call.describe))
         return raw
+
+    def attach(self, position: Callable[[], Position | None]) -> None:
+        self._board.position = position
+
+    def peer_positions(self) -> Mapping[int, Position | None]:
+        return self._board.positions
 
     def explain_failure(self, describe: str, error: Exception) -> Exception:
         kind = classify(error)

@@ -8,7 +8,7 @@ process are another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,10 +18,42 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["RawCall", "RawWork", "TorchObject", "Transport"]
+__all__ = ["Position", "RawCall", "RawWork", "TorchObject", "Transport", "WorkReport"]
 
 TorchObject: TypeAlias = Any
 """A group, work, store or option of torch's C++ side, or a Python class that quacks like one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a rank stands in the calls of a group.
+
+    Attributes:
+        collective: Collectives that it has begun; equal on ranks that made the same calls.
+        op: Its latest operation.
+        state: `scheduled`, `started` or `completed`.
+
+    """
+
+    collective: int
+    op: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkReport:
+    """What a transport tells of one finished call; None is unknown.
+
+    Attributes:
+        algorithm: What ran, where the transport chose among several.
+        wait_ns: Time spent waiting for peers.
+        nbytes: Bytes, where they were not known when the call was issued.
+
+    """
+
+    algorithm: str | None = None
+    wait_ns: int | None = None
+    nbytes: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +73,8 @@ class RawCall:
         timeout_s: Longest time it may take.
         describe: The call for error messages and mismatch checks.
         device: Where the group's tensors live; None is the CPU.
-        background: Whether the caller goes on without waiting: it asked for a work.
+        background: Whether the caller goes on before it waits, so that a transport that works in
+            the caller's thread has to work in another.
 
     """
 
@@ -61,6 +94,9 @@ class RawCall:
 
 class RawWork(ABC):
     """A primitive call that has been started. Every method may be called from any thread."""
+
+    report: WorkReport | None = None
+    """What the transport can tell of a call that is done, where it can."""
 
     @abstractmethod
     def wait(self, timeout_s: float) -> bool:
@@ -84,6 +120,16 @@ class RawWork(ABC):
 
 class Transport(ABC):
     """Starts primitive calls of one group."""
+
+    def attach(self, position: Callable[[], Position | None]) -> None:  # noqa: B027 - optional
+        """Learn how to ask where this rank stands, for what it tells its peers of a failure."""
+
+    def peer_positions(self) -> Mapping[int, Position | None]:
+        """Where other ranks stand, as far as is known: None for one that gave no sign.
+
+        Empty before a failure, and for transports that cannot tell.
+        """
+        return {}
 
     @property
     @abstractmethod
@@ -122,6 +168,17 @@ class Transport(ABC):
     @abstractmethod
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         """Start sends and receives at once, so that no order of them can deadlock."""
+
+    def start_coalescing(self) -> None:
+        """Let calls from now on wait for `end_coalescing`, where one launch is cheaper than many.
+
+        A transport that gains nothing by it does nothing here.
+        """
+        return
+
+    def end_coalescing(self) -> None:
+        """Start what has waited. Safe without a start."""
+        return
 
     @abstractmethod
     def explain_failure(self, describe: str, error: Exception) -> Exception:

@@ -13,21 +13,12 @@ import torch
 from sagellm.core.protocols.comm_types import CommCall
 from sagellm.core.protocols.errors import CommTimeoutError
 
+from .recorder import Record
 from .transport import RawWork
 
-__all__ = ["GroupWork", "WorkOwner", "completed_future", "describe"]
+__all__ = ["GroupWork", "WorkOwner", "completed_future"]
 
 T = TypeVar("T")
-
-
-def describe(call: CommCall) -> str:
-    """The call as error messages name it: op, sequence, group, ranks, bytes."""
-    detail = f" {call.reduce_op}" if call.reduce_op else ""
-    peer = f" peer {call.peer}" if call.peer is not None else ""
-    return (
-        f"{call.op}{detail}{peer} #{call.sequence} of group {call.group} "
-        f"(rank {call.rank} of {call.size}, {call.nbytes} bytes {call.dtype})"
-    )
 
 
 def completed_future(
@@ -49,11 +40,13 @@ def _settle(future: torch.futures.Future[Any], result: object, error: BaseExcept
 class WorkOwner(Protocol):
     """What a work tells the backend that made it."""
 
-    def work_done(self, call: CommCall, seconds: float | None, wire_bytes: int) -> None:
+    def work_done(
+        self, record: Record, call: CommCall | None, *, timed: bool, raws: Sequence[RawWork]
+    ) -> None:
         """Count it and run the hooks."""
         ...
 
-    def work_failed(self, call: CommCall, seconds: float, error: Exception) -> Exception:
+    def work_failed(self, record: Record, call: CommCall | None, error: Exception) -> Exception:
         """Declare the group dead, run the hooks, and return the error to raise."""
         ...
 
@@ -63,11 +56,11 @@ class GroupWork(Generic[T]):
 
     Args:
         owner: The backend.
-        call: What was called.
+        record: What was called.
+        call: The same as hooks saw it, None without hooks.
         raws: Primitive works; the work is done when all are.
         finish: Makes the result, once, in the thread or stream that waits first.
         timeout_s: The group's deadline for this call, counted from now.
-        wire_bytes: Bytes of the call as nccl-tests count them.
         on_device: Whether `wait` only orders a stream.
 
     """
@@ -75,21 +68,21 @@ class GroupWork(Generic[T]):
     def __init__(
         self,
         owner: WorkOwner,
-        call: CommCall,
+        record: Record,
+        call: CommCall | None,
         raws: Sequence[RawWork],
         finish: Callable[[], T],
         timeout_s: float,
-        wire_bytes: int,
         *,
         on_device: bool,
     ) -> None:
         self._owner = owner
+        self._record = record
         self._call = call
         self._raws = raws
         self._finish: Callable[[], T] | None = finish
         self._timeout_s = timeout_s
         self._started = time.monotonic()
-        self._wire_bytes = wire_bytes
         self._on_device = on_device
         # Held while settling only, so that a blocked waiter never keeps another from polling.
         self._lock = threading.RLock()
@@ -161,7 +154,7 @@ class GroupWork(Generic[T]):
                         self._fail(CommTimeoutError(f"not done within {self._timeout_s} s"))
                         break
                     raise CommTimeoutError(
-                        f"{describe(self._call)} is still in flight after {timeout_s} s; it goes on"
+                        f"{self._record.text} is still in flight after {timeout_s} s; it goes on"
                     )
             self._complete(host)
         if self._error is not None:
@@ -172,8 +165,7 @@ class GroupWork(Generic[T]):
         with self._lock:
             if self._settled:
                 return
-            seconds = time.monotonic() - self._started
-            error = self._owner.work_failed(self._call, seconds, cause)
+            error = self._owner.work_failed(self._record, self._call, cause)
             if error is not cause:
                 error.__cause__ = cause
             self._error = error
@@ -189,8 +181,7 @@ class GroupWork(Generic[T]):
             try:
                 self._result = self._finish()
                 timed = host or not self._on_device
-                seconds = time.monotonic() - self._started if timed else None
-                self._owner.work_done(self._call, seconds, self._wire_bytes)
+                self._owner.work_done(self._record, self._call, timed=timed, raws=self._raws)
             except Exception as e:  # a hook's error, or one of lowering: both end the group
                 self._error = e
                 self._settled = True

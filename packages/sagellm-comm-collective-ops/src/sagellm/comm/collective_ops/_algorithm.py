@@ -22,6 +22,9 @@ ALGORITHMS = ("ring", "tree")
 NCCL_SETTING = "NCCL_ALGO"
 """NCCL's and RCCL's documented variable; read when a communicator is made."""
 
+_PER_FUNCTION = (2, 24)
+"""First release in which the variable may name the operation that it is about."""
+
 _SIZES = tuple(1 << bits for bits in range(10, 31, 2))
 """1 KiB to 1 GiB: one algorithm is forced only when it wins at all of them."""
 
@@ -147,25 +150,36 @@ def choose_algorithm(
     )
 
 
-def apply_algorithm(choice: AlgorithmChoice, *, group_exists: bool = False) -> AlgorithmChoice:
+def apply_algorithm(
+    choice: AlgorithmChoice,
+    *,
+    group_exists: bool = False,
+    version: tuple[int, ...] = (),
+) -> AlgorithmChoice:
     """Set NCCL_ALGO for communicators made from now on; what that forces, and why.
 
     The variable is the process's, so a value that is there already is respected. A communicator
-    that exists keeps what it was made with.
+    that exists keeps what it was made with. NCCL's per-communicator configuration has no field for
+    the algorithm, so that there is no way around the variable. Only all_reduce has a tree: a bare
+    `Tree` fails other operations (https://github.com/NVIDIA/nccl/issues/317), or is dropped there,
+    and a bare `Ring` takes what is faster from them; from 2.24 on it is said of all_reduce alone.
 
     Args:
         choice: What should be used.
         group_exists: Whether the group was there before: nothing is claimed of it then.
+        version: The library's; empty where it is not known.
 
     """
     there = os.environ.get(NCCL_SETTING)
     if there:
-        forced = choice.algorithm if there.lower() == choice.algorithm else None
+        same = (choice.algorithm, f"allreduce:{choice.algorithm}")
+        forced = choice.algorithm if there.lower() in same else None
         reason = f"{NCCL_SETTING}={there} was set before and stays; {choice.reason}"
         return AlgorithmChoice(None if group_exists else forced, reason)
     if choice.algorithm is None:
         return choice
-    value = choice.algorithm.capitalize()
+    alone = version >= _PER_FUNCTION
+    value = f"allreduce:{choice.algorithm}" if alone else choice.algorithm.capitalize()
     os.environ[NCCL_SETTING] = value
     if not group_exists:
         return AlgorithmChoice(choice.algorithm, f"{NCCL_SETTING}={value}; {choice.reason}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from sagellm.core.protocols import CommError, DistributedRuntimeError, PeerLostError
 from sagellm.core.protocols.process_group import RawCall, RawWork, fingerprint, mismatch
 
+from ._mock_clock import VirtualClock
 from ._mock_math import outcome, traffic
 
 __all__ = ["Faults", "MockGroup", "MockWork", "Transfer"]
@@ -20,7 +21,7 @@ __all__ = ["Faults", "MockGroup", "MockWork", "Transfer"]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What one rank would have sent for one call, had it gone round a ring.
+    """What one rank sent: a message, or what a call would have sent had it gone round a ring.
 
     Attributes:
         op: Primitive operation.
@@ -45,6 +46,8 @@ class Faults:
     """What a test wants to go wrong, by global rank. Guarded by the world's lock."""
 
     delays_s: dict[int, float] = field(default_factory=dict)
+    late_s: dict[int, float] = field(default_factory=dict)  # in virtual time
+    losing: dict[int, int] = field(default_factory=dict)  # messages still to be lost
     corrupt: dict[int, str] = field(default_factory=dict)  # rank to op, "" is every op
     dead: set[int] = field(default_factory=set)
 
@@ -52,8 +55,11 @@ class Faults:
 class MockWork(RawWork):
     """One rank's part of a round, or a message; results are written by whoever asks first."""
 
-    def __init__(self, call: RawCall) -> None:
+    def __init__(self, call: RawCall, clock: VirtualClock, global_rank: int) -> None:
         self.call = call
+        self.when = 0.0  # in virtual time: when it was called, then when it is over
+        self._clock = clock
+        self._global_rank = global_rank
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._results: list[Tensor] = []
@@ -81,6 +87,7 @@ class MockWork(RawWork):
             with torch.no_grad():
                 for out, result in zip(self.call.outputs, results, strict=False):
                     out.copy_(result.view_as(out))
+            self._clock.reach(self._global_rank, self.when)
         return True
 
     synchronize = wait
@@ -112,6 +119,7 @@ class MockGroup:
         faults: The world's.
         ledger: The world's record of transfers.
         lock: The world's lock.
+        clock: The world's.
 
     """
 
@@ -122,6 +130,7 @@ class MockGroup:
         faults: Faults,
         ledger: list[Transfer],
         lock: threading.RLock,
+        clock: VirtualClock,
     ) -> None:
         self.name = name
         self.global_ranks = global_ranks
@@ -129,9 +138,10 @@ class MockGroup:
         self._faults = faults
         self._ledger = ledger
         self._lock = lock
+        self._clock = clock
         self._turns = [0] * self.size
         self._rounds: dict[int, _Round] = {}
-        self._mail: dict[tuple[int, int, int], deque[Tensor]] = {}
+        self._mail: dict[tuple[int, int, int], deque[tuple[Tensor, float]]] = {}
         self._receivers: dict[tuple[int, int, int], deque[MockWork]] = {}
         self._children: dict[tuple[int, tuple[int, ...]], MockGroup] = {}
         self._splits = [0] * self.size
@@ -140,8 +150,8 @@ class MockGroup:
 
     def issue(self, rank: int, call: RawCall) -> MockWork:
         """Start a call; a delayed rank's contribution arrives later."""
-        work = MockWork(call)
         me = self.global_ranks[rank]
+        work = MockWork(call, self._clock, me)
         if me in self._faults.dead:
             error = PeerLostError(f"{call.describe}: this rank was dropped", rank=me)
             work.fail(error)
@@ -157,16 +167,24 @@ class MockGroup:
             turn = self._turns[rank]
             if call.op not in ("send", "recv"):
                 self._turns[rank] += 1
+            # Time is told in the caller's thread, whenever the contribution arrives.
+            late_s = self._faults.late_s.get(me, 0.0)
+            arrives = work.when = self._clock.now[me] + late_s
+            if call.op == "send":
+                peer = self.global_ranks[call.peer or 0]
+                work.when, arrives = self._clock.send(me, peer, data[0].nbytes, late_s)
         if delay_s > 0:
             # The call order was fixed above: only the contribution is late.
-            timer = threading.Timer(delay_s, self._arrive, (rank, turn, work, data))
+            timer = threading.Timer(delay_s, self._arrive, (rank, turn, work, data, arrives))
             timer.daemon = True
             timer.start()
         else:
-            self._arrive(rank, turn, work, data)
+            self._arrive(rank, turn, work, data, arrives)
         return work
 
-    def _arrive(self, rank: int, turn: int, work: MockWork, data: list[Tensor]) -> None:
+    def _arrive(
+        self, rank: int, turn: int, work: MockWork, data: list[Tensor], arrives: float
+    ) -> None:
         with self._lock:
             if self._failure is not None:
                 work.fail(self._failure)
@@ -175,7 +193,7 @@ class MockGroup:
             steps, sent = traffic(work.call.op, nbytes, self.size)
             self._ledger.append(Transfer(work.call.op, self.name, rank, nbytes, steps, sent))
             if work.call.op == "send":
-                self._deliver(rank, work, data[0])
+                self._deliver(rank, work, data[0], arrives)
             elif work.call.op == "recv":
                 self._await_message(rank, work)
             else:
@@ -202,30 +220,45 @@ class MockGroup:
         except (RuntimeError, TypeError, ValueError) as e:  # what torch's arithmetic raises
             self._fail_all(DistributedRuntimeError(f"{work.call.describe}: {e}"))
             return
+        # Ranks may contribute different sizes: the largest decides.
+        costs = [
+            self._clock.collective(
+                self.global_ranks,
+                *traffic(work.call.op, sum(x.nbytes for x in parts), self.size),
+            )
+            for parts in meeting.data.values()
+        ]
+        over = max(w.when for w in meeting.works.values()) + max(costs)
         for r, w in meeting.works.items():
+            w.when = over
             w.succeed(results[r])
 
-    def _deliver(self, rank: int, work: MockWork, message: Tensor) -> None:
+    def _deliver(self, rank: int, work: MockWork, message: Tensor, arrives: float) -> None:
+        me = self.global_ranks[rank]
         key = (rank, work.call.peer or 0, work.call.tag)
+        if self._faults.losing.get(me, 0) > 0:
+            self._faults.losing[me] -= 1
+            work.succeed([])
+            return
         receivers = self._receivers.get(key)
         if receivers:
-            self._hand_over(receivers.popleft(), message)
+            self._hand_over(receivers.popleft(), message, arrives)
         else:
-            self._mail.setdefault(key, deque()).append(message)
+            self._mail.setdefault(key, deque()).append((message, arrives))
         work.succeed([])
 
     def _await_message(self, rank: int, work: MockWork) -> None:
         src = work.call.peer or 0
         mail = self._mail.get((src, rank, work.call.tag))
         if mail:
-            self._hand_over(work, mail.popleft())
+            self._hand_over(work, *mail.popleft())
         elif self.global_ranks[src] in self._faults.dead:
             self.lose(self.global_ranks[src])
             work.fail(self._failure or PeerLostError(rank=self.global_ranks[src]))
         else:
             self._receivers.setdefault((src, rank, work.call.tag), deque()).append(work)
 
-    def _hand_over(self, work: MockWork, message: Tensor) -> None:
+    def _hand_over(self, work: MockWork, message: Tensor, arrives: float) -> None:
         target = work.call.outputs[0]
         if message.nbytes != target.nbytes or message.dtype != target.dtype:
             calls = {
@@ -235,6 +268,7 @@ class MockGroup:
             self._fail_all(mismatch(work.call.describe, calls))
             work.fail(self._failure or DistributedRuntimeError(work.call.describe))
             return
+        work.when = arrives
         work.succeed([message])
 
     # -- failure --------------------------------------------------------------------------
@@ -292,7 +326,9 @@ class MockGroup:
             child = self._children.get(key)
             if child is None:
                 members = tuple(self.global_ranks[r] for r in ranks)
-                child = MockGroup(name, members, self._faults, self._ledger, self._lock)
+                child = MockGroup(
+                    name, members, self._faults, self._ledger, self._lock, self._clock
+                )
                 self._children[key] = child
             return child
 

@@ -17,7 +17,7 @@ from sagellm.core.protocols import (
     Probe,
 )
 
-__all__ = ["GLOO", "MOCK", "NCCL", "RCCL", "SHM"]
+__all__ = ["GLOO", "HIER", "MOCK", "NCCL", "RCCL", "SHM"]
 
 _OPS = frozenset(
     {
@@ -50,7 +50,12 @@ _NO_BITWISE = tuple(
     Lowering(op, "refuse", "the library has no bitwise reductions; reduce on the CPU with gloo")
     for op in sorted(_BITWISE)
 )
+_ALGORITHMS = {
+    "algorithms": "which calls run by which schedule instead of the library's own algorithm, such "
+    "as `all_reduce:0-64k:direct,all_gather:1m-:ring`; the same on all ranks",
+}
 _NCCL_OPTIONS = {
+    **_ALGORITHMS,
     "algorithm": "`auto`, `ring` or `tree`: sets NCCL_ALGO before the communicator is made",
 }
 
@@ -141,6 +146,12 @@ def _load_rccl() -> Callable[..., CommBackendProtocol]:
     return RCCLBackend
 
 
+def _load_hier() -> Callable[..., CommBackendProtocol]:
+    from .hier_backend import HierBackend
+
+    return HierBackend
+
+
 def _load_gloo() -> Callable[..., CommBackendProtocol]:
     from .gloo_backend import GlooBackend
 
@@ -170,6 +181,7 @@ NCCL = BackendSpec(
         dtypes=_DTYPES,
         uneven=True,
         graph_capture=True,
+        coalesce=True,
     ),
     lowering=(*_WIDEN, *_NO_BITWISE),
     options=_NCCL_OPTIONS,
@@ -211,6 +223,11 @@ GLOO = BackendSpec(
         *_WIDEN,
         Lowering("avg", "avg_as_sum_div", "gloo of torch 2.6 has no avg; later ones divide too"),
     ),
+    options={
+        **_ALGORITHMS,
+        "calibrate": "measure the algorithms when the backend is made (about 1.5 s), or take an "
+        "earlier measurement from the user's cache folder",
+    },
     install_hint="pip install torch",
     probe=_probe_gloo,
     load=_load_gloo,
@@ -243,6 +260,28 @@ SHM = BackendSpec(
 )
 """Shared memory between the ranks of one host."""
 
+HIER = BackendSpec(
+    name="hier",
+    device_types=("cpu",),
+    c10d_name=None,
+    priority=5,
+    capabilities=GLOO.capabilities,
+    lowering=GLOO.lowering,
+    options={
+        "hosts": "the ranks of each host, in place of proving who shares one",
+        "intra": "`auto`, `shm`, `gloo`, or a function that makes a host's group",
+        "algorithm": "`auto`, `leaders` or `two_d`, for all_reduce",
+        "wire": "`none`, `bf16`, `fp16`, `int8` or `auto`: what all_reduce sends between hosts",
+        "allow_lossy": "True lets `wire` round",
+        "link_bytes_per_s": "of a host's link, for `wire` auto; measured otherwise",
+        "chunk_bytes": "piece of a large all_reduce",
+    },
+    install_hint="pip install torch",
+    probe=_probe_gloo,
+    load=_load_hier,
+)
+"""Shared memory inside hosts, gloo between them."""
+
 MOCK = BackendSpec(
     name="mock",
     device_types=("cpu",),
@@ -255,6 +294,7 @@ MOCK = BackendSpec(
         uneven=True,
         verified_on_hardware=True,
     ),
+    options={"algorithms": _ALGORITHMS["algorithms"]},
     install_hint="pip install sagellm-comm-collective-ops",
     probe=_probe_mock,
     load=_load_mock,

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sagellm.core.protocols import ConfigError
-from sagellm.core.protocols.process_group import group_facts
+from sagellm.core.protocols.process_group import TorchObject, group_facts
 
 from ._c10d.libraries import GroupPlan, device_types
 from ._c10d.making import make_group
@@ -82,7 +82,7 @@ def register_c10d_backend(
     if key in dist.Backend.backend_list:
         raise ConfigError(f"torch has a backend {key!r} already; take another name")
 
-    def create(opts: Any, backend_options: Any) -> Any:  # Any: torch's own types
+    def create(opts: TorchObject, backend_options: TorchObject) -> TorchObject:
         del backend_options
         members = tuple(opts.global_ranks_in_group) or tuple(range(opts.group_size))
         plan = GroupPlan(
@@ -124,7 +124,7 @@ def wrap_process_group(
     and their next one fails.
 
     Args:
-        inner: Any process group; one of ours too.
+        inner: TorchObject process group; one of ours too.
         record: Its `append` is given a `GroupCall` for every finished call.
         before: Called with a `CommCall` before the call is made.
         after: Called with the `CommCall`, seconds and the error or None, once it has been

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols import CommBackendProtocol, ConfigError, ReduceOp, Work
+from sagellm.core.protocols import CommBackendProtocol, CompletedWork, ConfigError, ReduceOp, Work
+
+from ._fusion_bucket import Homes, Staging, StagingPool
+from ._fusion_threshold import FusionThreshold, find_threshold
 
 __all__ = ["FusedAllReduce", "fused_all_reduce"]
 
-_BUCKET_BYTES = 1 << 20
-"""For 200 tensors of 4-64 KiB over gloo, 1 MiB buckets were as good as one (2-core x86-64)."""
+_BUCKET_BYTES = 4 << 20
+"""For 200 tensors of 4-64 KiB over gloo, 4 MiB took 0.8 of the time of 1 MiB (2-core x86-64)."""
+
+_RATE_EVERY = 16
+"""Buckets between two agreements on what an age is in tensors."""
 
 
 class FusedAllReduce:
     """Collects tensors and reduces them together; each tensor is replaced by its reduction.
 
     A bucket is sent when it holds `bucket_bytes`, or `max_tensors`, or when a tensor of another
-    dtype or reduction comes, or on `flush`. Every rank adds the same tensors in the same order.
-    Elementwise reductions do not depend on what lies beside an element; a ring may still add
-    ranks in another order at another offset, so float sums can differ in the last bit.
+    dtype or reduction comes, or when it is too old, or on `flush` and on a wait for one of its
+    tensors. A tensor that gains nothing by company is sent at once and by itself; on a backend
+    with low latency that is every tensor. Every rank adds the same tensors in the same order,
+    and makes the same waits and other calls of the backend between them.
+
+    When a bucket is sent has to be the same on all ranks, and their clocks are not. So
+    `max_age_s` is turned into a number of tensors: rank 0 measures how fast tensors come and
+    tells the others, right after a bucket; from the next bucket on all ranks send when that many
+    have been added since the bucket's first, fused or not. No clock of another rank decides
+    anything, and no thread runs. Where no more tensors come, the wait for one of them sends.
+
+    Reductions are elementwise. A backend that adds in rank order (`shm`, `mock`, and any with
+    two ranks) gives the bits of unfused calls; a ring over more ranks may add them in another
+    order at another offset, so that the last bit of a float sum can differ.
 
     Args:
-        backend: Whose `all_reduce` is used.
+        backend: Whose `all_reduce` is used; one thread at a time, as for its other calls.
         bucket_bytes: Bytes at which a bucket is sent.
         max_tensors: Tensors at which a bucket is sent.
+        fuse_below_bytes: Larger tensors are sent by themselves; None asks the backend's cost
+            model, or measures some forty calls at the first `add` (collective, rank 0 decides).
+        max_age_s: About how long a tensor may wait for company while others come; None for as
+            long as it takes.
 
     """
 
@@ -37,27 +59,71 @@ class FusedAllReduce:
         *,
         bucket_bytes: int = _BUCKET_BYTES,
         max_tensors: int = 1024,
+        fuse_below_bytes: int | None = None,
+        max_age_s: float | None = None,
     ) -> None:
         if bucket_bytes < 1 or max_tensors < 1:
             raise ConfigError(
                 f"bucket_bytes {bucket_bytes} and max_tensors {max_tensors} must be at least 1"
             )
+        if fuse_below_bytes is not None and fuse_below_bytes < 0:
+            raise ConfigError(f"fuse_below_bytes {fuse_below_bytes} is below 0")
+        if max_age_s is not None and not max_age_s > 0:
+            raise ConfigError(f"max_age_s must be above 0, got {max_age_s}")
         self._backend = backend
         self._bucket_bytes = bucket_bytes
         self._max_tensors = max_tensors
+        self._threshold = (
+            None
+            if fuse_below_bytes is None
+            else FusionThreshold(fuse_below_bytes, f"tensors below {fuse_below_bytes} bytes: given")
+        )
+        self._pace = None if max_age_s is None else _Pace(backend, max_age_s)
+        self._pool = StagingPool(backend, bucket_bytes)
+        self._homes = Homes(backend, bucket_bytes)
         self._pending: list[_Member] = []
         self._bytes = 0
+        self._age = 0
         self._flights: list[_Flight] = []
+        self._nothing_gains = False
         self.buckets_sent = 0
+        self.sent_alone = 0
+
+    @property
+    def threshold(self) -> FusionThreshold:
+        """What is fused and why; the first question may measure, and is collective then."""
+        if self._threshold is None:
+            self._threshold = find_threshold(self._backend)
+        return self._threshold
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that lives in a bucket, next to the one made before it.
+
+        Tensors that are added in the order in which they were made travel without a copy, and
+        all of them are fused. The memory is the backend's own kind (symmetric on `shm`) and
+        stays for as long as a tensor of the bucket does, or this object. Its values are zeros at
+        first. Every rank makes the same tensors in the same order.
+        """
+        self._nothing_gains = False
+        return self._homes.empty(shape, dtype)
 
     def add(self, x: Tensor, op: str | ReduceOp = "sum") -> Work[Tensor]:
         """Queue `x`; the work is done once its bucket is, and waiting for it sends the bucket."""
+        if self._nothing_gains:  # the shortest way: this must cost nearly nothing
+            self.sent_alone += 1
+            return CompletedWork(self._backend.all_reduce(x, op))  # type: ignore[arg-type]  # a tensor without async_op
         reduction = ReduceOp.of(op)
+        if self._pace is not None:
+            self._pace.tensor_came()
+        nbytes = x.nbytes
+        if not self._homes.owns(x) and nbytes >= self.threshold.nbytes:
+            return self._alone(x, reduction)
         member = _Member(self, x, reduction)
         if self._pending and not member.fits(self._pending[0]):
             self._send()
         self._pending.append(member)
-        self._bytes += x.nbytes
+        self._bytes += nbytes
+        self._grow_older()
         if self._bytes >= self._bucket_bytes or len(self._pending) >= self._max_tensors:
             self._send()
         return member
@@ -78,31 +144,99 @@ class FusedAllReduce:
         if kind is None:
             self.flush()
 
+    def _alone(self, x: Tensor, op: ReduceOp) -> Work[Tensor]:
+        self.sent_alone += 1
+        if self.threshold.nbytes == 0:  # so low a latency that a handle would cost more
+            self._nothing_gains = self._pace is None and not self._homes and not self._pending
+            done = self._backend.all_reduce(x, op)
+            assert isinstance(done, Tensor)
+            work: Work[Tensor] = CompletedWork(done)
+        else:
+            flight = _Flight(self, [_Member(self, x, op)])
+            self._flights.append(flight)
+            work = flight.members[0]
+        self._grow_older()
+        return work
+
+    def _grow_older(self) -> None:
+        if not self._pending:
+            return
+        self._age += 1
+        if self._pace is not None and self._age >= self._pace.max_tensors:
+            self._send()
+
     def _send(self) -> None:
-        members, self._pending, self._bytes = self._pending, [], 0
+        members, self._pending, self._bytes, self._age = self._pending, [], 0, 0
         if not members:
             return
         self._flights = [f for f in self._flights if not f.landed]
-        self._flights.append(_Flight(self._backend, members))
+        self._flights.append(_Flight(self, members))
         self.buckets_sent += 1
+        if self._pace is not None:
+            self._pace.bucket_sent(self.buckets_sent)
+
+
+class _Pace:
+    """An age in seconds as a number of tensors, which rank 0 measures and the others take."""
+
+    def __init__(self, backend: CommBackendProtocol, max_age_s: float) -> None:
+        self._backend = backend
+        self._max_age_s = max_age_s
+        self._came = 0
+        self._since = time.monotonic()
+        self._told: Work[Tensor] | None = None
+        self.max_tensors = 1 << 40
+
+    def tensor_came(self) -> None:
+        """Count it."""
+        self._came += 1
+
+    def bucket_sent(self, buckets: int) -> None:
+        """Take what rank 0 told after an earlier bucket; have it told again from time to time."""
+        if self._told is not None:
+            self.max_tensors = int(self._told.synchronize().item())
+            self._told = None
+        if buckets <= 4 or buckets % _RATE_EVERY == 0:
+            now = time.monotonic()
+            seconds = max(1e-9, (now - self._since) / self._came)
+            count = max(1, min(1 << 40, int(self._max_age_s / seconds)))
+            self._came, self._since = 0, now
+            told = self._backend.broadcast(
+                torch.tensor([count], device=self._backend.device_type), 0, async_op=True
+            )
+            assert not isinstance(told, Tensor)
+            self._told = told
 
 
 class _Flight:
-    """One bucket on its way."""
+    """One bucket on its way, or one tensor by itself."""
 
-    def __init__(self, backend: CommBackendProtocol, members: Sequence[_Member]) -> None:
-        self._tensors = [m.x for m in members]
-        alone = len(members) == 1
-        self._flat = (
-            self._tensors[0] if alone else torch.cat([x.reshape(-1) for x in self._tensors])
-        )
-        self._copies_back = not alone
+    def __init__(self, owner: FusedAllReduce, members: Sequence[_Member]) -> None:
+        self.members = list(members)
         self.landed = False
-        work = backend.all_reduce(self._flat, members[0].op, async_op=True)
+        self._owner = owner
+        self._staging: Staging | None = None
+        self._views: list[Tensor] = []
+        self._tensors = [m.x for m in members]
+        work = owner._backend.all_reduce(self._load(), members[0].op, async_op=True)
         assert not isinstance(work, Tensor)
         self.work: Work[Tensor] = work
         for member in members:
             member.flight = self
+
+    def _load(self) -> Tensor:
+        """The tensor to reduce: the one, the stretch that all live in, or a filled bucket."""
+        if len(self._tensors) == 1:
+            return self._tensors[0]
+        span = self._owner._homes.span(self._tensors)
+        if span is not None:
+            return span
+        count = sum(x.numel() for x in self._tensors)
+        self._staging = self._owner._pool.take(self._tensors[0].dtype, count)
+        self._views = self._staging.views(self._tensors)
+        with torch.no_grad():
+            torch._foreach_copy_(self._views, self._tensors)
+        return self._staging.flat[:count]
 
     def land(self, timeout_s: float | None, *, host: bool = False) -> None:
         """Wait, and put the parts where they belong."""
@@ -112,15 +246,18 @@ class _Flight:
             self.work.synchronize(timeout_s)
         else:
             self.work.wait(timeout_s)
-        if self._copies_back:
-            parts = torch.split(self._flat, [x.numel() for x in self._tensors])
-            for x, part in zip(self._tensors, parts, strict=True):
-                x.copy_(part.view_as(x))
+        if self._staging is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(self._tensors, self._views)
+            self._owner._pool.give(self._staging)
+            self._staging = None
         self.landed = True
 
 
 class _Member:
     """The `Work` of one tensor of a bucket."""
+
+    __slots__ = ("_owner", "flight", "op", "x")
 
     def __init__(self, owner: FusedAllReduce, x: Tensor, op: ReduceOp) -> None:
         self._owner = owner
@@ -186,6 +323,7 @@ def fused_all_reduce(
     op: str | ReduceOp = "sum",
     *,
     bucket_bytes: int = _BUCKET_BYTES,
+    fuse_below_bytes: int | None = None,
 ) -> Sequence[Tensor]:
     """Replace every tensor by its reduction over ranks, in few calls; returns `tensors`.
 
@@ -195,9 +333,12 @@ def fused_all_reduce(
             and are grouped.
         op: Reduction.
         bucket_bytes: Bytes at which a bucket is sent.
+        fuse_below_bytes: As in `FusedAllReduce`; None measures once per backend.
 
     """
-    with FusedAllReduce(backend, bucket_bytes=bucket_bytes) as fused:
+    with FusedAllReduce(
+        backend, bucket_bytes=bucket_bytes, fuse_below_bytes=fuse_below_bytes
+    ) as fused:
         for x in sorted(tensors, key=lambda x: str(x.dtype)):
             fused.add(x, op)
     return tensors

@@ -13,15 +13,15 @@ from sagellm.core.protocols import (
     CostModelProtocol,
     TopologyManagerProtocol,
 )
-from sagellm.core.protocols.process_group import ProcessGroupBackend
 
+from ._chosen import ChosenBackend
 from ._groups import find_source, group_for
 from ._specs import GLOO
 
 __all__ = ["GlooBackend"]
 
 
-class GlooBackend(ProcessGroupBackend):
+class GlooBackend(ChosenBackend):
     """A gloo process group behind the protocol.
 
     Without a group it stands on the initialised default group, else on RANK, WORLD_SIZE,
@@ -35,7 +35,7 @@ class GlooBackend(ProcessGroupBackend):
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used by gloo.
         cost_model: Lets `explain` give a time.
-        options: `check_calls`, see `ProcessGroupBackend`.
+        options: `algorithms`, see `parse_algorithms`; `check_calls`, see `ProcessGroupBackend`.
 
     >>> GlooBackend().size
     1

@@ -11,6 +11,7 @@ import torch
 
 from sagellm.core.protocols import (
     BackendSpec,
+    Choice,
     CommBackendProtocol,
     CommTimeoutError,
     ConfigError,
@@ -19,10 +20,15 @@ from sagellm.core.protocols import (
     PeerLostError,
     TopologyManagerProtocol,
 )
+from sagellm.core.protocols.observe import OBSERVE_OPTIONS, observe_settings
 from sagellm.core.protocols.process_group import RawCall, RawWork, TensorBackend, Transport
 
+from ._chosen import asked_algorithms
+from ._mock_clock import MockLinks, VirtualClock
 from ._mock_group import Faults, MockGroup, Transfer
+from ._scheduled import ScheduledTransport
 from ._specs import MOCK
+from .choice import AlgorithmTable, explain_choice
 
 __all__ = ["MockBackend", "MockWorld"]
 
@@ -90,7 +96,7 @@ class MockTransport(Transport):
 class MockBackend(TensorBackend):
     """One rank of a `MockWorld`; constructed without one it is a world of its own.
 
-    It says nothing about speed. It keeps the protocol: order, deadlines that name the missing
+    It says nothing about real speed. It keeps the protocol: order, deadlines that name the missing
     ranks, mismatches that name both calls, dead ranks, sub-groups.
     """
 
@@ -112,18 +118,28 @@ class MockBackend(TensorBackend):
     ) -> None:
         if process_group is not None:
             raise ConfigError("mock does not run on process groups; use MockWorld(size)")
-        if options:
-            raise ConfigError(f"mock has no option {', '.join(sorted(options))}; known: none")
+        self.options = dict(options or {})
+        unknown = sorted(set(self.options) - {"algorithms", *OBSERVE_OPTIONS})
+        if unknown:
+            known = ", ".join(sorted({"algorithms", *OBSERVE_OPTIONS}))
+            raise ConfigError(f"mock has no option {', '.join(unknown)}; known: {known}")
         if device is not None and torch.device(device).type != "cpu":
             raise ConfigError(f"mock serves cpu, not {device}")
+        inner = MockWorld(1).transport(0) if transport is None else transport
+        self._tables: tuple[AlgorithmTable, ...] = (asked_algorithms(self.options),)
         super().__init__(
             MOCK if spec is None else spec,
-            MockWorld(1).transport(0) if transport is None else transport,
+            ScheduledTransport(inner, self._tables),
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
             cost_table=cost_table,
+            observe=observe_settings(options or {}),
         )
+
+    def explain(self, op: str, nbytes: int) -> Choice:
+        """What would run for such a call: the schedule that was asked for, or the mock itself."""
+        return explain_choice(self._tables, super().explain(op, nbytes), op, nbytes, self.size)
 
     def _wrap(self, transport: Transport) -> CommBackendProtocol:
         assert isinstance(transport, MockTransport)
@@ -132,6 +148,7 @@ class MockBackend(TensorBackend):
             timeout_s=self.timeout_s,
             topology_manager=self.topology_manager,
             cost_model=self.cost_model,
+            options=self.options,
             transport=transport,
             cost_table=self._cost_table,
         )
@@ -143,9 +160,31 @@ class MockWorld:
     >>> world = MockWorld(2)
     >>> [x.item() for x in world.run(lambda b: b.all_reduce(torch.tensor(b.rank + 1)))]
     [3, 3]
+
+    Time is virtual: it starts at 0 and passes as `links` say, and nothing sleeps for it.
+
+    >>> world = MockWorld(4, links=MockLinks(1e-6, 1e9), algorithms="all_reduce:ring")
+    >>> _ = world.run(lambda b: b.all_reduce(torch.ones(1000)))
+    >>> world.sent_bytes(0), round(world.now(0) * 1e6, 3)  # 2(n-1) steps of 1 us and 1000 bytes
+    (6000, 12.0)
+
+    Args:
+        size: Ranks.
+        timeout_s: Deadline of every call, in real time.
+        links: What messages cost; None costs nothing.
+        algorithms: Which calls are made of messages, see `parse_algorithms`; the others are
+            computed at once and cost what `Transfer` says.
+
     """
 
-    def __init__(self, size: int, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        timeout_s: float = 30.0,
+        links: MockLinks | None = None,
+        algorithms: str | None = None,
+    ) -> None:
         if size < 1:
             raise ConfigError(f"a world needs at least one rank, got size={size}")
         self.size = size
@@ -153,7 +192,11 @@ class MockWorld:
         self.ledger: list[Transfer] = []
         self._faults = Faults()
         self._lock = threading.RLock()
-        self._group = MockGroup("mock", tuple(range(size)), self._faults, self.ledger, self._lock)
+        self._options = {} if algorithms is None else {"algorithms": algorithms}
+        self._clock = VirtualClock(size, MockLinks() if links is None else links)
+        self._group = MockGroup(
+            "mock", tuple(range(size)), self._faults, self.ledger, self._lock, self._clock
+        )
         self._backends: dict[int, MockBackend] = {}
 
     def transport(self, rank: int) -> MockTransport:
@@ -165,7 +208,11 @@ class MockWorld:
         with self._lock:
             found = self._backends.get(self._check(rank))
             if found is None:
-                found = MockBackend(timeout_s=self.timeout_s, transport=self.transport(rank))
+                found = MockBackend(
+                    timeout_s=self.timeout_s,
+                    options=self._options,
+                    transport=self.transport(rank),
+                )
                 self._backends[rank] = found
             return found
 
@@ -209,10 +256,23 @@ class MockWorld:
 
     # -- faults ---------------------------------------------------------------------------
 
-    def delay(self, rank: int, seconds: float) -> None:
-        """Let everything rank sends from now on arrive `seconds` late; 0 ends it."""
+    def delay(self, rank: int, seconds: float, *, virtual: bool = False) -> None:
+        """Let everything rank sends from now on arrive `seconds` late; 0 ends it.
+
+        Args:
+            rank: Who is late.
+            seconds: By how much.
+            virtual: Late by the virtual clock only; nobody really waits.
+
+        """
         with self._lock:
-            self._faults.delays_s[self._check(rank)] = seconds
+            faults = self._faults
+            (faults.late_s if virtual else faults.delays_s)[self._check(rank)] = seconds
+
+    def lose_messages(self, rank: int, count: int = 1) -> None:
+        """Let the next messages of rank vanish: it sees them sent, and nobody receives them."""
+        with self._lock:
+            self._faults.losing[self._check(rank)] = count
 
     def corrupt(self, rank: int, op: str = "") -> None:
         """Flip a bit in what rank contributes to `op` from now on; every op when empty."""
@@ -220,9 +280,11 @@ class MockWorld:
             self._faults.corrupt[self._check(rank)] = op
 
     def heal(self, rank: int) -> None:
-        """End the rank's delays and corruption; the dead stay dead."""
+        """End the rank's delays, losses and corruption; the dead stay dead."""
         with self._lock:
             self._faults.delays_s.pop(rank, None)
+            self._faults.late_s.pop(rank, None)
+            self._faults.losing.pop(rank, None)
             self._faults.corrupt.pop(rank, None)
 
     def drop(self, rank: int) -> None:
@@ -231,8 +293,20 @@ class MockWorld:
             self._faults.dead.add(self._check(rank))
         self._group.lose(rank)
 
+    # -- time and traffic -----------------------------------------------------------------
+
+    def now(self, rank: int) -> float:
+        """Virtual seconds that have passed for a rank: up to the end of what it waited for."""
+        with self._lock:
+            return self._clock.now[self._check(rank)]
+
+    def advance(self, rank: int, seconds: float) -> None:
+        """Let virtual time pass for a rank, as if it computed."""
+        with self._lock:
+            self._clock.now[self._check(rank)] += seconds
+
     def sent_bytes(self, rank: int) -> int:
-        """Bytes the rank would have sent so far, by the ring formulas of `Transfer`."""
+        """Bytes the rank sent so far: its messages, and what `Transfer` says of other calls."""
         with self._lock:
             return sum(
                 t.sent_bytes for t in self.ledger if t.rank == rank and t.group == self._group.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,16 +16,17 @@ from sagellm.core.protocols import (
     CostModelProtocol,
     TopologyManagerProtocol,
 )
-from sagellm.core.protocols.process_group import ProcessGroupBackend, table_by_store
+from sagellm.core.protocols.process_group import table_by_store
 
 from ._algorithm import apply_algorithm, choose_algorithm, read_fabric
+from ._chosen import ChosenBackend
 from ._groups import find_source, group_for, is_used_as_it_is
 from ._specs import NCCL
 
 __all__ = ["NCCLBackend"]
 
 
-class NCCLBackend(ProcessGroupBackend):
+class NCCLBackend(ChosenBackend):
     """An NCCL process group behind the protocol. Unverified on hardware.
 
     Importing this needs no CUDA; constructing it does. With a cost model or a topology manager
@@ -38,7 +40,7 @@ class NCCLBackend(ProcessGroupBackend):
         timeout_s: Deadline of every call, kept by a watchdog; and of meeting the other ranks.
         topology_manager: Source of links for the choice of algorithm.
         cost_model: Preferred source for the choice of algorithm.
-        options: `algorithm` (`auto`, `ring`, `tree`) and `check_calls`.
+        options: `algorithm` (`auto`, `ring`, `tree`), `algorithms` and `check_calls`.
 
     Raises:
         BackendUnavailableError: No device, or a torch without its library.
@@ -86,7 +88,11 @@ class NCCLBackend(ProcessGroupBackend):
             table,
             None if topology_manager is None else read_fabric(topology_manager),
         )
-        applied = apply_algorithm(choice, group_exists=is_used_as_it_is(facts, source, where))
+        applied = apply_algorithm(
+            choice,
+            group_exists=is_used_as_it_is(facts, source, where),
+            version=_library_version(),
+        )
         group, owned = group_for(facts, source, where, timeout_s)
         super().__init__(
             facts,
@@ -103,16 +109,20 @@ class NCCLBackend(ProcessGroupBackend):
         self.algorithm = applied.algorithm
         self.algorithm_reason = applied.reason
 
-    def explain(self, op: str, nbytes: int) -> Choice:
-        """What would run for such a call: the forced algorithm, or the one the model expects."""
-        expected = super().explain(op, nbytes)
+    def _native_choice(self, op: str, nbytes: int) -> Choice:
+        """What NCCL would run: the forced algorithm, or the one the model expects."""
+        expected = super()._native_choice(op, nbytes)
         reason = getattr(self, "algorithm_reason", "as the group it was split from")
         forced = getattr(self, "algorithm", None)
         if forced is None:
-            return Choice(
-                expected.backend,
-                expected.algorithm,
-                f"{expected.reason}; {reason}",
-                expected.estimate_us,
-            )
+            return replace(expected, reason=f"{expected.reason}; {reason}")
+        if op != "all_reduce":
+            # Of other operations nothing is forced, or nothing that they have.
+            return expected
         return Choice(expected.backend, forced, reason, expected.estimate_us)
+
+
+def _library_version() -> tuple[int, ...]:
+    """NCCL's, or the one that RCCL follows; empty in a torch without either."""
+    version: Any = torch.cuda.nccl.version  # torch leaves it untyped
+    return tuple(version()) if dist.is_nccl_available() else ()

@@ -13,11 +13,9 @@ from torch._C._distributed_c10d import FileStore
 
 from sagellm.core.protocols import (
     BackendSpec,
-    BandwidthStats,
     Choice,
     CommBackendProtocol,
     CommCall,
-    CommStats,
     ConfigError,
     CostModelProtocol,
     CostTable,
@@ -27,6 +25,7 @@ from sagellm.core.protocols import (
     Work,
 )
 from sagellm.core.protocols.process_group import (
+    EngineRow,
     SoloTransport,
     TensorBackend,
     TorchObject,
@@ -39,7 +38,6 @@ from ._shm.engine import EngineFailure
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
 from ._shm.settings import ShmSettings
-from ._shm.statistics import merge_bandwidth, merge_statistics
 from ._shm.transport import FORKED, ShmTransport, form_transport
 from ._specs import SHM
 
@@ -215,7 +213,7 @@ class ShmBackend(TensorBackend):
                 if hot.all_reduce(x, op):
                     return x
             except EngineFailure as e:
-                raise self._failed("all_reduce", x, e) from e
+                raise self._fast_call_failed("all_reduce", x, e) from e
             except BaseException as e:
                 self._interrupted("all_reduce", e)
                 raise
@@ -229,7 +227,7 @@ class ShmBackend(TensorBackend):
                 if self._hot.pair("all_gather", out, x, "none"):
                     return out
             except EngineFailure as e:
-                raise self._failed("all_gather_into_tensor", x, e) from e
+                raise self._fast_call_failed("all_gather_into_tensor", x, e) from e
             except BaseException as e:
                 self._interrupted("all_gather_into_tensor", e)
                 raise
@@ -243,7 +241,7 @@ class ShmBackend(TensorBackend):
                 if self._hot.pair("reduce_scatter", out, x, op):
                     return out
             except EngineFailure as e:
-                raise self._failed("reduce_scatter_tensor", x, e) from e
+                raise self._fast_call_failed("reduce_scatter_tensor", x, e) from e
             except BaseException as e:
                 self._interrupted("reduce_scatter_tensor", e)
                 raise
@@ -255,7 +253,7 @@ class ShmBackend(TensorBackend):
                 if self._hot.broadcast(x, src):
                     return x
             except EngineFailure as e:
-                raise self._failed("broadcast", x, e) from e
+                raise self._fast_call_failed("broadcast", x, e) from e
             except BaseException as e:
                 self._interrupted("broadcast", e)
                 raise
@@ -269,20 +267,20 @@ class ShmBackend(TensorBackend):
                 if self._hot.barrier():
                     return None
             except EngineFailure as e:
-                raise self._failed("barrier", None, e) from e
+                raise self._fast_call_failed("barrier", None, e) from e
             except BaseException as e:
                 self._interrupted("barrier", e)
                 raise
         return super().barrier(timeout_s, async_op=async_op)
 
-    def _failed(self, op: str, x: Tensor | None, failure: EngineFailure) -> Exception:
+    def _fast_call_failed(self, op: str, x: Tensor | None, failure: EngineFailure) -> Exception:
         """What the general way would raise for a call of the short one."""
         self._hot.stop()
         if self._dead is not None or self._closed:
             return self._unusable(op)
         detail = "" if x is None else f", {x.nbytes} bytes {str(x.dtype).removeprefix('torch.')}"
         text = f"{op} of group {self.group_name} (rank {self._rank} of {self._size}{detail})"
-        self._counters.started(op)
+        self._counters.started(op, 0, 0)
         self._counters.failed(op)
         return self._declare_dead(text, failure)
 
@@ -360,13 +358,8 @@ class ShmBackend(TensorBackend):
         )
         return Choice(self.name, algorithm, reason, choice.estimate_us)
 
-    def get_stats(self) -> CommStats:
-        stats = super().get_stats()
-        return stats if self._shm is None else merge_statistics(stats, self._shm)
-
-    def get_bandwidth_stats(self) -> BandwidthStats:
-        stats = super().get_bandwidth_stats()
-        return stats if self._shm is None else merge_bandwidth(stats, self._shm)
+    def _engine_totals(self) -> Sequence[EngineRow]:
+        return () if self._shm is None else self._shm.totals()
 
     def reset_stats(self) -> None:
         super().reset_stats()

@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
     UnsupportedOperationError,
     Work,
 )
+from sagellm.core.protocols.process_group import TorchObject
 
 from .facade import Facade, alias_older_names
 from .names import is_async, one, reduction, root_of, seconds_of
@@ -48,7 +49,7 @@ class CpuGroup(Facade):
         self,
         backend: CommBackendProtocol,
         library: str,
-        store: Any,  # Any: torch's Store
+        store: TorchObject,
         release: Callable[[], None],
     ) -> None:
         super().__init__(backend.rank, backend.size, library, store)
@@ -66,7 +67,7 @@ class CpuGroup(Facade):
 
     # -- reductions -----------------------------------------------------------------------
 
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def allreduce(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         """Reduce the tensor in place. The shortest path of a whole program lies here."""
         try:
             if opts.asyncOp or self._coalesced is not None:
@@ -78,34 +79,38 @@ class CpuGroup(Facade):
         self._backend.all_reduce(x, op)
         return self._done
 
-    def _all_reduce_unusually(self, tensors: Any, opts: Any) -> Any:  # Any: torch's own types
+    def _all_reduce_unusually(self, tensors: TorchObject, opts: TorchObject) -> TorchObject:
         x = one(tensors, "all_reduce")
         op = reduction(opts)
         return self._go(opts, lambda late: self._backend.all_reduce(x, op, async_op=late), [x])
 
-    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:  # Any: torch's types
+    def allreduce_coalesced(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         op = reduction(opts)
         backend = self._backend
         runs = [lambda late, x=x: backend.all_reduce(x, op, async_op=late) for x in tensors]
         return self._go_all(opts, runs, tensors)
 
-    def reduce(self, tensors: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def reduce(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         x, dst, op = one(tensors, "reduce"), root_of(opts), reduction(opts)
         return self._go(opts, lambda late: self._backend.reduce(x, dst, op, async_op=late), [x])
 
-    def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None) -> Any:  # Any: torch's types
+    def reduce_scatter(
+        self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None
+    ) -> TorchObject:
         out, parts = one(outs, "reduce_scatter"), one_list(ins, "reduce_scatter")
         op = reduction(opts)
         if any(part.numel() != out.numel() for part in parts):
             return self._reduce_scatter_uneven(out, parts, op, opts)
         x = joined(parts)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.reduce_scatter_tensor(out, x, op, async_op=late)
 
         return self._go(opts, run, [out])
 
-    def _reduce_scatter_uneven(self, out: Tensor, parts: list[Tensor], op: str, opts: Any) -> Any:
+    def _reduce_scatter_uneven(
+        self, out: Tensor, parts: list[Tensor], op: str, opts: TorchObject
+    ) -> TorchObject:
         """Parts of several sizes: one reduction to each rank."""
         if len(parts) != self._size or parts[self._rank].numel() != out.numel():
             raise ConfigError(
@@ -120,17 +125,19 @@ class CpuGroup(Facade):
         ]
         return self._go_all(opts, runs, [out], lambda: copy_parts([out], [copies[self._rank]]))
 
-    def reduce_scatter_single(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
+    def reduce_scatter_single(
+        self, out: Tensor, x: Tensor, opts: TorchObject = None
+    ) -> TorchObject:
         op = reduction(opts)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.reduce_scatter_tensor(out, x, op, async_op=late)
 
         return self._go(opts, run, [out])
 
     def reduce_scatter_single_coalesced(
-        self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: Any = None
-    ) -> Any:
+        self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: TorchObject = None
+    ) -> TorchObject:
         op, backend = reduction(opts), self._backend
         runs = [
             lambda late, out=out, x=x: backend.reduce_scatter_tensor(out, x, op, async_op=late)
@@ -140,17 +147,17 @@ class CpuGroup(Facade):
 
     # -- moves ----------------------------------------------------------------------------
 
-    def all_gather_single(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
+    def all_gather_single(self, out: Tensor, x: Tensor, opts: TorchObject = None) -> TorchObject:
         target, source = bytes_of(out), bytes_of(x)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.all_gather_into_tensor(target, source, async_op=late)
 
         return self._go(opts, run, [out])
 
     def all_gather_single_coalesced(
-        self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: Any = None
-    ) -> Any:
+        self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: TorchObject = None
+    ) -> TorchObject:
         backend = self._backend
         pairs = [(bytes_of(o), bytes_of(x)) for o, x in zip(outs, ins, strict=True)]
         runs = [
@@ -159,7 +166,9 @@ class CpuGroup(Facade):
         ]
         return self._go_all(opts, runs, outs)
 
-    def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def allgather(
+        self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None
+    ) -> TorchObject:
         targets, x = one_list(outs, "all_gather"), one(ins, "all_gather")
         if len(targets) != self._size:
             raise ConfigError(f"all_gather needs {self._size} outputs, got {len(targets)}")
@@ -172,12 +181,14 @@ class CpuGroup(Facade):
         source = bytes_of(x)
         flat = flat_like(source, self._size)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.all_gather_into_tensor(flat, source, async_op=late)
 
         return run, lambda: copy_parts(targets, flat.chunk(self._size) if x.numel() else ())
 
-    def _all_gather_uneven(self, targets: list[Tensor], x: Tensor, opts: Any) -> Any:
+    def _all_gather_uneven(
+        self, targets: list[Tensor], x: Tensor, opts: TorchObject
+    ) -> TorchObject:
         """Parts of several sizes: one broadcast from each rank."""
         if targets[self._rank].numel() != x.numel():
             raise ConfigError(
@@ -193,7 +204,9 @@ class CpuGroup(Facade):
         ]
         return self._go_all(opts, runs, targets)
 
-    def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:  # Any: torch's
+    def allgather_coalesced(
+        self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None
+    ) -> TorchObject:
         """Gather several tensors; `outs[r][i]` receives rank r's `ins[i]`."""
         made = [self._gathering([row[i] for row in outs], x) for i, x in enumerate(ins)]
         everything = [x for row in outs for x in row]
@@ -210,17 +223,19 @@ class CpuGroup(Facade):
         x: Tensor,
         out_splits: Sequence[int] = (),
         in_splits: Sequence[int] = (),
-        opts: Any = None,
-    ) -> Any:
+        opts: TorchObject = None,
+    ) -> TorchObject:
         theirs, ours = list(out_splits) or None, list(in_splits) or None
         target, source = bytes_of(out), bytes_of(x)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.all_to_all_single(target, source, theirs, ours, async_op=late)
 
         return self._go(opts, run, [out])
 
-    def alltoall(self, outs: Any, ins: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def alltoall(
+        self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None
+    ) -> TorchObject:
         targets, sources = lists(outs), lists(ins)
         if not len(targets) == len(sources) == self._size:
             raise ConfigError(
@@ -232,34 +247,34 @@ class CpuGroup(Facade):
         theirs = [bytes_of(target).numel() for target in targets]
         out = x.new_empty(sum(theirs))
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.all_to_all_single(out, x, theirs, ours, async_op=late)
 
-        return self._go(opts, run, targets, lambda: copy_parts(targets, out.split(theirs)))
+        return self._go(opts, run, targets, lambda: copy_parts(targets, torch.split(out, theirs)))
 
-    def broadcast(self, tensors: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def broadcast(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         x, src = one(tensors, "broadcast"), root_of(opts)
         moved = bytes_of(x)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.broadcast(moved, src, async_op=late)
 
         return self._go(opts, run, [x])
 
-    def gather(self, outs: Any, ins: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def gather(self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None) -> TorchObject:
         return self._gather_into(lists(outs), one(ins, "gather"), opts)
 
-    def gather_single(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
+    def gather_single(self, out: Tensor, x: Tensor, opts: TorchObject = None) -> TorchObject:
         root = self._rank == root_of(opts)
         return self._gather_into(list(out.view(-1).chunk(self._size)) if root else [], x, opts)
 
-    def _gather_into(self, targets: list[Tensor], x: Tensor, opts: Any) -> Any:
+    def _gather_into(self, targets: list[Tensor], x: Tensor, opts: TorchObject) -> TorchObject:
         dst, source = root_of(opts), bytes_of(x)
         if self._rank == dst and len(targets) != self._size:
             raise ConfigError(f"gather needs {self._size} outputs on rank {dst}")
         kept: list[Any] = []
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             found = self._backend.gather(source, dst, async_op=late)
             kept.append(found)
             return found
@@ -271,28 +286,28 @@ class CpuGroup(Facade):
 
         return self._go(opts, run, targets or [x], finish)
 
-    def scatter(self, outs: Any, ins: Any, opts: Any = None) -> Any:  # Any: torch's own types
+    def scatter(self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None) -> TorchObject:
         out, src = one(outs, "scatter"), root_of(opts)
         parts = [bytes_of(x) for x in lists(ins)] if self._rank == src else None
         target = bytes_of(out)
 
-        def run(late: bool) -> Any:  # Any: result or Work
+        def run(late: bool) -> TorchObject:
             return self._backend.scatter(target, parts, src, async_op=late)
 
         return self._go(opts, run, [out])
 
     # -- point to point -------------------------------------------------------------------
 
-    def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:  # Any: torch's own types
+    def send(self, tensors: TorchObject, dst: int, tag: int = 0) -> TorchObject:
         x = one(tensors, "send")
         return self._track([self._backend.send(bytes_of(x), dst, tag, async_op=True)], [x])
 
-    def recv(self, tensors: Any, src: int, tag: int = 0) -> Any:  # Any: torch's own types
+    def recv(self, tensors: TorchObject, src: int, tag: int = 0) -> TorchObject:
         x = one(tensors, "recv")
         work = self._backend.recv(bytes_of(x), src, tag, async_op=True)
         return self._track([work], [x], source=lambda: src)
 
-    def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:  # Any: torch's own types
+    def recv_anysource(self, tensors: TorchObject, tag: int = 0) -> TorchObject:
         x = one(tensors, "recv")
         offered = getattr(self._backend, "recv_any_source", None)
         if offered is not None:
@@ -307,7 +322,7 @@ class CpuGroup(Facade):
 
     # -- the group ------------------------------------------------------------------------
 
-    def barrier(self, opts: Any = None) -> Any:  # Any: torch's own types
+    def barrier(self, opts: TorchObject = None) -> TorchObject:
         limit = seconds_of(opts)
         return self._go(opts, lambda late: self._backend.barrier(limit, async_op=late), [])
 
@@ -317,12 +332,12 @@ class CpuGroup(Facade):
         """Return once all ranks have come; a `CommTimeoutError` names the missing ones."""
         self._backend.barrier(None if timeout is None else timeout.total_seconds())
 
-    def _start_coalescing(self, device: Any) -> None:  # Any: torch.device
+    def _start_coalescing(self, device: TorchObject) -> None:
         if self._coalesced is not None:
             raise ConfigError(f"calls are being coalesced on group {self._label} already")
         self._coalesced = []
 
-    def _end_coalescing(self, device: Any) -> Any:  # Any: torch.device, torch's Work
+    def _end_coalescing(self, device: TorchObject) -> TorchObject:
         works, self._coalesced = self._coalesced or [], None
         tensors = [x for work in works for x in work.result()]
         waits = [inner for work in works for inner in work.works]
@@ -353,20 +368,20 @@ class CpuGroup(Facade):
 
     def _go(
         self,
-        opts: Any,  # Any: torch's options differ by call and release
+        opts: TorchObject,
         run: Run,
         tensors: Sequence[Tensor],
         finish: Callable[[], object] | None = None,
-    ) -> Any:  # Any: torch's Work
+    ) -> TorchObject:
         return self._go_all(opts, [run], tensors, finish)
 
     def _go_all(
         self,
-        opts: Any,  # Any: torch's options differ by call and release
+        opts: TorchObject,
         runs: Sequence[Run],
         tensors: Sequence[Tensor],
         finish: Callable[[], object] | None = None,
-    ) -> Any:  # Any: torch's Work
+    ) -> TorchObject:
         if self._coalesced is None and not is_async(opts):
             for run in runs:
                 run(False)
@@ -391,7 +406,7 @@ class CpuGroup(Facade):
         return work
 
 
-def one_list(tensors: Any, call: str) -> list[Tensor]:  # Any: torch's own nesting
+def one_list(tensors: TorchObject, call: str) -> list[Tensor]:
     """The list of tensors of a call that takes a list of lists of which there is one."""
     if len(tensors) != 1:
         raise ConfigError(f"{call} takes one list of tensors per rank, got {len(tensors)}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sagellm.core.protocols import CommBackendProtocol
+from sagellm.core.protocols.process_group import TorchObject
 
 from .cpu import CpuGroup
 from .libraries import GroupPlan, forget_group, library_for, library_group
@@ -39,27 +40,27 @@ class DeviceGroup(CpuGroup):
         self._kinds = kinds
         self._inner: dict[str, Any] = {}  # Any: process groups of torch's
 
-    def inner(self, device_type: str) -> Any:  # Any: a ProcessGroup
+    def inner(self, device_type: str) -> TorchObject:
         """The library's group for a kind of device."""
         if device_type not in self._inner:
             library = library_for(device_type)
             self._inner[device_type] = library_group(library, device_type, self._plan)
         return self._inner[device_type]
 
-    def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend, or ourselves
+    def _get_backend(self, device: torch.device) -> TorchObject:
         kind = torch.device(device).type
         if kind in self._kinds:
             return self.inner(kind)._get_backend(torch.device(device))
         return super()._get_backend(device)
 
-    def _start_coalescing(self, device: Any) -> None:  # Any: torch.device
+    def _start_coalescing(self, device: TorchObject) -> None:
         kind = torch.device(device).type
         if kind == "cpu":
             super()._start_coalescing(device)
         else:
             self.inner(kind)._start_coalescing(device)
 
-    def _end_coalescing(self, device: Any) -> Any:  # Any: torch.device, torch's Work
+    def _end_coalescing(self, device: TorchObject) -> TorchObject:
         kind = torch.device(device).type
         if kind == "cpu":
             return super()._end_coalescing(device)
@@ -96,7 +97,7 @@ class DeviceGroup(CpuGroup):
 def _by_device(entry: EntryPoint, on_cpu: Callable[..., Any]) -> Callable[..., Any]:
     places = [place for place in (entry.inputs, entry.outputs) if place is not None]
 
-    def call(self: DeviceGroup, *args: Any, **kwargs: Any) -> Any:  # Any: torch's own types
+    def call(self: DeviceGroup, *args: TorchObject, **kwargs: TorchObject) -> TorchObject:
         for place in places:
             for x in tensors_in(args[place]) if len(args) > place else ():
                 if x.is_cpu:

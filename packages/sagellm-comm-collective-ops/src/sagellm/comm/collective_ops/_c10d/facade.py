@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from sagellm.core.protocols.process_group import TorchObject
 
 from .names import ENTRY_POINTS
 
@@ -21,7 +22,10 @@ def alias_older_names(cls: type) -> None:
                 setattr(cls, name, cls.__dict__[entry.name])
 
 
-class Facade(dist.ProcessGroup):
+_ProcessGroup: TorchObject = dist.ProcessGroup
+
+
+class Facade(_ProcessGroup):  # type: ignore[misc]  # torch's stubs of it differ by release
     """A process group in Python that torch takes for one of its own.
 
     Subclasses define the calls, and run `alias_older_names` on themselves.
@@ -40,7 +44,7 @@ class Facade(dist.ProcessGroup):
     supports_time_estimate = False
     supports_reconfigure = False
 
-    def __init__(self, rank: int, size: int, library: str, store: Any) -> None:  # Any: c10d Store
+    def __init__(self, rank: int, size: int, library: str, store: TorchObject) -> None:
         super().__init__(rank, size)
         self._size, self._rank = size, rank
         self._library, self._label, self._about = library, "", ""
@@ -94,13 +98,13 @@ class Facade(dist.ProcessGroup):
         """What the group was made for."""
         return self._about
 
-    def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend, or ourselves
+    def _get_backend(self, device: torch.device) -> TorchObject:
         """Ourselves for the CPU: torch looks for `supports_…` on what this gives."""
         if torch.device(device).type == "cpu":
             return self
         raise RuntimeError(f"No backend type associated with device type {device}")
 
-    def get_group_store(self) -> Any:  # Any: torch's Store
+    def get_group_store(self) -> TorchObject:
         """The store that the group was made with."""
         return self._store
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import distributed_c10d
 
 from sagellm.core.protocols import BackendUnavailableError
+from sagellm.core.protocols.process_group import TorchObject
 
 __all__ = ["GroupPlan", "forget_group", "library_for", "library_group"]
 
@@ -31,7 +31,7 @@ class GroupPlan:
 
     """
 
-    store: Any  # torch's Store
+    store: TorchObject
     rank: int
     size: int
     global_ranks: tuple[int, ...]
@@ -59,7 +59,7 @@ def library_for(device_type: str) -> str:
     return str(found)
 
 
-def library_group(library: str, device_type: str, plan: GroupPlan) -> Any:  # Any: a ProcessGroup
+def library_group(library: str, device_type: str, plan: GroupPlan) -> TorchObject:
     """A process group of one of torch's libraries, private to its maker.
 
     Raises:
@@ -69,7 +69,7 @@ def library_group(library: str, device_type: str, plan: GroupPlan) -> Any:  # An
     store = dist.PrefixStore(f"sagellm-{library}", plan.store)  # type: ignore[attr-defined]  # torch's stubs omit it
     kinds = distributed_c10d.Backend.backend_type_map
     # A bare ProcessGroupGloo has none of the coalesced calls.
-    group: Any = dist.ProcessGroup(store, plan.rank, plan.size)
+    group: TorchObject = dist.ProcessGroup(store, plan.rank, plan.size)
     kind = kinds.get(library, dist.ProcessGroup.BackendType.CUSTOM)
     group._set_default_backend(kind)
     group._register_backend(torch.device(device_type), kind, _backend(library, store, plan))
@@ -82,13 +82,13 @@ def library_group(library: str, device_type: str, plan: GroupPlan) -> Any:  # An
     return group
 
 
-def forget_group(group: Any) -> None:  # Any: a ProcessGroup
+def forget_group(group: TorchObject) -> None:
     """Undo what `library_group` told torch."""
     distributed_c10d._world.pg_group_ranks.pop(group, None)
     distributed_c10d._world.pg_map.pop(group, None)
 
 
-def _backend(library: str, store: Any, plan: GroupPlan) -> Any:  # Any: torch's Store and Backend
+def _backend(library: str, store: TorchObject, plan: GroupPlan) -> TorchObject:
     if library == "gloo" and dist.is_gloo_available():
         gloo = c10d.ProcessGroupGloo(store, plan.rank, plan.size, plan.deadline)
         gloo._set_sequence_number_for_group()
@@ -104,18 +104,18 @@ def _backend(library: str, store: Any, plan: GroupPlan) -> Any:  # Any: torch's 
         raise BackendUnavailableError(f"torch {torch.__version__} is built without {library}")
     if not plugin.extended_api:
         return plugin.creator_fn(store, plan.rank, plan.size, plan.deadline)
-    options = c10d._DistributedBackendOptions()
-    options.store, options.group_rank, options.group_size = store, plan.rank, plan.size
-    options.timeout, options.group_id = plan.deadline, plan.name
-    options.global_ranks_in_group = list(plan.global_ranks)
-    return plugin.creator_fn(options, None)
+    asked: TorchObject = c10d._DistributedBackendOptions()
+    asked.store, asked.group_rank, asked.group_size = store, plan.rank, plan.size
+    asked.timeout, asked.group_id = plan.deadline, plan.name
+    asked.global_ranks_in_group = list(plan.global_ranks)
+    return plugin.creator_fn(asked, None)
 
 
 def device_types() -> Sequence[str]:
     """Kinds of devices that are present and have a library, without the CPU."""
     found = []
     for device_type in distributed_c10d.Backend.default_device_backend_map:
-        api: Any = getattr(torch, device_type, None)  # torch.cuda, torch.npu, …
+        api: TorchObject = getattr(torch, device_type, None)
         if device_type != "cpu" and api is not None and api.is_available():
             found.append(device_type)
     return found

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sagellm.comm.collective_ops._shm.engines import agree_engine, available_engines
+from sagellm.comm.collective_ops._shm.exchange import Exchange
+from sagellm.comm.collective_ops._shm.hosts import prove_hosts
+from sagellm.comm.collective_ops.gloo_backend import GlooBackend
+from sagellm.comm.collective_ops.shm_backend import ShmBackend
 from sagellm.core.protocols import BackendUnavailableError, CommBackendProtocol, ConfigError
+from sagellm.core.protocols.process_group import TorchObject
 
-from .._shm.engines import agree_engine, available_engines
-from .._shm.exchange import Exchange
-from .._shm.hosts import prove_hosts
-from ..gloo_backend import GlooBackend
-from ..shm_backend import ShmBackend
 from .cpu import CpuGroup
 from .devices import DeviceGroup
 from .libraries import GroupPlan, device_types, forget_group, library_group
@@ -33,7 +34,7 @@ def make_group(
     library: str,
     backend: str,
     options: Mapping[str, Any],  # Any: each option has its own type
-) -> Any:  # Any: a ProcessGroup
+) -> TorchObject:
     """A process group for a plan; every rank of it makes this call.
 
     Args:

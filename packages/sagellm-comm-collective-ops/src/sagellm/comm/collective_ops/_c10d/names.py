@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sagellm.core.protocols import ConfigError, UnsupportedOperationError
+from sagellm.core.protocols.process_group import TorchObject
 
 __all__ = [
     "ENTRY_POINTS",
@@ -88,7 +89,7 @@ ENTRY_POINTS = (
 _REDUCTIONS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
 
 
-def reduction(options: Any) -> str:  # Any: torch's options differ by call and release
+def reduction(options: TorchObject) -> str:
     """The reduction that options, or a bare `ReduceOp`, ask for.
 
     Raises:
@@ -106,12 +107,12 @@ def reduction(options: Any) -> str:  # Any: torch's options differ by call and r
         ) from None
 
 
-def is_async(options: Any) -> bool:  # Any: torch's options differ by call and release
+def is_async(options: TorchObject) -> bool:
     """Whether the caller goes on before the call is done; releases that do not say so may."""
     return bool(getattr(options, "asyncOp", True))
 
 
-def method_of(group: Any, entry: EntryPoint) -> Callable[..., Any]:  # Any: a c10d group
+def method_of(group: TorchObject, entry: EntryPoint) -> Callable[..., Any]:
     """The method of any process group for a call, whatever the release names it.
 
     Raises:
@@ -153,12 +154,12 @@ def one(tensors: object, call: str) -> Tensor:
     return found
 
 
-def root_of(options: Any) -> int:  # Any: torch's options differ by call and release
+def root_of(options: TorchObject) -> int:
     """The root that options, or a bare number, ask for; a rank of the group."""
     return int(getattr(options, "rootRank", options if isinstance(options, int) else 0))
 
 
-def seconds_of(options: Any) -> float | None:  # Any: torch's options differ by call and release
+def seconds_of(options: TorchObject) -> float | None:
     """The deadline of one call in seconds; None where options set none."""
     limit = getattr(options, "timeout", None)
     seconds = 0.0 if limit is None else float(limit.total_seconds())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import distributed_c10d
 
 from sagellm.core.protocols import ConfigError
+from sagellm.core.protocols.process_group import TorchObject
 
 __all__ = ["adopt"]
 
 
-def adopt(group: Any, inner: Any, name: str) -> None:  # Any: process groups
+def adopt(group: TorchObject, inner: TorchObject, name: str) -> None:
     """Register `group` beside `inner`, with its ranks, so that `dist.*` takes it.
 
     A group outside the table stays outside.
@@ -21,7 +20,7 @@ def adopt(group: Any, inner: Any, name: str) -> None:  # Any: process groups
         ConfigError: The name is taken.
 
     """
-    world = distributed_c10d._world
+    world: TorchObject = distributed_c10d._world
     if inner not in world.pg_map:
         return
     if name in world.pg_names.values():
@@ -34,4 +33,5 @@ def adopt(group: Any, inner: Any, name: str) -> None:  # Any: process groups
     world.pg_to_tag[group] = tag
     world.tags_to_pg.setdefault(tag, []).append(group)
     world.tags_to_pg.setdefault("", []).append(group)
-    c10d._register_process_group(name, group)
+    register: TorchObject = c10d._register_process_group
+    register(name, group)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from sagellm.core.protocols.process_group import TorchObject
 
 __all__ = ["bytes_of", "copy_parts", "flat_like", "joined", "lists"]
 
@@ -31,7 +32,7 @@ def bytes_of(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dim() else x.view(1).view(torch.uint8)
 
 
-def lists(tensors: Any) -> list[Tensor]:  # Any: torch nests some lists of some calls
+def lists(tensors: TorchObject) -> list[Tensor]:
     """The tensors of an argument that may be a list, or a list of one list."""
     if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
         return list(tensors[0])

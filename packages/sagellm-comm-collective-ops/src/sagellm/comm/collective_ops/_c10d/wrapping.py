@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sagellm.core.protocols import CommCall, DistributedRuntimeError, Work
-from sagellm.core.protocols.process_group import abort_group
+from sagellm.core.protocols.process_group import TorchObject, abort_group
 
 from .facade import Facade, alias_older_names
 from .names import ENTRY_POINTS, EntryPoint, is_async, method_of, root_of, tensors_in
@@ -88,7 +88,12 @@ class WrappingGroup(Facade):
     """
 
     def __init__(
-        self, inner: Any, hooks: CallHooks, *, library: str | None = None, owned: bool = False
+        self,
+        inner: TorchObject,
+        hooks: CallHooks,
+        *,
+        library: str | None = None,
+        owned: bool = False,
     ) -> None:
         store = None
         if hasattr(inner, "get_group_store"):
@@ -100,19 +105,19 @@ class WrappingGroup(Facade):
         self._sequence = 0
 
     @property
-    def inner(self) -> Any:  # Any: a ProcessGroup
+    def inner(self) -> TorchObject:
         """The group that does the work."""
         return self._inner
 
-    def _get_backend(self, device: torch.device) -> Any:  # Any: torch's Backend
+    def _get_backend(self, device: torch.device) -> TorchObject:
         backend = self._inner._get_backend(device)
         # Torch looks here for NCCL's coalescing, which would pass hooks by.
         return self if torch.device(device).type == "cpu" else backend
 
-    def _start_coalescing(self, device: Any) -> None:  # Any: torch.device
+    def _start_coalescing(self, device: TorchObject) -> None:
         self._inner._start_coalescing(device)
 
-    def _end_coalescing(self, device: Any) -> Any:  # Any: torch.device, torch's Work
+    def _end_coalescing(self, device: TorchObject) -> TorchObject:
         return self._inner._end_coalescing(device)
 
     def set_timeout(self, timeout: timedelta) -> None:
@@ -138,7 +143,9 @@ class WrappingGroup(Facade):
 
     # -- around a call --------------------------------------------------------------------
 
-    def _pass(self, entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pass(
+        self, entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TorchObject:
         if self._dead is not None:
             raise DistributedRuntimeError(f"{entry.op} on group {self._label}: {self._dead}")
         method = self._methods.get(entry.name)
@@ -147,7 +154,7 @@ class WrappingGroup(Facade):
         hooks = self._hooks
         call: CommCall | None = None
         start = time.perf_counter()
-        work: Any = None  # torch's Work
+        work: TorchObject = None
         if hooks.wants_calls:
             call = self._call(entry, args, kwargs)
             try:
@@ -237,7 +244,7 @@ class _WatchedWork(OwnWork):
         args: tuple[Any, ...],
         call: CommCall | None,
         start: float,
-        work: Any,  # torch's Work
+        work: TorchObject,
     ) -> None:
         super().__init__()
         self._group, self._entry, self._args = group, entry, args
@@ -285,7 +292,7 @@ class _WatchedWork(OwnWork):
     def get_future(self) -> torch.futures.Future[Any]:  # torch fixes the value type per backend
         self._let_go()
 
-        def tell(future: torch.futures.Future[Any]) -> Any:  # Any: as above
+        def tell(future: torch.futures.Future[Any]) -> TorchObject:
             value = future.value()  # raises what the call failed with
             self._tell(None)
             return value
@@ -322,7 +329,7 @@ def _record(
 
 
 def _passing(entry: EntryPoint) -> Callable[..., Any]:
-    def call(self: WrappingGroup, *args: Any, **kwargs: Any) -> Any:  # Any: torch's own types
+    def call(self: WrappingGroup, *args: TorchObject, **kwargs: TorchObject) -> TorchObject:
         return self._pass(entry, args, kwargs)
 
     call.__name__ = entry.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,23 @@ _SIGNATURES = {
 
 @dataclass(frozen=True, slots=True)
 class NativeLibrary:
-    """One library opened twice: `held` keeps the interpreter's lock in a call, `free` lets it go."""
+    """One library opened twice: `held` keeps the interpreter's lock, `free` lets it go."""
 
     held: ctypes.PyDLL
     free: ctypes.CDLL
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that ends before its section table: to map it would end the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        raise ValueError("it is no 64-bit ELF file")
+    (table,) = struct.unpack_from("=Q", head, 40)
+    entry_bytes, entries = struct.unpack_from("=HH", head, 58)
+    need, has = table + entry_bytes * entries, path.stat().st_size
+    if has < need:
+        raise ValueError(f"it is cut short: {has} of {need} bytes")
 
 
 def load(path: Path) -> NativeLibrary:
@@ -61,9 +75,10 @@ def load(path: Path) -> NativeLibrary:
 
     Raises:
         OSError: It is absent, or for another machine.
-        ValueError: It is of another version than this module.
+        ValueError: It is cut short, or of another version than this module.
 
     """
+    _check_whole(path)
     free = ctypes.CDLL(str(path))
     held = ctypes.PyDLL(str(path))
     try:

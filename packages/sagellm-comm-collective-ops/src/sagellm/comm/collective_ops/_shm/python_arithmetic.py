@@ -106,11 +106,11 @@ def fold_of(op: str, dtype: torch.dtype, world: int, scratch: Callable[..., Arra
             # `out` may be an operand that is not consumed yet
             partial = scratch(out.size, dtype, 0)
             for i in range(1, last):
-                combine(total, operands[i], partial)
+                combine(total, operands[i], out=partial)
                 total = partial
-        combine(total, operands[last], out)
+        combine(total, operands[last], out=out)
         if divide:
-            np.divide(out, world, out)
+            np.divide(out, world, out=out)
 
     return fold
 

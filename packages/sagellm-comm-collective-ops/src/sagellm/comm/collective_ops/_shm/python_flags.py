@@ -40,7 +40,7 @@ class Flags:
         wait_ns: Time spent waiting, of all calls.
         timeout_ns: Longest time of the call.
         deadline_ns: When it ends by `clock`; 0 to count from the first long wait.
-        all_symmetric: After the first wait of a call: whether every peer gave an offset in its arena.
+        all_symmetric: Whether every peer gave an offset in its arena; after a call's first wait.
 
     """
 

@@ -144,7 +144,11 @@ def _one_step(
     check_poison, wait_for = flags.check_poison, flags.wait_for
 
     def run() -> None:
-        if words[POISON]:
+        try:
+            poisoned = words[POISON]
+        except ValueError:  # the words were released by `close`
+            poisoned = 1
+        if poisoned:
             check_poison()
         flags.timeout_ns, flags.deadline_ns = timeout_ns, 0
         step = flags.step

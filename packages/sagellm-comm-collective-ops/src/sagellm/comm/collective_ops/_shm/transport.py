@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import select
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -45,15 +43,6 @@ FORKED = (
     "this process is a forked child: a group belongs to the process that made it; "
     "make a new one here, or start the child with spawn"
 )
-
-
-@dataclass(slots=True)
-class Counted:
-    """Calls of one operation, their bytes and time."""
-
-    calls: int = 0
-    nbytes: int = 0
-    nanoseconds: int = 0
 
 
 class ShmTransport(Transport):
@@ -95,7 +84,6 @@ class ShmTransport(Transport):
             polls=polls,
             name=f"sagellm-comm-shm-p2p-{name}",
         )
-        self._counted: dict[str, Counted] = {}
         self._totals: Sequence[EngineTotals] | None = None
         self._queue: CallQueue | None = None
         self._lock = threading.Lock()
@@ -147,23 +135,13 @@ class ShmTransport(Transport):
 
     def run(self, call: RawCall) -> None:
         """Run a collective here and now; an interrupt ends the group: its ranks are apart then."""
-        started = time.perf_counter_ns()
         try:
             self.engine.run(call)
-            tensors = call.inputs or call.outputs
-            counted = self._counted.setdefault(call.op, Counted())
-            counted.calls += 1
-            counted.nbytes += tensors[0].nbytes if tensors else 0
-            counted.nanoseconds += time.perf_counter_ns() - started
         except EngineFailure:
             raise
         except BaseException as e:
             self.abort(f"{type(e).__name__} in {call.describe or call.op}")
             raise
-
-    def counted(self, op: str) -> Counted:
-        """What of the engine's counts came by `run`; the rest came by the hot path."""
-        return self._counted.get(op, Counted())
 
     def totals(self) -> Sequence[EngineTotals]:
         """The engine's counts; after `close` those of its end."""
@@ -172,7 +150,6 @@ class ShmTransport(Transport):
 
     def reset_statistics(self) -> None:
         """Start the engine's counts anew."""
-        self._counted = {}
         if not self._closed:
             self.engine.reset_totals()
 

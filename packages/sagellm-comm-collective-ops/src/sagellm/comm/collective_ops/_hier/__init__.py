@@ -1,0 +1,1 @@
+"""Groups over several hosts: the parts of `HierBackend`."""

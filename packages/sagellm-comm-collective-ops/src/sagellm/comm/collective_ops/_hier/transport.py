@@ -1,0 +1,158 @@
+"""The transport over hosts: plans for what gains by them, the flat group for the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sagellm.comm.collective_ops._shm.calls import CallQueue, FinishedWork
+from sagellm.core.protocols import CommBackendProtocol, CommError, PeerLostError
+from sagellm.core.protocols.process_group import RawCall, RawWork, TorchTransport, Transport
+
+from .partition import HostMap
+from .plans import PLANNED, Plans
+
+__all__ = ["HierTransport", "Stages"]
+
+_CLOSE_S = 5.0
+
+
+@dataclass(slots=True)
+class Stages:
+    """The groups that a rank is in, and who makes the same for a part of them.
+
+    Attributes:
+        map: Where ranks are.
+        flat: All ranks, over the library that hosts speak with.
+        plans: The steps of operations.
+        groups: Every group beneath but the flat one.
+        split: Makes the stages of a sub-group, from its flat transport and partition.
+
+    """
+
+    map: HostMap
+    flat: TorchTransport
+    plans: Plans
+    split: Callable[[TorchTransport, Sequence[Sequence[int]]], Stages]
+    groups: list[CommBackendProtocol] = field(default_factory=list)
+
+
+class HierTransport(Transport):
+    """Primitive calls of one group over several hosts.
+
+    A caller who waits runs the steps itself; calls with `async_op`, and those behind them, run
+    on one thread in order.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+        self._flat = stages.flat
+        self._queue: CallQueue | None = None
+        self._closed = False
+
+    @property
+    def rank(self) -> int:
+        return self._flat.rank
+
+    @property
+    def size(self) -> int:
+        return self._flat.size
+
+    @property
+    def global_ranks(self) -> tuple[int, ...]:
+        return self._flat.global_ranks
+
+    @property
+    def device(self) -> torch.device:
+        return self._flat.device
+
+    @property
+    def group_name(self) -> str:
+        return self._flat.group_name
+
+    def issue(self, call: RawCall) -> RawWork:
+        if call.op not in PLANNED:
+            return self._flat.issue(call)
+        if call.background or (self._queue is not None and self._queue.busy):
+            if self._queue is None:
+                name = f"sagellm-comm-hier-{self.group_name}"
+                self._queue = CallQueue(self._run, name, lambda busy: None)
+            return self._queue.put(call)
+        try:
+            self._run(call)
+        except Exception as e:  # reaches the caller by the work, as a queued call's does
+            return FinishedWork(e)
+        return FinishedWork()
+
+    def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
+        return self._flat.issue_batch(calls)
+
+    def _run(self, call: RawCall) -> None:
+        try:
+            self.stages.plans.run(call)
+        except Exception:
+            raise
+        except BaseException as e:  # an interrupt: the ranks are apart now
+            self.abort(f"{type(e).__name__} in {call.describe or call.op}")
+            raise
+
+    def explain_failure(self, describe: str, error: Exception) -> Exception:
+        """Have all parts of the group fail first, so that ranks on every host come to know.
+
+        Who is lost is asked of the flat group's store. Where that went down with its host, what
+        the part said that failed has to do, and where nothing was said, which hosts are silent.
+        """
+        self._abort_parts(describe)
+        told = self._flat.explain_failure(describe, error)
+        known = getattr(error, "rank", None)
+        if isinstance(told, PeerLostError) and told.rank is None and known is not None:
+            told.rank = known
+        if isinstance(told, CommError) and not _names_ranks(told):
+            told = _more(told, f"{told}; {self.stages.map.explain()}, this is rank {self.rank}")
+        return told
+
+    def abort(self, reason: str) -> None:
+        self._abort_parts(reason)
+        self._flat.abort(reason)
+
+    def _abort_parts(self, reason: str) -> None:
+        for group in self.stages.groups:
+            group.abort(reason)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        end = time.monotonic() + _CLOSE_S
+        if self._queue is not None and not self._queue.close(_CLOSE_S):
+            self._abort_parts("closed while calls were running")
+            self._queue.close(max(1.0, end - time.monotonic()))
+        for group in self.stages.groups:
+            group.close()
+        self._flat.close()
+
+    def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
+        flat = self._flat.split(ranks, name, timeout_s)
+        if flat is None:
+            return None
+        assert isinstance(flat, TorchTransport)
+        return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
+
+
+def _names_ranks(error: CommError) -> bool:
+    text = str(error)
+    return (
+        "lost rank" in text or "no sign of rank" in text or getattr(error, "rank", None) is not None
+    )
+
+
+def _more(error: CommError, text: str) -> CommError:
+    if isinstance(error, PeerLostError):
+        return PeerLostError(text, rank=error.rank)
+    try:
+        return type(error)(text)
+    except TypeError:
+        return error

@@ -1,0 +1,25 @@
+"""Settings of this package: `SAGELLM_COMM_COLLECTIVE_OPS_…`, or section `collective_ops:`."""
+
+from __future__ import annotations
+
+from sagellm.core.protocols.config import Settings
+
+__all__ = ["CollectiveSettings"]
+
+
+class CollectiveSettings(Settings, package="collective_ops"):
+    """What a user may set for every backend of this package; options of a backend win.
+
+    >>> CollectiveSettings.load({}).algorithms
+    ''
+
+    Attributes:
+        algorithms: Which algorithm runs which calls, such as `all_reduce:0-64k:direct`; see
+            `parse_algorithms`.
+        calibrate: Measure the algorithms when a backend is made, or take what was measured here
+            before.
+
+    """
+
+    algorithms: str = ""
+    calibrate: bool = False

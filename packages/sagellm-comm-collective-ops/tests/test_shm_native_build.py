@@ -1,0 +1,60 @@
+"""A library that cannot be the compiled engine is left out, said once, and never loaded."""
+
+import logging
+from pathlib import Path
+
+import numpy
+import pytest
+
+from sagellm.comm.collective_ops._shm.native_library import library
+
+
+@pytest.fixture
+def elf():
+    """Some shared library of this machine."""
+    found = next(Path(numpy.__file__).parent.rglob("*.so"), None)
+    if found is None:
+        pytest.skip("numpy ships no shared library here")
+    return found.read_bytes()
+
+
+@pytest.fixture
+def put(tmp_path):
+    def put(content):
+        path = tmp_path / "_sage_shm.so"
+        path.write_bytes(content)
+        return path
+
+    return put
+
+
+def test_an_absent_library_is_no_warning(tmp_path, caplog):
+    assert "was not built" in library(tmp_path / "_sage_shm.so")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kept", [0, 100, 4096, 0.5, -1])
+def test_a_library_that_was_cut_short_is_left_out(kept, elf, put):
+    end = int(len(elf) * kept) if isinstance(kept, float) else kept
+
+    reason = library(put(elf[:end]))
+
+    assert "cut short" in reason or "no 64-bit ELF" in reason
+
+
+def test_a_library_of_another_machine_is_left_out(elf, put):
+    foreign = elf[:18] + (0xF3).to_bytes(2, "little") + elf[20:]  # RISC-V
+
+    assert isinstance(library(put(foreign)), str)
+
+
+def test_another_library_is_left_out_and_that_is_said_once(elf, put, caplog):
+    path = put(elf)
+
+    with caplog.at_level(logging.WARNING):
+        reasons = {library(path), library(path)}
+
+    assert len(reasons) == 1
+    assert "lacks a function" in reasons.pop()
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "_shm.build" in caplog.text

@@ -181,18 +181,19 @@ INLINE uint16_t f32_to_f16(float f) {
     case PRODUCT: FOLD(T, A, LOAD, STORE, a * b, NOTHING);                                     \
   }                                                                                            \
   return
-/* U: the unsigned type that wraps around; narrow products are formed in `unsigned` */
-#define INTEGERS(T, U)                                                                         \
+/* Wrapping and bits do not see a sign; narrow products are formed in `unsigned`. */
+#define UNSIGNED(U)                                                                            \
   switch (reduction) {                                                                         \
-    case SUM: FOLD(T, T, AS_IS, AS_IS, (T)(U)((U)a + (U)b), NOTHING);                          \
-    case MIN: FOLD(T, T, AS_IS, AS_IS, a < b ? a : b, NOTHING);                                \
-    case MAX: FOLD(T, T, AS_IS, AS_IS, a > b ? a : b, NOTHING);                                \
-    case PRODUCT: FOLD(T, T, AS_IS, AS_IS, (T)(U)(1u * (U)a * (U)b), NOTHING);                 \
-    case BAND: FOLD(T, T, AS_IS, AS_IS, (T)(a & b), NOTHING);                                  \
-    case BOR: FOLD(T, T, AS_IS, AS_IS, (T)(a | b), NOTHING);                                   \
-    case BXOR: FOLD(T, T, AS_IS, AS_IS, (T)(a ^ b), NOTHING);                                  \
+    case SUM: FOLD(U, U, AS_IS, AS_IS, (U)(a + b), NOTHING);                                   \
+    case PRODUCT: FOLD(U, U, AS_IS, AS_IS, (U)(1u * a * b), NOTHING);                          \
+    case BAND: FOLD(U, U, AS_IS, AS_IS, (U)(a & b), NOTHING);                                  \
+    case BOR: FOLD(U, U, AS_IS, AS_IS, (U)(a | b), NOTHING);                                   \
+    case BXOR: FOLD(U, U, AS_IS, AS_IS, (U)(a ^ b), NOTHING);                                  \
   }                                                                                            \
   return
+#define ORDERED(T)                                                                             \
+  if (reduction == MIN) FOLD(T, T, AS_IS, AS_IS, a < b ? a : b, NOTHING);                      \
+  if (reduction == MAX) FOLD(T, T, AS_IS, AS_IS, a > b ? a : b, NOTHING)
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(SAGE_PORTABLE)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -207,11 +208,11 @@ CLONES EXPORT void sage_shm_fold(int dtype, int reduction, int world, void *out,
     case F64: FLOATS(double, double, AS_IS, AS_IS);
     case BF16: FLOATS(uint16_t, float, bf16_to_f32, f32_to_bf16);
     case F16: FLOATS(uint16_t, float, f16_to_f32, f32_to_f16);
-    case U8: INTEGERS(uint8_t, uint8_t);
-    case I8: INTEGERS(int8_t, uint8_t);
-    case I16: INTEGERS(int16_t, uint16_t);
-    case I32: INTEGERS(int32_t, uint32_t);
-    case I64: INTEGERS(int64_t, uint64_t);
+    case I8: ORDERED(int8_t); UNSIGNED(uint8_t);
+    case U8: ORDERED(uint8_t); UNSIGNED(uint8_t);
+    case I16: ORDERED(int16_t); UNSIGNED(uint16_t);
+    case I32: ORDERED(int32_t); UNSIGNED(uint32_t);
+    case I64: ORDERED(int64_t); UNSIGNED(uint64_t);
     case BOOL:
       switch (reduction) {
         case SUM: case MAX: case BOR: FOLD(uint8_t, uint8_t, AS_IS, AS_IS, (uint8_t)(a | b), NOTHING);

@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from shm_harness import Meeting
+from shm_harness import TYPES, Meeting, in_order, reductions, values
 
 from sagellm.comm.collective_ops._shm.choice import ONE_SHOT_BYTES, SYMMETRIC_BYTES, choose
 from sagellm.comm.collective_ops._shm.engine import EngineFailure
-from sagellm.comm.collective_ops._shm.layout import CAUSES, DTYPES, H_POISON, REASON, Layout
+from sagellm.comm.collective_ops._shm.layout import CAUSES, H_POISON, REASON, Layout
 from sagellm.comm.collective_ops._shm.python_engine import PythonEngine
 from sagellm.comm.collective_ops._shm.python_memory import CACHED_VIEWS
 from sagellm.comm.collective_ops._shm.python_records import RING
@@ -23,20 +23,8 @@ from sagellm.core.protocols.process_group import RawCall
 
 SLOT = 4096
 ARENA = 1 << 20
-TYPES = [getattr(torch, name) for name in DTYPES]
 SIZES = (3, 1100, 5003)  # elements: within a slot, above one for most types, several
 LONG_S = 20.0
-
-_COMBINE = {
-    "sum": torch.add,
-    "avg": torch.add,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "product": torch.mul,
-    "band": torch.bitwise_and,
-    "bor": torch.bitwise_or,
-    "bxor": torch.bitwise_xor,
-}
 
 
 @contextlib.contextmanager
@@ -55,30 +43,6 @@ def engine_of(backend, folder, slot=SLOT, **options):
 def folder(tmp_path):
     numbers = itertools.count()
     return lambda: str(tmp_path / f"m{next(numbers)}")
-
-
-def values(rank, n, dtype, salt=0):
-    generator = torch.Generator().manual_seed(1000 * salt + rank)
-    if dtype is torch.bool:
-        return torch.randint(0, 2, (n,), generator=generator).bool()
-    if dtype.is_floating_point:
-        return torch.randn(n, generator=generator).to(dtype)
-    info = torch.iinfo(dtype)
-    return torch.randint(info.min // 2, info.max // 2, (n,), generator=generator).to(dtype)
-
-
-def in_order(xs, op):
-    wide = torch.float32 if xs[0].dtype in (torch.float16, torch.bfloat16) else xs[0].dtype
-    total = xs[0].to(wide)
-    for x in xs[1:]:
-        total = _COMBINE[op](total, x.to(wide))
-    return (total / len(xs) if op == "avg" else total).to(xs[0].dtype)
-
-
-def reductions(dtype):
-    if dtype.is_floating_point:
-        return ("sum", "avg", "min", "max", "product")
-    return ("sum", "min", "max", "product", "band", "bor", "bxor")
 
 
 # -- results --------------------------------------------------------------------------------

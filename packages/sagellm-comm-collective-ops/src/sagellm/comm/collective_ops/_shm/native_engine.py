@@ -265,12 +265,16 @@ class NativeEngine(Engine):
             self._lib.free.sage_shm_totals(self._context, rows.ctypes.data, room)
         return [
             EngineTotals(
-                OPS[row[0]],
-                ALGORITHMS[row[1]],
-                *row[2:7],
-                tuple(np.trim_zeros(row[7:], "b")),
+                OPS[op],
+                ALGORITHMS[algorithm],
+                bucket,
+                calls,
+                nbytes,
+                total_ns,
+                wait_ns,
+                tuple(np.trim_zeros(histogram, "b")),
             )
-            for row in rows.tolist()
+            for op, algorithm, bucket, calls, nbytes, total_ns, wait_ns, *histogram in rows.tolist()
         ]
 
     def records(self) -> Sequence[CallRecord]:
@@ -279,7 +283,10 @@ class NativeEngine(Engine):
             if self._memory is None:
                 return ()
             count = self._lib.free.sage_shm_records(self._context, rows.ctypes.data)
-        return [CallRecord(*row[:6], ALGORITHMS[row[6]]) for row in rows[:count].tolist()]
+        return [
+            CallRecord(row[0], row[1], row[2], row[3], row[4], row[5], ALGORITHMS[row[6]])
+            for row in rows[:count].tolist()
+        ]
 
     def reset_totals(self) -> None:
         with self._lock:

@@ -170,7 +170,8 @@ def test_an_engines_calls_are_counted_once_whichever_way_they_came(spec):
     ]
 
     assert cells(backend) == {
-        ("all_gather_into_tensor", "direct", 16): (5, 80),
+        ("all_gather", "direct", 16): (1, 16),
+        ("all_gather_into_tensor", "direct", 16): (4, 64),
         ("all_reduce", "local", 0): (1, 0),
         ("all_reduce", "one_shot", 16): (3, 48),
         ("send", "native", 16): (1, 16),
@@ -182,9 +183,13 @@ def test_an_engines_calls_are_counted_once_whichever_way_they_came(spec):
         "all_reduce": (4, 48),
         "send": (1, 16),
     }
-    gather = backend.get_stats().details[0]
-    assert (gather.wait_s, gather.transfer_s) == (pytest.approx(2e-6), pytest.approx(3e-6))
-    assert gather.algbw_bytes_per_s == pytest.approx(160 / 5e-6)
+    listed, gather = backend.get_stats().details[:2]
+    assert (gather.wait_s, gather.transfer_s) == (pytest.approx(1.6e-6), pytest.approx(2.4e-6))
+    assert gather.algbw_bytes_per_s == pytest.approx(128 / 4e-6)
+    assert sum(gather.histogram) == 4
+    assert listed.wait_s == pytest.approx(0.4 * listed.seconds)
+    bandwidth = backend.get_bandwidth_stats().algbw_bytes_per_s
+    assert bandwidth["all_gather"] == pytest.approx(32 / listed.seconds)
     assert gather.p50_us == pytest.approx(2 ** (100.5 / 8) / 100)
 
 

@@ -122,6 +122,24 @@ class Cell:
         self.waited_ns += other.waited_ns
         self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
 
+    def take(self, calls: int, nbytes: int) -> Cell:
+        """Remove some calls and their bytes; all else goes in proportion. What was removed."""
+        taken, before = Cell(self.bucket), self.calls
+        taken.calls, taken.bytes = calls, nbytes
+        wire = self.wire // self.bytes if self.bytes else 0
+        taken.wire = nbytes * wire
+        for name in ("ns", "wait_ns", "waited_ns"):
+            setattr(taken, name, getattr(self, name) * calls // before)
+        done = 0
+        for i, count in enumerate(self.histogram):
+            part = (done + count) * calls // before - done * calls // before
+            taken.histogram[i] = part
+            done += count
+        for name in ("calls", "bytes", "ns", "wire", "wait_ns", "waited_ns"):
+            setattr(self, name, getattr(self, name) - getattr(taken, name))
+        self.histogram = [a - b for a, b in zip(self.histogram, taken.histogram, strict=True)]
+        return taken
+
     def copy(self) -> Cell:
         """The same counts, apart."""
         made = Cell(self.bucket)

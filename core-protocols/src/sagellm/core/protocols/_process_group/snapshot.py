@@ -24,6 +24,7 @@ def snapshot(
     counters: CallCounters, engine: Sequence[EngineRow], size: int
 ) -> tuple[dict[str, OpStats], tuple[CallStats, ...]]:
     """Counts per operation, and per (operation, algorithm, size bucket)."""
+    counters.fold()
     with counters.lock:
         booked = {op: [c.calls, c.errors, c.copies, c.lowered] for op, c in counters.ops.items()}
         cells = {

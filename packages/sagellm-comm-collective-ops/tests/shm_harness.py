@@ -6,6 +6,13 @@ import os
 import socket
 import time
 
+from sagellm.comm.collective_ops._shm.layout import Layout
+from sagellm.comm.collective_ops._shm.python_engine import PythonEngine
+
+LONG_S = 20.0
+SLOT = 4096
+ARENA = 1 << 20
+
 
 class Meeting:
     """Rank processes that share a folder share a segment; `close` or leaving the block ends it.
@@ -61,3 +68,14 @@ class Meeting:
 
     def __exit__(self, *exc):
         self.close()
+
+
+@contextlib.contextmanager
+def engine_of(backend, folder, slot=SLOT, **options):
+    """A Python engine on its own segment; the sockets stay open until all ranks are done."""
+    with Meeting(folder, backend.rank, Layout(backend.size, slot, ARENA)) as meeting:
+        engine = meeting.engine(PythonEngine, **options)
+        engine.meeting = meeting
+        yield engine
+        backend.barrier()
+        engine.close()

@@ -151,7 +151,7 @@ def _measure(backend: CommBackendProtocol) -> tuple[int, float, float]:
         device = backend.device_type
         xs = [torch.zeros(count, device=device) for _ in range(_TOGETHER)]
         flat = backend.empty((count * _TOGETHER,), torch.float32).zero_()
-        views = list(flat.split(count))
+        views = list(torch.split(flat, count))
 
         def alone(xs: list[torch.Tensor] = xs) -> None:
             for x in xs:

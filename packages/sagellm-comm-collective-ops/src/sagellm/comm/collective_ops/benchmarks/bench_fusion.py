@@ -17,9 +17,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Missing, Ratio, Row
 
-from .._shm.engines import ENGINES, available_engines
 from ._ranks import RankProcesses, serve
 
 TENSORS = 200
@@ -62,7 +62,7 @@ def rank_process(rank: int, folder: str, pipe: Connection, engines: Sequence[str
     def one_cat() -> None:
         flat = torch.cat(tensors)
         dist.all_reduce(flat)
-        for x, part in zip(tensors, flat.split(counts), strict=True):
+        for x, part in zip(tensors, torch.split(flat, counts), strict=True):
             x.copy_(part)
 
     def all_of(fuser: FusedAllReduce, xs: Sequence[torch.Tensor]) -> None:

@@ -198,6 +198,7 @@ class PythonEngine(Engine):
             try:
                 step = steps[nbytes]
             except KeyError:
+                self._flags.check_poison()  # a closed engine has no memory to make one for
                 if len(steps) == SHORTCUTS:
                     steps.clear()
                 step = steps[nbytes] = self._step(call, dtype, nbytes)
@@ -213,7 +214,6 @@ class PythonEngine(Engine):
 
     def _step(self, call: RawCall, dtype: torch.dtype, nbytes: int) -> OneStep | None:
         """The whole of a call as one step, None if it takes more or may be symmetric."""
-        self._flags.check_poison()
         op, layout = call.op, self._layout
         if dtype not in _TYPES or not nbytes or self.algorithm(op, nbytes) == "two_shot":
             return None

@@ -9,6 +9,8 @@ import torch
 from shm_harness import LONG_S, TYPES, engine_of, in_order, reductions, values
 
 from sagellm.comm.collective_ops._shm.choice import SYMMETRIC_BYTES
+from sagellm.comm.collective_ops._shm.engine import EngineFailure
+from sagellm.core.protocols import ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
 SIZES = (3, 1100, 5003)  # elements: within a slot, above one for most types, several
@@ -149,6 +151,42 @@ def prepared_again_and_again(backend, folder, statistics):
 @pytest.mark.parametrize("statistics", [True, False])
 def test_prepared_calls_see_the_contents_of_the_moment(gloo_pools, folder, size, statistics):
     gloo_pools(size).run(prepared_again_and_again, folder(), statistics)
+
+
+def take_shortcuts(backend, folder):
+    rank, size = backend.rank, backend.size
+    with engine_of(backend, folder) as engine:
+        for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64):
+            adds = not dtype.is_complex
+            kind = dtype if adds else torch.float64
+            cast = engine.shortcut("broadcast", dtype, root=size - 1, timeout_s=LONG_S)
+            gather = engine.shortcut("all_gather", dtype, timeout_s=LONG_S)
+            options = {"reduce_op": ReduceOp.SUM, "timeout_s": LONG_S}
+            reduce = engine.shortcut("all_reduce", dtype, **options) if adds else None
+            scatter = engine.shortcut("reduce_scatter", dtype, **options) if adds else None
+            for n in (4, 300, 5002, 4):
+                xs = [values(r, n * size, kind, n).to(dtype) for r in range(size)]
+                x, out = xs[rank].view(2, -1).clone(), torch.empty(n * size * size, dtype=dtype)
+                gather(x, out)
+                assert torch.equal(out, torch.cat(xs))
+                if adds:
+                    part, want = torch.empty(n, dtype=dtype), in_order(xs, "sum")
+                    scatter(x, part)
+                    assert torch.equal(part, want[rank * n : rank * n + n])
+                    reduce(x, x)
+                    assert torch.equal(x.view(-1), want)
+                    x.copy_(xs[rank].view(2, -1))
+                cast(x, x)
+                assert torch.equal(x.view(-1), xs[-1])
+        backend.barrier()
+        engine.close()
+        with pytest.raises(EngineFailure, match="closed"):
+            cast(x, x)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_shortcuts_serve_plain_tensors_of_any_size(gloo_pools, folder, size):
+    gloo_pools(size).run(take_shortcuts, folder())
 
 
 def overflow_quietly(backend, folder):

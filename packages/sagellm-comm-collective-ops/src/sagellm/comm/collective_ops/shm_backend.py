@@ -224,7 +224,7 @@ class ShmBackend(TensorBackend):
     ) -> Tensor | Work[Tensor]:
         if not async_op:
             try:
-                if self._hot.pair("all_gather", out, x, "none"):
+                if self._hot.pair("all_gather", out, x, ""):
                     return out
             except EngineFailure as e:
                 raise self._fast_call_failed("all_gather_into_tensor", x, e) from e

@@ -238,6 +238,10 @@ EXPORT prepared *sage_shm_prepare(context *c, int64_t word, int64_t n, char *in,
   return p;
 }
 EXPORT int sage_shm_go(prepared *p) { return sage_shm_run(p->c, p->word, p->n, p->in, p->out, 0, p->timeout_ns); }
+/* The same kind of call on other memory. */
+EXPORT int sage_shm_go_at(const prepared *p, char *in, char *out, int64_t n) {
+  return sage_shm_run(p->c, p->word, n, in, out, 0, p->timeout_ns);
+}
 EXPORT void sage_shm_forget(prepared *p) { free(p); }
 
 EXPORT void sage_shm_failure(const context *c, int64_t *cause_rank_step) {

@@ -18,84 +18,75 @@ INLINE uint16_t f32_to_bf16(float f) {
   uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   return f != f ? 0x7fc0 : (uint16_t)rounded;
 }
-#ifdef __FLT16_MANT_DIG__
-INLINE float f16_to_f32(uint16_t b) {
-  _Float16 h;
-  memcpy(&h, &b, 2);
-  return (float)h;
-}
-INLINE uint16_t f32_to_f16(float f) {
-  _Float16 h = (_Float16)f;
-  uint16_t b;
-  memcpy(&b, &h, 2);
-  return b;
-}
-#else
-INLINE float f16_to_f32(uint16_t b) {
-  uint32_t sign = (uint32_t)(b & 0x8000) << 16, e = b >> 10 & 31, m = b & 1023, u;
-  float f;
-  if (e == 0) {
-    f = (float)m * 0x1p-24f;
-    return sign ? -f : f;
-  }
-  u = sign | (e == 31 ? 0x7f800000 : (e + 112) << 23) | m << 13;
+/* By bits and without branches, so that loops over them become vector code everywhere. */
+INLINE float f16_to_f32(uint16_t h) {
+  const uint32_t tiny_bits = 113u << 23;
+  uint32_t u = (uint32_t)(h & 0x7fff) << 13, e = u & 0x0f800000, sign = (uint32_t)(h & 0x8000) << 16;
+  float tiny, bias, f;
+  u += 112u << 23;
+  uint32_t special = u + (112u << 23), small = u + (1u << 23);
+  memcpy(&bias, &tiny_bits, 4);
+  memcpy(&tiny, &small, 4);
+  tiny -= bias; /* a subnormal: exact */
+  memcpy(&small, &tiny, 4);
+  u = e == 0x0f800000 ? special : e == 0 ? small : u;
+  u |= sign;
   memcpy(&f, &u, 4);
   return f;
 }
 INLINE uint16_t f32_to_f16(float f) {
-  uint32_t u;
+  const uint32_t half_bits = 0x3f000000;
+  uint32_t u, small;
   memcpy(&u, &f, 4);
-  uint16_t sign = u >> 16 & 0x8000;
-  u &= 0x7fffffff;
-  if (u > 0x7f800000) return sign | 0x7e00;
-  if (u >= 0x477ff000) return sign | 0x7c00;
-  if (u < 0x38800000) {
-    float a, magic = 0.5f;
-    memcpy(&a, &u, 4);
-    a += magic;
-    memcpy(&u, &a, 4);
-    return sign | (uint16_t)(u - 0x3f000000);
-  }
-  u += 0xc8000fff + (u >> 13 & 1);
-  return sign | (uint16_t)(u >> 13);
+  uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  float x, half;
+  memcpy(&x, &magnitude, 4);
+  memcpy(&half, &half_bits, 4);
+  x += half; /* rounds to a multiple of 2^-24, half to even */
+  memcpy(&small, &x, 4);
+  small -= half_bits;
+  uint32_t normal = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
+  uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  return (uint16_t)(sign | (magnitude >= 0x477ff000 ? special : magnitude < 0x38800000 ? small : normal));
 }
-#endif
 
 #define BLOCK 1024 /* elements that are combined at a time: all operands of it stay in cache */
 
 /* `out` may be one of the operands. Always ((x0 . x1) . x2) . ..., in the wider type A. */
-#define FOLD(T, A, LOAD, STORE, EXPR, FINISH)                                                  \
-  do {                                                                                         \
-    T *o = (T *)out;                                                                           \
-    if (world == 2) {                                                                          \
-      const T *x0 = (const T *)in[0], *x1 = (const T *)in[1];                                  \
-      _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                   \
-        A a = LOAD(x0[i]), b = LOAD(x1[i]);                                                    \
-        A r = (EXPR);                                                                          \
-        FINISH;                                                                                \
-        o[i] = STORE(r);                                                                       \
-      }                                                                                        \
-    } else {                                                                                   \
-      A acc[BLOCK];                                                                            \
-      for (int64_t at = 0; at < n; at += BLOCK) {                                              \
-        int64_t m = n - at < BLOCK ? n - at : BLOCK;                                           \
-        const T *x0 = (const T *)in[0] + at;                                                   \
-        for (int64_t i = 0; i < m; i++) acc[i] = LOAD(x0[i]);                                  \
-        for (int r_ = 1; r_ < world; r_++) {                                                   \
-          const T *x1 = (const T *)in[r_] + at;                                                \
-          for (int64_t i = 0; i < m; i++) {                                                    \
-            A a = acc[i], b = LOAD(x1[i]);                                                     \
-            acc[i] = (EXPR);                                                                   \
-          }                                                                                    \
-        }                                                                                      \
-        for (int64_t i = 0; i < m; i++) {                                                      \
-          A r = acc[i];                                                                        \
-          FINISH;                                                                              \
-          o[at + i] = STORE(r);                                                                \
-        }                                                                                      \
-      }                                                                                        \
-    }                                                                                          \
-    return;                                                                                    \
+#define LOOP _Pragma("GCC ivdep") for (int64_t i = 0; i < m; i++)
+#define FOLD(T, A, LOAD, STORE, EXPR, FINISH)                                                                 \
+  do {                                                                                                        \
+    A acc[BLOCK];                                                                                             \
+    for (int64_t at = 0; at < n; at += BLOCK) {                                                               \
+      int64_t m = n - at < BLOCK ? n - at : BLOCK;                                                            \
+      T *o = (T *)out + at;                                                                                   \
+      const T *x0 = (const T *)in[0] + at, *x1 = (const T *)in[1] + at, *last = (const T *)in[world - 1] + at;\
+      if (world == 2) {                                                                                       \
+        LOOP {                                                                                                \
+          A a = LOAD(x0[i]), b = LOAD(x1[i]), r = (EXPR);                                                     \
+          FINISH;                                                                                             \
+          o[i] = STORE(r);                                                                                    \
+        }                                                                                                     \
+        continue;                                                                                             \
+      }                                                                                                       \
+      LOOP {                                                                                                  \
+        A a = LOAD(x0[i]), b = LOAD(x1[i]);                                                                   \
+        acc[i] = (EXPR);                                                                                      \
+      }                                                                                                       \
+      for (int rank = 2; rank < world - 1; rank++) {                                                          \
+        x1 = (const T *)in[rank] + at;                                                                        \
+        LOOP {                                                                                                \
+          A a = acc[i], b = LOAD(x1[i]);                                                                      \
+          acc[i] = (EXPR);                                                                                    \
+        }                                                                                                     \
+      }                                                                                                       \
+      LOOP {                                                                                                  \
+        A a = acc[i], b = LOAD(last[i]), r = (EXPR);                                                          \
+        FINISH;                                                                                               \
+        o[i] = STORE(r);                                                                                      \
+      }                                                                                                       \
+    }                                                                                                         \
+    return;                                                                                                   \
   } while (0)
 
 #define AS_IS(x) (x)

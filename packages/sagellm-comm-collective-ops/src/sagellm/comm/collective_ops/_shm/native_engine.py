@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols import BackendUnavailableError
+from sagellm.core.protocols import BackendUnavailableError, ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
 from .choice import ALGORITHMS, SYMMETRIC_BYTES, Override, one_shot_bytes
-from .engine import CallRecord, Engine, EngineFailure, EngineTotals
+from .engine import CallRecord, Engine, EngineFailure, EngineTotals, Shortcut
 from .layout import (
     CAUSES,
     CONTROL_BYTES,
@@ -207,16 +207,49 @@ class NativeEngine(Engine):
         if not handle:
             raise MemoryError("no memory for a prepared call")
         go, go_on, pointer = self._go, self._go_on, ctypes.c_void_p(handle)
-        kept = (x, out)
 
         def ready() -> None:
             rc = go(pointer)
             if rc:
                 go_on(rc)
 
-        end = weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
-        end.atexit = False  # a daemon thread may still be in a call
+        self._forget_with(ready, pointer, x, out)
         return ready
+
+    def shortcut(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        reduce_op: ReduceOp | None = None,
+        root: int | None = None,
+        *,
+        timeout_s: float,
+    ) -> Shortcut:
+        handle = self._lib.free.sage_shm_prepare(
+            self._context,
+            self._word((op, dtype, reduce_op, root, False)),
+            0,
+            None,
+            None,
+            int(timeout_s * 1e9),
+        )
+        if not handle:
+            raise MemoryError("no memory for a prepared call")
+        run, go_on, pointer = self._lib.held.sage_shm_go_at, self._go_on, ctypes.c_void_p(handle)
+
+        def go(x: Tensor, out: Tensor) -> None:
+            at = x.data_ptr()
+            rc = run(pointer, at, at if out is x else out.data_ptr(), x.nbytes)
+            if rc:
+                go_on(rc)
+
+        self._forget_with(go, pointer)
+        return go
+
+    def _forget_with(self, ready: Callable[..., None], pointer: object, *kept: Tensor) -> None:
+        """Free a prepared call, and let go of its tensors, when nobody can make it any more."""
+        end = weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
+        end.atexit = False  # a daemon thread may still be in it
 
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
         choose = self._lib.free.sage_shm_algorithm

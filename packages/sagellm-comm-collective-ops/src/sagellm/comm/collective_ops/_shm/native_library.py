@@ -36,6 +36,7 @@ _SIGNATURES = {
     "sage_shm_resume": (_I, [_P]),
     "sage_shm_prepare": (_P, [_P, _L, _L, _P, _P, _L]),
     "sage_shm_go": (_I, [_P]),
+    "sage_shm_go_at": (_I, [_P, _P, _P, _L]),
     "sage_shm_forget": (None, [_P]),
     "sage_shm_failure": (None, [_P, _P]),
     "sage_shm_totals": (_L, [_P, _P, _L]),

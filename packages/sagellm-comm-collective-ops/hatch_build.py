@@ -22,7 +22,8 @@ class NativeEngineHook(BuildHookInterface[Any]):
             return
         folder = Path(self.root) / "src" / _PACKAGE
         spec = importlib.util.spec_from_file_location("_sage_shm_build", folder / "build.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         wrong = build.compile_library()

@@ -267,12 +267,16 @@ class NativeEngine(Engine):
             self._lib.free.sage_shm_totals(self._context, rows.ctypes.data, room)
         return [
             EngineTotals(
-                OPS[row[0]],
-                ALGORITHMS[row[1]],
-                *row[2:7],
-                tuple(np.trim_zeros(row[7:], "b")),
-            )
-            for row in rows.tolist()
+                OPS[op],
+                ALGORITHMS[algorithm],
+                bucket,
+                calls,
+                nbytes,
+                total,
+                wait,
+                tuple(np.trim_zeros(histogram, "b")),
+            )  # fmt: skip
+            for op, algorithm, bucket, calls, nbytes, total, wait, *histogram in rows.tolist()
         ]
 
     def records(self) -> Sequence[CallRecord]:
@@ -281,7 +285,10 @@ class NativeEngine(Engine):
             if self._memory is None:
                 return ()
             count = self._lib.free.sage_shm_records(self._context, rows.ctypes.data)
-        return [CallRecord(*row[:6], ALGORITHMS[row[6]]) for row in rows[:count].tolist()]
+        return [
+            CallRecord(number, packed, nbytes, started, ended, wait, ALGORITHMS[algorithm])
+            for number, packed, nbytes, started, ended, wait, algorithm in rows[:count].tolist()
+        ]
 
     def reset_totals(self) -> None:
         with self._lock:

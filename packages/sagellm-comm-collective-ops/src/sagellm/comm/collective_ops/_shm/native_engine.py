@@ -275,7 +275,7 @@ class NativeEngine(Engine):
                 total,
                 wait,
                 tuple(np.trim_zeros(histogram, "b")),
-            )  # fmt: skip
+            )
             for op, algorithm, bucket, calls, nbytes, total, wait, *histogram in rows.tolist()
         ]
 

@@ -12,7 +12,7 @@ import pytest
 
 SHM = "sagellm/comm/collective_ops/_shm"
 LIBRARY = f"{SHM}/_sage_shm.so"
-SOURCES = ("_native.c", "_native_types.h", "_native_flags.h", "_native_fold.h", "_native_steps.h")
+SOURCES = ("_native.c",)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="C is for Linux only")
 

@@ -1,12 +1,13 @@
 """Ranks for tests: a gloo world over the kit's pool of long-lived processes."""
 
+import itertools
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from sagellm.core.protocols.testing.rank_pool import RankPool
+from sagellm.core.protocols.testing.rank_pool import RankFailedError, RankPool
 
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests; workers inherit it
 
@@ -130,20 +131,35 @@ class C10dWorld:
 
 
 class GlooWorld:
-    """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
+    """`run` calls a test file's function in every rank as `fn(backend, *args)`.
+
+    The ranks of a run that failed stand in different calls: the next one gets new ones.
+    """
 
     def __init__(self, size):
-        self.pool = self._pool = RankPool(size)
-        self._store = self._pool.store_path()
+        self._size = size
+        self._renew()
+
+    def _renew(self):
+        self.pool = RankPool(self._size)
+        self._store = self.pool.store_path()
+        self._failed = False
 
     def run(self, fn, *args, timeout_s=60.0):
-        return self._pool.run(on_backend, self._store, fn, *args, timeout_s=timeout_s)
+        if self._failed:
+            self.pool.close()
+            self._renew()
+        try:
+            return self.pool.run(on_backend, self._store, fn, *args, timeout_s=timeout_s)
+        except RankFailedError:
+            self._failed = True
+            raise
 
     def outcomes(self, fn, *args, timeout_s=60.0):
-        return self._pool.submit(on_backend, self._store, fn, *args).outcomes(timeout_s)
+        return self.pool.submit(on_backend, self._store, fn, *args).outcomes(timeout_s)
 
     def close(self):
-        self._pool.close()
+        self.pool.close()
 
 
 @pytest.fixture(scope="session")
@@ -242,6 +258,13 @@ def fresh_pool(loopback):
     yield make
     for world in worlds:
         world.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes names of which each is a place for one segment of `shm_harness`."""
+    numbers = itertools.count()
+    return lambda: str(tmp_path / f"m{next(numbers)}")
 
 
 @pytest.fixture(autouse=True)

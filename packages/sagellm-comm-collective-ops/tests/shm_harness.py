@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from sagellm.comm.collective_ops._shm.layout import DTYPES
+from sagellm.comm.collective_ops._shm.layout import DTYPES, Layout
+from sagellm.comm.collective_ops._shm.python_engine import PythonEngine
 
 TYPES = [getattr(torch, name) for name in DTYPES]
 _COMBINE = {
@@ -21,6 +22,10 @@ _COMBINE = {
     "bor": torch.bitwise_or,
     "bxor": torch.bitwise_xor,
 }
+
+LONG_S = 20.0
+SLOT = 4096
+ARENA = 1 << 20
 
 
 class Meeting:
@@ -101,3 +106,14 @@ def reductions(dtype):
     if dtype.is_floating_point:
         return ("sum", "avg", "min", "max", "product")
     return ("sum", "min", "max", "product", "band", "bor", "bxor")
+
+
+@contextlib.contextmanager
+def engine_of(backend, folder, slot=SLOT, **options):
+    """A Python engine on its own segment; the sockets stay open until all ranks are done."""
+    with Meeting(folder, backend.rank, Layout(backend.size, slot, ARENA)) as meeting:
+        engine = meeting.engine(PythonEngine, **options)
+        engine.meeting = meeting
+        yield engine
+        backend.barrier()
+        engine.close()

@@ -207,13 +207,15 @@ class NativeEngine(Engine):
         if not handle:
             raise MemoryError("no memory for a prepared call")
         go, go_on, pointer = self._go, self._go_on, ctypes.c_void_p(handle)
+        kept = (x, out)
 
         def ready() -> None:
             rc = go(pointer)
             if rc:
                 go_on(rc)
 
-        self._forget_with(ready, pointer, x, out)
+        end = weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
+        end.atexit = False  # a daemon thread may still be in a call
         return ready
 
     def shortcut(
@@ -243,13 +245,9 @@ class NativeEngine(Engine):
             if rc:
                 go_on(rc)
 
-        self._forget_with(go, pointer)
+        end = weakref.finalize(go, _forget, self._lib.free.sage_shm_forget, pointer, None)
+        end.atexit = False
         return go
-
-    def _forget_with(self, ready: Callable[..., None], pointer: object, *kept: Tensor) -> None:
-        """Free a prepared call, and let go of its tensors, when nobody can make it any more."""
-        end = weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
-        end.atexit = False  # a daemon thread may still be in it
 
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
         choose = self._lib.free.sage_shm_algorithm
@@ -272,11 +270,11 @@ class NativeEngine(Engine):
                 bucket,
                 calls,
                 nbytes,
-                total,
-                wait,
+                total_ns,
+                wait_ns,
                 tuple(np.trim_zeros(histogram, "b")),
             )
-            for op, algorithm, bucket, calls, nbytes, total, wait, *histogram in rows.tolist()
+            for op, algorithm, bucket, calls, nbytes, total_ns, wait_ns, *histogram in rows.tolist()
         ]
 
     def records(self) -> Sequence[CallRecord]:
@@ -286,8 +284,8 @@ class NativeEngine(Engine):
                 return ()
             count = self._lib.free.sage_shm_records(self._context, rows.ctypes.data)
         return [
-            CallRecord(number, packed, nbytes, started, ended, wait, ALGORITHMS[algorithm])
-            for number, packed, nbytes, started, ended, wait, algorithm in rows[:count].tolist()
+            CallRecord(row[0], row[1], row[2], row[3], row[4], row[5], ALGORITHMS[row[6]])
+            for row in rows[:count].tolist()
         ]
 
     def reset_totals(self) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from shm_harness import TYPES, Meeting, in_order, reductions, values
+from test_shm_python import differing, poison_word
 
 from sagellm.comm.collective_ops._shm import native_engine
 from sagellm.comm.collective_ops._shm.choice import SYMMETRIC_BYTES, choose
 from sagellm.comm.collective_ops._shm.engine import EngineFailure
 from sagellm.comm.collective_ops._shm.engines import available_engines, engine_factory
-from sagellm.comm.collective_ops._shm.layout import CAUSES, H_POISON, OPS, REASON, Layout
+from sagellm.comm.collective_ops._shm.layout import CAUSES, OPS, REASON, Layout
 from sagellm.core.protocols.process_group import RawCall
 
 SLOT = 4096
@@ -290,23 +291,6 @@ def test_signal_handlers_run_while_a_call_waits(gloo_pools, folder):
 # -- failures -------------------------------------------------------------------------------
 
 
-def differing(kind, rank):
-    x, odd = torch.zeros(8), rank == 1
-    if kind == "op":
-        return BARRIER if odd else RawCall("all_reduce", [], [x], reduce_op="sum")
-    if kind == "dtype":
-        return RawCall("broadcast", [], [x.to(torch.int32) if odd else x], peer=0)
-    if kind == "size":
-        return RawCall("all_reduce", [], [x[: 8 - odd]], reduce_op="sum")
-    if kind == "reduction":
-        return RawCall("all_reduce", [], [x], reduce_op="max" if odd else "sum")
-    if kind == "root":
-        return RawCall("broadcast", [], [x], peer=int(odd))
-    gives = [2 if r == rank else 3 for r in range(3)]
-    takes = [2, 2, 4] if odd else gives
-    return RawCall("all_to_all", [x], [torch.zeros(8)], in_splits=gives, out_splits=takes)
-
-
 def make_different_calls(backend, folder):
     for kind in ("op", "dtype", "size", "reduction", "root", "splits"):
         with engine_of(backend, f"{folder}{kind}") as engine:
@@ -323,10 +307,6 @@ def make_different_calls(backend, folder):
 
 def test_every_rank_learns_of_a_mismatch(gloo_pools, folder):
     gloo_pools(3).run(make_different_calls, folder())
-
-
-def poison_word(engine):
-    return int.from_bytes(engine.meeting.memory[H_POISON : H_POISON + 8], "little")
 
 
 def be_late(backend, folder, prepared):

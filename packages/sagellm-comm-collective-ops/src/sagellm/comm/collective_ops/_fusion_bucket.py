@@ -96,7 +96,7 @@ class Flight:
         at_once: bool = False,
     ) -> None:
         self.landed = False
-        self._tensors = tensors
+        self._tensors = list(tensors)
         self._pool = StagingPool.of(backend)
         self._staging: Staging | None = None
         self._views: list[Tensor] = []

@@ -1,7 +1,6 @@
 """Counters of groups: per operation, algorithm and size, with an engine's counts merged in."""
 
 import threading
-import timeit
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -9,7 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sagellm.core.protocols import CompletedWork, ConfigError, PeerLostError  # noqa: E402
+from sagellm.core.protocols._process_group.recorder import Record  # noqa: E402
 from sagellm.core.protocols._process_group.stats import (  # noqa: E402
+    BATCH,
     BUCKETS,
     CallCounters,
     busbw_factor,
@@ -93,6 +94,13 @@ class Row:
     histogram: list = field(default_factory=list)
 
 
+def over(op, nbytes, ns):
+    """The record of a call that took so long; None where nobody saw its end."""
+    record = Record(None, op, 0, 0, nbytes, nbytes, None, None, None, "native")
+    record.ended_ns = 0 if ns is None else record.started_ns + ns
+    return record
+
+
 def cells(backend):
     return {
         (d.op, d.algorithm, d.bucket_bytes): (d.calls, d.bytes) for d in backend.get_stats().details
@@ -170,7 +178,8 @@ def test_an_engines_calls_are_counted_once_whichever_way_they_came(spec):
     ]
 
     assert cells(backend) == {
-        ("all_gather_into_tensor", "direct", 16): (5, 80),
+        ("all_gather", "direct", 16): (1, 16),
+        ("all_gather_into_tensor", "direct", 16): (4, 64),
         ("all_reduce", "local", 0): (1, 0),
         ("all_reduce", "one_shot", 16): (3, 48),
         ("send", "native", 16): (1, 16),
@@ -182,19 +191,21 @@ def test_an_engines_calls_are_counted_once_whichever_way_they_came(spec):
         "all_reduce": (4, 48),
         "send": (1, 16),
     }
-    gather = backend.get_stats().details[0]
-    assert (gather.wait_s, gather.transfer_s) == (pytest.approx(2e-6), pytest.approx(3e-6))
-    assert gather.algbw_bytes_per_s == pytest.approx(160 / 5e-6)
+    listed, gather = backend.get_stats().details[:2]
+    assert (gather.wait_s, gather.transfer_s) == (pytest.approx(1.6e-6), pytest.approx(2.4e-6))
+    assert gather.algbw_bytes_per_s == pytest.approx(128 / 4e-6)
+    assert sum(gather.histogram) == 4
+    assert listed.wait_s == pytest.approx(0.4 * listed.seconds)
+    bandwidth = backend.get_bandwidth_stats().algbw_bytes_per_s
+    assert bandwidth["all_gather"] == pytest.approx(32 / listed.seconds)
     assert gather.p50_us == pytest.approx(2 ** (100.5 / 8) / 100)
 
 
 def test_percentiles_and_bandwidth_follow_the_histogram(spec):
-    class Fake:
-        op, algorithm, nbytes, wire_bytes = "all_reduce", "native", 8, 8
-
     counters = CallCounters()
     for us in (10, 10, 10, 1000):
-        counters.ran(Fake, us * 1000, None, 0, 0)
+        counters.ran.append(over("all_reduce", 8, us * 1000))
+    counters.fold()
     cell = counters.ops["all_reduce"].cells["native", 4]
     assert percentile_us(cell.histogram, 0.5) == pytest.approx(10, rel=0.1)
     assert percentile_us(cell.histogram, 0.99) == pytest.approx(1000, rel=0.1)
@@ -208,13 +219,11 @@ def test_percentiles_and_bandwidth_follow_the_histogram(spec):
 
 
 def test_the_longest_and_the_shortest_times_have_a_bucket():
-    class Fake:
-        op, algorithm, nbytes, wire_bytes = "barrier", "native", 0, 0
-
     counters = CallCounters()
     for ns in (0, 1, 10, 1 << 62):
-        counters.ran(Fake, ns, None, 0, 0)
-        counters.finished(Fake, ns, 0)
+        counters.ran.append(over("barrier", 0, ns))
+        counters.ended.append(over("barrier", 0, ns))
+    counters.fold()
     histogram = counters.ops["barrier"].cells["native", 0].histogram
     assert (histogram[0], histogram[-1]) == (6, 2)
 
@@ -270,15 +279,34 @@ def test_hooks_see_one_call_object_before_and_after(spec):
     assert seen[0].dtype == "float32"
 
 
-def test_counting_costs_little_beside_the_call(spec):
-    class Fake:
-        op, algorithm, nbytes, wire_bytes = "all_reduce", "native", 1024, 1024
+def test_a_call_is_only_noted_and_counted_with_others(spec):
+    backend = Plain(spec, Nobody())
+    folds = []
 
+    class Locked:
+        def __enter__(self):
+            folds.append(len(backend._counters.ran))
+
+        def __exit__(self, *error):
+            pass
+
+    backend._counters.lock = Locked()
+    for _ in range(BATCH - 1):
+        backend.all_reduce(torch.ones(4))
+    assert (folds, len(backend._counters.ran)) == ([], BATCH - 1)
+    backend.all_reduce(torch.ones(4))
+    assert (folds, backend._counters.ran) == ([BATCH], [])
+    backend.all_reduce(torch.ones(4))
+    assert cells(backend) == {("all_reduce", "native", 16): (BATCH + 1, (BATCH + 1) * 16)}
+
+
+def test_calls_without_an_end_have_bytes_and_no_time():
     counters = CallCounters()
-    once = min(timeit.repeat(lambda: counters.ran(Fake, 5000, None, 0, 0), number=2000, repeat=15))
-    yardstick = min(timeit.repeat(lambda: {}.get((1, 2)), number=2000, repeat=15))
-    # 0.3 us where a dictionary look-up takes 0.05 us; ten times the yardstick is generous.
-    assert once < max(20 * yardstick, 2000 * 0.3e-6)
+    counters.ran += [over("all_reduce", 8, 1000), over("all_reduce", 8, None)]
+    counters.fold()
+    cell = counters.ops["all_reduce"].cells["native", 4]
+    assert (cell.calls, cell.bytes, cell.ns, cell.wire) == (2, 16, 1000, 8)
+    assert sum(cell.histogram) == 1
 
 
 def test_statistics_leave_as_metrics_with_units_and_bounded_labels(spec):

@@ -1,5 +1,6 @@
 """Ranks for tests: a gloo world over the kit's pool of long-lived processes."""
 
+import itertools
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -247,6 +248,13 @@ def fresh_pool(loopback):
     yield make
     for world in worlds:
         world.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes names of which each is a place for one segment of `shm_harness`."""
+    numbers = itertools.count()
+    return lambda: str(tmp_path / f"m{next(numbers)}")
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,9 @@ from sagellm.core.protocols.testing.rank_pool import RankPool
 
 SLOT_BYTES = 4096
 ARENA_BYTES = 4 << 20
-BATCH = 40
+BATCH = 100
 EPOCH = 8  # batches with the same groups
+ASK_GLOO = 4  # of so many calls one is made on gloo too, which is slow
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 MOVED = (torch.complex64, torch.float8_e4m3fn)
@@ -474,7 +475,7 @@ def compare_checksums(steps, groups, checks):
 def compare_with_gloo(calls, groups):
     for call in calls:
         step, gloo = call.step, groups.gloo[call.step.group]
-        if gloo is None or not exact(step) or step.op == "batch_p2p":
+        if gloo is None or step.number % ASK_GLOO or not exact(step) or step.op == "batch_p2p":
             continue
         theirs = start(step, gloo, plain=True)
         theirs.finish()

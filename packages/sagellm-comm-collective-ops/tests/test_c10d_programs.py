@@ -80,6 +80,7 @@ def fsdp(groups, size):
         same(got.full_tensor(), wanted)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="FSDP2 of torch 2.6 needs a device")
 @pytest.mark.parametrize("size", [2, 3])
 def test_an_fsdp2_training_step_equals_one_process(c10d_worlds, size):
     c10d_worlds(size).run(fsdp, size)

@@ -67,8 +67,9 @@ class ObservedGroup(CommBackendProtocol):
         the engine names, the engine's rows stand for all calls, whichever way they came, so that
         none is counted twice; calls that never reached the engine (a group of one, empty
         tensors, hooks that took over) and operations that it does not name stay as counted here.
-        Rows name the primitive; those of `all_gather`, `reduce_scatter` and `all_to_all` that
-        did not pass through `_run` are booked on the tensor form of the method.
+        Rows name the primitive; those of `all_gather`, `reduce_scatter` and `all_to_all` are
+        booked on the tensor form of the method, less the calls that `_run` counted as the list
+        form's.
         """
         return ()
 

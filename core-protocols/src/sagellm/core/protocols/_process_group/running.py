@@ -27,6 +27,7 @@ from .recorder import (
     Describer,
     Record,
 )
+from .stats import BATCH
 from .transport import RawWork, WorkReport
 from .work import GroupWork
 
@@ -184,15 +185,15 @@ class CallRunner(ObservedGroup):
         record.state = COMPLETED
         if raws and raws[0].report is not None:
             self._learn(record, raws[0].report)
-        if self._on_device:
-            if self._counting:
-                self._counters.ran(record, None, None, copies, lowered)
-        else:
-            record.ended_ns = ended = monotonic_ns()
-            if self._counting:
-                self._counters.ran(
-                    record, ended - record.started_ns, record.wait_ns, copies, lowered
-                )
+        if not self._on_device:
+            record.ended_ns = monotonic_ns()
+        if self._counting:
+            if copies or lowered:
+                self._counters.extra(op, copies, lowered)
+            ran = self._counters.ran
+            ran.append(record)
+            if len(ran) >= BATCH:
+                self._counters.fold()
         if self._after:
             self._run_after(record, call, None)
         return result
@@ -259,13 +260,14 @@ class CallRunner(ObservedGroup):
             self._in_flight -= 1
         if raws and raws[0].report is not None:
             self._learn(record, raws[0].report)
-        ns: int | None = None
         if timed:
             record.ended_ns = monotonic_ns()
-            ns = record.ended_ns - record.started_ns
         record.state = COMPLETED
         if self._counting:
-            self._counters.finished(record, ns, record.wait_ns)
+            ended = self._counters.ended
+            ended.append(record)
+            if len(ended) >= BATCH:
+                self._counters.fold()
         if self._after:
             self._run_after(record, call, None)
 

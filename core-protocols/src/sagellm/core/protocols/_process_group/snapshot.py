@@ -24,30 +24,27 @@ def snapshot(
     counters: CallCounters, engine: Sequence[EngineRow], size: int
 ) -> tuple[dict[str, OpStats], tuple[CallStats, ...]]:
     """Counts per operation, and per (operation, algorithm, size bucket)."""
+    counters.fold()
     with counters.lock:
         booked = {op: [c.calls, c.errors, c.copies, c.lowered] for op, c in counters.ops.items()}
         cells = {
             op: {(algorithm, cell.bucket): cell.copy() for (algorithm, _), cell in c.cells.items()}
             for op, c in counters.ops.items()
         }
-    own = {op: _sum(found.values()) for op, found in cells.items()}
     for primitive in dict.fromkeys(row.op for row in engine):
         rows = [_cell(row, size) for row in engine if row.op == primitive]
+        ran = sum(cell.calls for _, cell in rows)
         method, *others = _METHODS.get(primitive, (primitive,))
         passed = 0
-        for name in (method, *others):
-            for key in list(cells.get(name, {})):
-                if key[0] not in (LOCAL, TAKEN_OVER):
-                    passed += cells[name].pop(key).calls
-        total = _sum([*(cell for _, cell in rows), *cells.get(method, {}).values()])
-        for name in others:  # these keep what was counted of them here
-            if name in own:
-                total.bytes -= own[name].bytes
-                total.ns -= own[name].ns
-        own[method] = total
-        ran = sum(cell.calls for _, cell in rows)
-        booked.setdefault(method, [0, 0, 0, 0])[0] += max(0, ran - passed)
-        cells.setdefault(method, {}).update({(name, cell.bucket): cell for name, cell in rows})
+        for name in others:
+            passed += _take(cells.get(name, {}), rows)
+        found = cells.setdefault(method, {})
+        for key in [key for key in found if key[0] not in (LOCAL, TAKEN_OVER)]:
+            passed += found.pop(key).calls
+        found.update({(name, cell.bucket): cell for name, cell in rows if cell.calls})
+        if method in booked or ran > passed:
+            booked.setdefault(method, [0, 0, 0, 0])[0] += max(0, ran - passed)
+    own = {op: _sum(found.values()) for op, found in cells.items()}
     ops = {op: _op_stats(counts, own[op]) for op, counts in booked.items()}
     details = [
         _call_stats(op, algorithm, cell, size)
@@ -55,6 +52,31 @@ def snapshot(
         for (algorithm, _), cell in sorted(found.items())
     ]
     return ops, tuple(details)
+
+
+def _take(mine: dict[tuple[str, int], Cell], rows: list[tuple[str, Cell]]) -> int:
+    """Take the calls of a list form out of the engine's rows; how many there were.
+
+    The engine does not know which form called. Calls and bytes are exact; where both forms ran
+    with one size, the engine's times there are shared by calls, and those of the list form are
+    the ones that its own calls took, copies included.
+    """
+    passed = 0
+    for key in [key for key in mine if key[0] not in (LOCAL, TAKEN_OVER)]:
+        cell = mine.pop(key)
+        passed += cell.calls
+        left = cell.calls
+        same = [row for row in rows if row[1].bucket == cell.bucket and row[1].calls]
+        for _, row in same or [row for row in rows if row[1].calls]:
+            taken = min(left, row.calls)
+            share = row.take(taken, round(cell.bytes * taken / cell.calls))
+            cell.wait_ns += share.wait_ns
+            cell.waited_ns += share.waited_ns
+            left -= taken
+        algorithm = same[0][0] if len(same) == 1 else key[0]
+        known = mine.setdefault((algorithm, cell.bucket), Cell(cell.bucket))
+        known.add(cell)
+    return passed
 
 
 def _sum(cells: Iterable[Cell]) -> Cell:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .recorder import Record
 
 __all__ = [
+    "BATCH",
     "BUCKETS",
     "PER_OCTAVE",
     "CallCounters",
@@ -25,6 +26,8 @@ __all__ = [
     "percentile_us",
 ]
 
+BATCH = 512
+"""Calls that wait to be counted, at most."""
 PER_OCTAVE = 8
 BUCKETS = 40 * PER_OCTAVE
 _FLOOR = -PER_OCTAVE * log2(10)
@@ -122,11 +125,34 @@ class Cell:
         self.waited_ns += other.waited_ns
         self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
 
+    def take(self, calls: int, nbytes: int) -> Cell:
+        """Remove some calls and their bytes; all else goes in proportion. What was removed."""
+        taken, before = Cell(self.bucket), self.calls
+        taken.calls, taken.bytes = calls, nbytes
+        wire = self.wire // self.bytes if self.bytes else 0
+        taken.wire = nbytes * wire
+        for name in ("ns", "wait_ns", "waited_ns"):
+            setattr(taken, name, getattr(self, name) * calls // before)
+        done = 0
+        for i, count in enumerate(self.histogram):
+            part = (done + count) * calls // before - done * calls // before
+            taken.histogram[i] = part
+            done += count
+        for name in ("calls", "bytes", "ns", "wire", "wait_ns", "waited_ns"):
+            setattr(self, name, getattr(self, name) - getattr(taken, name))
+        self.histogram = [a - b for a, b in zip(self.histogram, taken.histogram, strict=True)]
+        return taken
+
     def copy(self) -> Cell:
         """The same counts, apart."""
         made = Cell(self.bucket)
         made.add(self)
         return made
+
+
+Kind = tuple[str, str, int, int, int | None]
+"""Operation, algorithm, bytes, bytes on the wire, and nanoseconds of waiting."""
+_UNTIMED = -1
 
 
 class OpCounter:
@@ -140,11 +166,23 @@ class OpCounter:
 
 
 class CallCounters:
-    """Counts per operation, algorithm and size bucket. Thread-safe."""
+    """Counts per operation, algorithm and size bucket. Thread-safe.
+
+    A finished call is only appended to a list, which is atomic, and counted with up to `BATCH`
+    others when somebody reads or the list is full: nothing is looked up or locked per call.
+
+    Attributes:
+        ran: Records of calls that blocked and are over; append to it, and call `fold` when it
+            has `BATCH`. A record whose `ended_ns` is 0 has no time.
+        ended: The same of calls that `started` counted.
+
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ops: dict[str, OpCounter] = {}
+        self.ran: list[Record] = []
+        self.ended: list[Record] = []
 
     def started(self, op: str, copies: int, lowered: int) -> None:
         """Count a call when it is issued."""
@@ -154,47 +192,32 @@ class CallCounters:
             counter.copies += copies
             counter.lowered += lowered
 
-    def finished(self, record: Record, ns: int | None, wait_ns: int | None) -> None:
-        """Count its bytes when it is done; `ns` is None where the host did not see its end."""
+    def extra(self, op: str, copies: int, lowered: int) -> None:
+        """What a call did besides, where it did anything; the call itself goes to `ran`."""
         with self.lock:
-            self._count(self._of(record.op), record, ns, wait_ns)
-
-    def ran(
-        self, record: Record, ns: int | None, wait_ns: int | None, copies: int, lowered: int
-    ) -> None:
-        """`started` and `finished` at once, for a call that blocked."""
-        with self.lock:
-            counter = self.ops.get(record.op)
-            if counter is None:
-                counter = self.ops[record.op] = OpCounter()
-            counter.calls += 1
-            if copies or lowered:
-                counter.copies += copies
-                counter.lowered += lowered
-            if ns is None or wait_ns is not None:
-                self._count(counter, record, ns, wait_ns)
-                return
-            # `_count`, written out: this is the path of nearly every call.
-            nbytes = record.nbytes
-            key = (record.algorithm, nbytes.bit_length())
-            cell = counter.cells.get(key)
-            if cell is None:
-                cell = counter.cells[key] = Cell(key[1] - 1)
-            cell.calls += 1
-            cell.bytes += nbytes
-            cell.ns += ns
-            cell.wire += record.wire_bytes
-            index = int(log2(ns) * 8 + _FLOOR) if ns > 10 else 0
-            cell.histogram[index if index < BUCKETS else -1] += 1
+            counter = self._of(op)
+            counter.copies += copies
+            counter.lowered += lowered
 
     def failed(self, op: str) -> None:
         """Count a call that ended with an error."""
         with self.lock:
             self._of(op).errors += 1
 
+    def fold(self) -> None:
+        """Count what was appended so far; `ops` is complete afterwards."""
+        with self.lock:
+            for key, times in _by_kind(_drain(self.ran)).items():
+                self._of(key[0]).calls += len(times)
+                self._count(key, times)
+            for key, times in _by_kind(_drain(self.ended)).items():
+                self._count(key, times)
+
     def reset(self) -> None:
         """Forget everything counted so far; works in flight keep being counted at their end."""
         with self.lock:
+            _drain(self.ran)
+            _drain(self.ended)
             self.ops = {op: OpCounter() for op in self.ops}
 
     def _of(self, op: str) -> OpCounter:
@@ -203,22 +226,54 @@ class CallCounters:
             counter = self.ops[op] = OpCounter()
         return counter
 
-    def _count(
-        self, counter: OpCounter, record: Record, ns: int | None, wait_ns: int | None
-    ) -> None:
-        nbytes = record.nbytes
-        key = (record.algorithm, nbytes.bit_length())
-        cell = counter.cells.get(key)
+    def _count(self, kind: Kind, times: list[int]) -> None:
+        op, algorithm, nbytes, wire_bytes, wait_ns = kind
+        cells = self._of(op).cells
+        key = (algorithm, nbytes.bit_length())
+        cell = cells.get(key)
         if cell is None:
-            cell = counter.cells[key] = Cell(key[1] - 1)
-        cell.calls += 1
-        cell.bytes += nbytes
-        if ns is None:
-            return
-        cell.ns += ns
-        cell.wire += record.wire_bytes
+            cell = cells[key] = Cell(key[1] - 1)
+        calls = len(times)
+        cell.calls += calls
+        cell.bytes += nbytes * calls
+        if min(times) < 0:
+            times = [ns for ns in times if ns >= 0]
+        spent = sum(times)
+        cell.ns += spent
+        cell.wire += wire_bytes * len(times)
         if wait_ns is not None:
-            cell.wait_ns += wait_ns
-            cell.waited_ns += ns
-        index = int(log2(ns) * 8 + _FLOOR) if ns > 10 else 0
-        cell.histogram[min(index, BUCKETS - 1)] += 1
+            cell.wait_ns += wait_ns * len(times)
+            cell.waited_ns += spent
+        histogram = cell.histogram
+        for ns in times:
+            index = int(log2(ns) * PER_OCTAVE + _FLOOR) if ns > 10 else 0
+            histogram[index if index < BUCKETS else -1] += 1
+
+
+def _drain(records: list[Record]) -> list[Record]:
+    """Take out what is there; what other threads append meanwhile stays."""
+    taken = records[:]
+    del records[: len(taken)]
+    return taken
+
+
+def _by_kind(records: Sequence[Record]) -> dict[Kind, list[int]]:
+    """The durations of calls that are alike; `_UNTIMED` for those without one."""
+    found: dict[Kind, list[int]] = {}
+    times: list[int] = []
+    op = algorithm = nbytes = wire_bytes = wait_ns = None
+    for record in records:
+        # A program's next call is mostly like its last: then there is nothing to look up.
+        if (
+            record.nbytes != nbytes
+            or record.op is not op
+            or record.algorithm is not algorithm
+            or record.wire_bytes != wire_bytes
+            or record.wait_ns is not wait_ns
+        ):
+            op, algorithm, nbytes = record.op, record.algorithm, record.nbytes
+            wire_bytes, wait_ns = record.wire_bytes, record.wait_ns
+            times = found.setdefault((op, algorithm, nbytes, wire_bytes, wait_ns), [])
+        ended = record.ended_ns
+        times.append(ended - record.started_ns if ended else _UNTIMED)
+    return found

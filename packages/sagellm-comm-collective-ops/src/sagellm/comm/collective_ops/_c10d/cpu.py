@@ -59,6 +59,7 @@ class CpuGroup(Facade):
         self._coalesced: list[BackendWork] | None = None
         # destroy_process_group of torch 2.6 tells only NCCL and Gloo: what it drops is released.
         self._release = weakref.finalize(self, _release, release, self._completer)
+        self._release.atexit = False  # a process that ends needs no goodbye
 
     @property
     def backend(self) -> CommBackendProtocol:

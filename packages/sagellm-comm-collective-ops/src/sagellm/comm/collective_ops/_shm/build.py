@@ -18,7 +18,17 @@ __all__ = ["FLAGS", "SOURCE", "TARGET", "compile_library", "compiler", "is_curre
 
 SOURCE = Path(__file__).with_name("_native.c")
 TARGET = Path(__file__).with_name("_sage_shm.so")
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
+FLAGS = (
+    *(
+        "-std=gnu11",
+        "-O2",
+        "-ftree-vectorize",
+        "-fvect-cost-model=dynamic",
+        "-fPIC",
+        "-fvisibility=hidden",
+    ),
+    *("-ffp-contract=off", "-fno-trapping-math"),
+)
 """No contraction: sums must have the same bits on every machine."""
 
 

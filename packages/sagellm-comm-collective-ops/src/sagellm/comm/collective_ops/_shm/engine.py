@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sagellm.core.protocols import ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
-__all__ = ["CallRecord", "Engine", "EngineFailure", "EngineTotals"]
+__all__ = ["CallRecord", "Engine", "EngineFailure", "EngineTotals", "Shortcut"]
 
 
 class EngineFailure(Exception):  # noqa: N818 - no error of the tree: one is made of it
@@ -107,6 +109,30 @@ class Engine(ABC):
         may change, their storage may not; the callable keeps them alive.
         """
 
+    def shortcut(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        reduce_op: ReduceOp | None = None,
+        root: int | None = None,
+        *,
+        timeout_s: float,
+    ) -> Shortcut:
+        """`run` for one kind of call, as short as the engine can make it.
+
+        Like `run` it trusts its caller. `op` is all_reduce, broadcast (both in place, with the
+        tensor given twice), all_gather or reduce_scatter.
+        """
+        call = RawCall(op, reduce_op=reduce_op, peer=root, timeout_s=timeout_s)
+        in_place = op in ("all_reduce", "broadcast")
+
+        def go(x: Tensor, out: Tensor) -> None:
+            call.inputs, call.outputs = [] if in_place else [x], [out]
+            self.run(call)
+            call.inputs, call.outputs = [], []
+
+        return go
+
     @abstractmethod
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
         """What `run` uses for such a call: equal on all ranks."""
@@ -131,6 +157,9 @@ class Engine(ABC):
     def close(self) -> None:
         """Let go of the segment. Not while a call runs."""
 
+
+Shortcut = Callable[[Tensor, Tensor], None]
+"""`call(x, out)`; plain contiguous tensors of one type."""
 
 EngineFactory = Callable[..., Engine]
 """`(memory, layout, rank, sockets, spin=…, statistics=…)`: see `segment.Segment`."""

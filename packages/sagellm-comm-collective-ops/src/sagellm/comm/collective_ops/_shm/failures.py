@@ -88,7 +88,7 @@ def explain(
     """
     cause, rank = failure.cause, failure.rank
     poison = board.poison()
-    if cause == "lost" and poison is not None and poison[1] not in (board.rank, rank):
+    if cause == "lost" and poison is not None and poison[1] != board.rank:
         # A rank that learns of a failure leaves: what it was told came first.
         cause, rank = poison
     if cause == "mismatch":
@@ -96,7 +96,8 @@ def explain(
     told = poison is not None and poison[1] != board.rank and poison[1] == rank
     reason = board.reason(rank) if told else ""
     if cause == "lost" or (told and cause not in ("timeout", "aborted", "error")):
-        lost = _culprit(board, reason, gone()) if told else rank
+        others = [r for r in gone() if r != rank]
+        lost = _culprit(board, reason, others or [rank]) if told else rank
         detail = f" (rank {board.who(rank)} says: {reason})" if told and lost != rank else ""
         return PeerLostError(
             f"{text}: lost rank {board.who(lost)}{detail}", rank=board.global_ranks[lost]
@@ -120,7 +121,7 @@ def _culprit(board: Board, reason: str, gone: Sequence[int]) -> int:
     named = re.search(r"rank (\d+)", reason)
     if named is not None and int(named[1]) < len(board.global_ranks):
         return int(named[1])
-    return gone[0] if gone else board.rank
+    return gone[0]
 
 
 def late_ranks(board: Board) -> list[int]:

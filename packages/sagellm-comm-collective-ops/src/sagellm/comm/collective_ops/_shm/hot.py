@@ -6,7 +6,8 @@ its tensors are plain, dense and contiguous. Everything here answers "done" or "
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +15,39 @@ from torch import Tensor
 from sagellm.core.protocols import ConfigError, ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
+from .engine import Shortcut
 from .layout import DTYPES
 from .transport import ShmTransport
 
 __all__ = ["HotPath"]
 
 _INTEGERS = {"uint8", "int8", "int16", "int32", "int64"}
-_PREPARED = ("all_reduce", "all_gather", "reduce_scatter")
 
 
-def _reductions() -> list[tuple[ReduceOp, torch.dtype]]:
-    found = []
+def _reductions() -> Iterator[tuple[str, torch.dtype]]:
     for name in DTYPES:
         for op in ReduceOp:
             if op is ReduceOp.AVG and (name in _INTEGERS or name == "bool"):
                 continue
             if op in (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR) and name not in _INTEGERS:
                 continue
-            found.append((op, getattr(torch, name)))
-    return found
+            yield str(op), getattr(torch, name)
+
+
+_REDUCTIONS = frozenset(_reductions())
+
+
+class _Shortcuts(dict[torch.dtype, Any]):  # Any: a Shortcut or None
+    """Shortcuts of one operation, each made when its element type is first asked for."""
+
+    def __init__(self, hot: HotPath, op: str, reduction: str, root: int) -> None:
+        super().__init__()
+        self._hot, self._key = hot, (op, reduction, root)
+
+    def __missing__(self, dtype: torch.dtype) -> Shortcut | None:
+        op, reduction, root = self._key
+        made = self[dtype] = self._hot.make(op, dtype, reduction, root)
+        return made
 
 
 class _Registered:
@@ -68,17 +83,12 @@ class HotPath:
         self._size = size
         self._timeout_s = timeout_s
         self._allowed = transport is not None
-        self._run: Callable[[RawCall], None] | None = None
-        self._reducing: dict[tuple[str, torch.dtype], RawCall] = {}
+        self._shortcuts: dict[tuple[str, str, int], dict[torch.dtype, Shortcut]] = {}
+        self._sums: Mapping[torch.dtype, Shortcut] = {}
+        self._hot = False
         self._barrier = RawCall("barrier", timeout_s=timeout_s)
-        self._moving = RawCall("all_gather", timeout_s=timeout_s)
-        self._casting = RawCall("broadcast", timeout_s=timeout_s)
-        self._scattering = RawCall("reduce_scatter", timeout_s=timeout_s)
         if transport is not None:
-            transport.on_change = self._queue_changed
-            for op, dtype in _reductions():
-                call = RawCall("all_reduce", reduce_op=op, timeout_s=timeout_s)
-                self._reducing[str(op), dtype] = call
+            transport.on_change = self._update
             self._update()
 
     # -- whether ----------------------------------------------------------------------------
@@ -93,78 +103,109 @@ class HotPath:
         self._transport = None
         self.allow(False)
 
-    def _queue_changed(self, busy: bool) -> None:
-        self._update(busy)
-
     def _update(self, busy: bool | None = None) -> None:
         transport = self._transport
-        if transport is None or not self._allowed or (transport.busy if busy is None else busy):
-            self._run, self.ready = None, {}
-        else:
-            self._run, self.ready = transport.engine.run, self._prepared
+        self._hot = (
+            transport is not None
+            and self._allowed
+            and not (transport.busy if busy is None else busy)
+        )
+        self.ready = self._prepared if self._hot else {}
+        self._sums = self._kind("all_reduce", "sum") if self._hot else {}
+
+    def _kind(self, op: str, reduction: str = "", root: int = -1) -> dict[torch.dtype, Shortcut]:
+        """Shortcuts of one operation by element type: a dictionary that fills itself."""
+        key = (op, reduction, root)
+        found = self._shortcuts.get(key)
+        if found is None:
+            found = self._shortcuts[key] = _Shortcuts(self, op, reduction, root)
+        return found
+
+    def make(self, op: str, dtype: torch.dtype, reduction: str, root: int) -> Shortcut | None:
+        """A shortcut of the engine, None where the general way has to decide."""
+        if reduction and (reduction, dtype) not in _REDUCTIONS:
+            return None
+        assert self._transport is not None
+        return self._transport.engine.shortcut(
+            op,
+            dtype,
+            ReduceOp(reduction) if reduction else None,
+            None if root < 0 else root,
+            timeout_s=self._timeout_s,
+        )
 
     # -- calls ------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, op: str) -> bool:
         """Run it if it is hot."""
-        run = self._run
-        if run is None or type(x) is not Tensor or not isinstance(op, str):
+        if not self._hot or type(x) is not Tensor:
             return False
-        call = self._reducing.get((op, x.dtype))
-        if call is None or not _plain(x):
+        if op == "sum":
+            shortcuts = self._sums
+        elif isinstance(op, str):
+            shortcuts = self._kind("all_reduce", op)
+        else:
             return False
-        call.outputs = [x]
-        run(call)
-        call.outputs = []
+        go = shortcuts[x.dtype]
+        if go is None or not _plain(x):
+            return False
+        go(x, x)
         return True
+
+    def all_reduce_each(self, xs: Sequence[Tensor], start: int, op: str) -> int:
+        """Run those from `start` on; the index of the first that is not hot."""
+        if not isinstance(op, str):
+            return start
+        shortcuts = self._kind("all_reduce", op)
+        for i in range(start, len(xs)):
+            x = xs[i]
+            if not self._hot or type(x) is not Tensor:
+                return i
+            go = shortcuts[x.dtype]
+            if go is None or not _plain(x):
+                return i
+            go(x, x)
+        return len(xs)
 
     def broadcast(self, x: Tensor, src: int) -> bool:
         """Run it if it is hot."""
-        run = self._run
-        if run is None or type(x) is not Tensor or type(src) is not int or not _plain(x):
+        if not self._hot or type(x) is not Tensor or type(src) is not int:
             return False
-        if not 0 <= src < self._size:
+        if not 0 <= src < self._size or not _plain(x):
             return False
-        call = self._casting
-        call.outputs, call.peer = [x], src
-        run(call)
-        call.outputs = []
+        self._kind("broadcast", root=src)[x.dtype](x, x)
         return True
 
     def pair(self, op: str, out: Tensor, x: Tensor, reduction: str) -> bool:
-        """Run an all_gather or a reduce_scatter if it is hot."""
-        run = self._run
-        if run is None or type(x) is not Tensor or type(out) is not Tensor:
+        """Run an all_gather (without `reduction`) or a reduce_scatter if it is hot."""
+        if not self._hot or type(x) is not Tensor or type(out) is not Tensor:
             return False
-        if self._kept and reduction in ("none", "sum"):
+        if self._kept and reduction in ("", "sum"):
             ready = self._pairs.get((op, id(out), id(x)))
             if ready is None:
                 ready = self._prepare_pair(op, out, x)
             if ready is not None:
                 ready()
                 return True
-        if x.dtype is not out.dtype or not _plain(x) or not _plain(out):
+        if not isinstance(reduction, str) or x.dtype is not out.dtype:
+            return False
+        if not _plain(x) or not _plain(out):
             return False
         small, large = (x, out) if op == "all_gather" else (out, x)
-        if small.numel() * self._size != large.numel():
+        if small.nbytes * self._size != large.nbytes:
             return False
-        call = self._moving
-        if op == "reduce_scatter":
-            known = self._reducing.get((reduction, x.dtype)) if isinstance(reduction, str) else None
-            if known is None:
-                return False
-            call = self._scattering
-            call.reduce_op = known.reduce_op
-        call.inputs, call.outputs = [x], [out]
-        run(call)
-        call.inputs, call.outputs = [], []
+        go = self._kind(op, reduction)[x.dtype]
+        if go is None:
+            return False
+        go(x, out)
         return True
 
     def barrier(self) -> bool:
         """Run it if it is hot."""
-        if self._run is None:
+        if not self._hot:
             return False
-        self._run(self._barrier)
+        assert self._transport is not None
+        self._transport.engine.run(self._barrier)
         return True
 
     # -- registered tensors -----------------------------------------------------------------
@@ -181,7 +222,7 @@ class HotPath:
         kept = self._kept.get(id(x))
         self._kept[id(x)] = (x, 1 if kept is None else kept[1] + 1)
         transport = self._transport
-        if kept is None and transport is not None and ("sum", x.dtype) in self._reducing:
+        if kept is None and transport is not None and ("sum", x.dtype) in _REDUCTIONS:
             if x.numel():
                 prepare = transport.engine.prepare
                 self._prepared[id(x)] = prepare("all_reduce", x, x, "sum", self._timeout_s)
@@ -203,7 +244,7 @@ class HotPath:
         small, large = (x, out) if op == "all_gather" else (out, x)
         if small.numel() * self._size != large.numel() or not small.numel():
             return None
-        if op == "reduce_scatter" and ("sum", x.dtype) not in self._reducing:
+        if op == "reduce_scatter" and ("sum", x.dtype) not in _REDUCTIONS:
             return None
         assert self._transport is not None
         reduction = "none" if op == "all_gather" else "sum"
@@ -213,11 +254,9 @@ class HotPath:
 
 
 def _plain(x: Tensor) -> bool:
-    return (
-        x.is_cpu
-        and x.layout is torch.strided
-        and x.is_contiguous()
-        and not x.is_neg()
-        and not x.is_conj()
-        and x.numel() > 0
-    )
+    try:
+        if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
+            return False
+    except RuntimeError:  # a layout without strides
+        return False
+    return x.nbytes > 0 and x.layout is torch.strided and not x.is_conj()

@@ -13,12 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols import BackendUnavailableError
+from sagellm.core.protocols import BackendUnavailableError, ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
 from .choice import ALGORITHMS, SYMMETRIC_BYTES, Override, one_shot_bytes
-from .engine import CallRecord, Engine, EngineFailure, EngineTotals
-from .layout import CAUSES, DTYPES, F_UNEVEN, OPS, REDUCTIONS, Layout, pack
+from .engine import CallRecord, Engine, EngineFailure, EngineTotals, Shortcut
+from .layout import (
+    CAUSES,
+    CONTROL_BYTES,
+    DTYPES,
+    F_UNEVEN,
+    OPS,
+    REASON,
+    REDUCTIONS,
+    Layout,
+    pack,
+)
 from .native_library import library
 
 __all__ = ["NativeEngine"]
@@ -33,6 +43,7 @@ CHUNK_BYTES = 128 * 1024
 
 _AGAIN, _FAILED = 1, 2
 _HISTOGRAM, _RING = 256, 512
+_REASON_BYTES = CONTROL_BYTES - REASON - 1
 _OPS = {name: i for i, name in enumerate(OPS)}
 _DTYPES = {getattr(torch, name): i for i, name in enumerate(DTYPES)}
 _REDUCTIONS = {name: i for i, name in enumerate(REDUCTIONS)}
@@ -92,6 +103,7 @@ class NativeEngine(Engine):
         if not context:
             raise MemoryError("no memory for the native engine")
         self._context = ctypes.c_void_p(context)
+        weakref.finalize(self, found.free.sage_shm_free, self._context).atexit = False
         self._lib = found
         self._held, self._go = found.held.sage_shm_run, found.held.sage_shm_go
         self._lock = threading.Lock()
@@ -202,8 +214,40 @@ class NativeEngine(Engine):
             if rc:
                 go_on(rc)
 
-        weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
+        end = weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
+        end.atexit = False  # a daemon thread may still be in a call
         return ready
+
+    def shortcut(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        reduce_op: ReduceOp | None = None,
+        root: int | None = None,
+        *,
+        timeout_s: float,
+    ) -> Shortcut:
+        handle = self._lib.free.sage_shm_prepare(
+            self._context,
+            self._word((op, dtype, reduce_op, root, False)),
+            0,
+            None,
+            None,
+            int(timeout_s * 1e9),
+        )
+        if not handle:
+            raise MemoryError("no memory for a prepared call")
+        run, go_on, pointer = self._lib.held.sage_shm_go_at, self._go_on, ctypes.c_void_p(handle)
+
+        def go(x: Tensor, out: Tensor) -> None:
+            at = x.data_ptr()
+            rc = run(pointer, at, at if out is x else out.data_ptr(), x.nbytes)
+            if rc:
+                go_on(rc)
+
+        end = weakref.finalize(go, _forget, self._lib.free.sage_shm_forget, pointer, None)
+        end.atexit = False
+        return go
 
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
         choose = self._lib.free.sage_shm_algorithm
@@ -254,15 +298,15 @@ class NativeEngine(Engine):
     def poison(self, cause: str, reason: str) -> None:
         with self._lock:
             if self._memory is not None:
-                text = reason.encode()
+                text = reason.encode()[:_REASON_BYTES].decode(errors="ignore").encode()
                 self._lib.free.sage_shm_poison(self._context, CAUSES.index(cause), text)
 
     def close(self) -> None:
         with self._lock:
             if self._memory is not None:
                 self._memory = None
-                self._lib.free.sage_shm_close(self._context)
-                del self._anchor
+                if not self._lib.held.sage_shm_close(self._context):
+                    del self._anchor  # else a call does not end, and needs the memory
 
 
 def _forget(forget: Callable[[object], None], pointer: object, kept: object) -> None:

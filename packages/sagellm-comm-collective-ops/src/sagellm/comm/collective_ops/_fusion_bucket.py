@@ -111,7 +111,7 @@ class Flight:
         self._staging = self._pool.take(backend, first.dtype, count)
         self._views = self._staging.views(self._tensors)
         with torch.no_grad():
-            torch._foreach_copy_(self._views, self._tensors)
+            torch._foreach_copy_(self._views, list(self._tensors))
         return self._staging.flat[:count]
 
     def land(self, timeout_s: float | None, *, host: bool = False) -> None:
@@ -124,7 +124,7 @@ class Flight:
             self.work.wait(timeout_s)
         if self._staging is not None:
             with torch.no_grad():
-                torch._foreach_copy_(self._tensors, self._views)
+                torch._foreach_copy_(list(self._tensors), self._views)
             self._pool.give(self._staging)
             self._staging = None
         self.landed = True

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from shm_harness import TYPES, Meeting, in_order, reductions, values
-from test_shm_python import differing, poison_word
+from test_shm_python_failure import differing, poison_word
 
 from sagellm.comm.collective_ops._shm import native_engine
 from sagellm.comm.collective_ops._shm.choice import SYMMETRIC_BYTES, choose

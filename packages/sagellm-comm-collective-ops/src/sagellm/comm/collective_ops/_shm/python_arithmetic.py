@@ -107,7 +107,7 @@ def fold_of(op: str, dtype: torch.dtype, world: int, scratch: Callable[..., Arra
     divide = op == "avg"
 
     def fold_two(operands: Sequence[Array], out: Array) -> None:
-        combine(operands[0], operands[1], out)
+        combine(operands[0], operands[1], out=out)
 
     def fold(operands: Sequence[Array], out: Array) -> None:
         last = world - 1

@@ -121,14 +121,14 @@ class ThreadRanks:
             thread.start()
         deadline = started + timeout_s
         failed_at: float | None = None
-        while any(t.is_alive() for t in threads):
+        while alive := [t for t in threads if t.is_alive()]:
             if failed_at is None and any(o.error for o in list(outcomes.values())):
                 failed_at = time.monotonic()
                 deadline = min(deadline, failed_at + GRACE_S)
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            next(t for t in threads if t.is_alive()).join(min(left, 0.05))
+            alive[0].join(min(left, 0.05))
         for rank, thread in enumerate(threads):
             if rank not in outcomes:
                 frame = sys._current_frames().get(thread.ident or 0)

@@ -97,7 +97,7 @@ def check_schema(result, tp_prefill, tp_decode, codec):
     assert (result["tp_prefill"], result["tp_decode"]) == (tp_prefill, tp_decode)
     assert (result["codec"], result["transport"]) == (codec, "tcp")
     assert set(result["backend"]) == {"name", "algorithm", "reason"}
-    assert result["backend"]["name"] == "gloo"
+    assert result["backend"]["name"] == ("shm" if sys.platform == "linux" else "gloo")
     assert result["backend"]["reason"]
     assert set(result["overlap"]) == {"eff_trace", "eff_saved"}
     assert 0 < result["overlap"]["eff_trace"] <= 1

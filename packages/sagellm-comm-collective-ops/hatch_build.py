@@ -22,10 +22,12 @@ class NativeEngineHook(BuildHookInterface[Any]):
             return
         folder = Path(self.root) / "src" / _PACKAGE
         spec = importlib.util.spec_from_file_location("_sage_shm_build", folder / "build.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
-        wrong = build.compile_library()
+        editable = version == "editable"
+        wrong = None if editable and build.is_current() else build.compile_library()
         if wrong:
             build.TARGET.unlink(missing_ok=True)  # of an earlier build, perhaps for another machine
             self.app.display_warning(f"the C engine of shm is left out: {wrong}")
@@ -33,5 +35,7 @@ class NativeEngineHook(BuildHookInterface[Any]):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
-        if version != "editable":
+        if editable:
+            build.mark_current()
+        else:
             build_data["force_include"][str(build.TARGET)] = f"{_PACKAGE}/{build.TARGET.name}"

@@ -1,12 +1,13 @@
 """Ranks for tests: a gloo world over the kit's pool of long-lived processes."""
 
+import itertools
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from sagellm.core.protocols.testing.rank_pool import RankPool
+from sagellm.core.protocols.testing.rank_pool import RankFailedError, RankPool
 
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests; workers inherit it
 
@@ -57,38 +58,57 @@ def on_hier(rank, size, store, hosts, fn, *args):
     return on_backend(rank, size, store, make)
 
 
-class HierWorld:
+class World:
+    """A pool of ranks that meet at one store; after a failure both are made anew.
+
+    A rank that was killed is replaced, but the others still have the old group, and the store its
+    keys: without new ones every later test of this world would fail too.
+    """
+
+    def __init__(self, size):
+        self._size = size
+        self._renew()
+
+    def _renew(self):
+        self._pool = RankPool(self._size)
+        self._store = self._pool.store_path()
+
+    def _call(self, on, *args, timeout_s):
+        try:
+            return self._pool.run(on, self._store, *args, timeout_s=timeout_s)
+        except RankFailedError:
+            self._pool.close()
+            self._renew()
+            raise
+
+    def close(self):
+        self._pool.close()
+
+
+class HierWorld(World):
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
     def __init__(self, hosts):
         self._hosts = hosts
-        self._pool = RankPool(sum(len(host) for host in hosts))
-        self._store = self._pool.store_path()
+        super().__init__(sum(len(host) for host in hosts))
 
     def run(self, fn, *args, timeout_s=60.0):
-        return self._pool.run(on_hier, self._store, self._hosts, fn, *args, timeout_s=timeout_s)
-
-    def close(self):
-        self._pool.close()
+        return self._call(on_hier, self._hosts, fn, *args, timeout_s=timeout_s)
 
 
-class ShmWorld:
+class ShmWorld(World):
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
     def __init__(self, size, engine="auto"):
-        self._pool = RankPool(size)
         self._engine = engine
-        self._store = self._pool.store_path()
+        super().__init__(size)
 
     def run(self, fn, *args, timeout_s=60.0):
-        return self._pool.run(on_shm, self._store, self._engine, fn, *args, timeout_s=timeout_s)
+        return self._call(on_shm, self._engine, fn, *args, timeout_s=timeout_s)
 
     def outcomes(self, fn, *args, timeout_s=60.0):
         job = self._pool.submit(on_shm, self._store, self._engine, fn, *args)
         return job.outcomes(timeout_s)
-
-    def close(self):
-        self._pool.close()
 
 
 def on_c10d(rank, size, store, fn, *args):
@@ -115,35 +135,21 @@ def on_c10d(rank, size, store, fn, *args):
     return fn(_state["c10d"], *args)
 
 
-class C10dWorld:
+class C10dWorld(World):
     """`run` calls a test file's function in every rank as `fn(groups by backend name, *args)`."""
 
-    def __init__(self, size):
-        self._pool = RankPool(size)
-        self._store = self._pool.store_path()
-
     def run(self, fn, *args, timeout_s=60.0):
-        return self._pool.run(on_c10d, self._store, fn, *args, timeout_s=timeout_s)
-
-    def close(self):
-        self._pool.close()
+        return self._call(on_c10d, fn, *args, timeout_s=timeout_s)
 
 
-class GlooWorld:
+class GlooWorld(World):
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
-    def __init__(self, size):
-        self.pool = self._pool = RankPool(size)
-        self._store = self._pool.store_path()
-
     def run(self, fn, *args, timeout_s=60.0):
-        return self._pool.run(on_backend, self._store, fn, *args, timeout_s=timeout_s)
+        return self._call(on_backend, fn, *args, timeout_s=timeout_s)
 
     def outcomes(self, fn, *args, timeout_s=60.0):
         return self._pool.submit(on_backend, self._store, fn, *args).outcomes(timeout_s)
-
-    def close(self):
-        self._pool.close()
 
 
 @pytest.fixture(scope="session")
@@ -242,6 +248,13 @@ def fresh_pool(loopback):
     yield make
     for world in worlds:
         world.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes names of which each is a place for one segment of `shm_harness`."""
+    numbers = itertools.count()
+    return lambda: str(tmp_path / f"m{next(numbers)}")
 
 
 @pytest.fixture(autouse=True)

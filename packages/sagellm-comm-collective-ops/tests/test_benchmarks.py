@@ -13,6 +13,9 @@ from sagellm.comm.collective_ops.benchmarks import (
     _runs,
     bench_all_reduce,
     bench_collectives,
+    bench_fusion,
+    bench_hierarchical,
+    bench_wrapper,
 )
 from sagellm.core.protocols import DistributedRuntimeError
 from sagellm.core.protocols.bench import Benchmark, Missing, Row
@@ -54,6 +57,18 @@ PROMISED = [
     ("p99", "all_reduce", "float32", MIB, "idle/busy {} plain", None, 1 / 3),
     ("statistics", "all_reduce", "float32", KIB, "budget/statistics of {}", 1, 1),
     ("lost", "all_reduce", "float32", KIB, "budget/naming by {}", 1, 1),
+]
+LISTS = [
+    ("gloo_per_tensor/gloo_fused", 4.5),
+    ("shm-native_per_tensor/shm-native_fused", 1.0),
+    ("shm-python_per_tensor/shm-python_fused", 1.0),
+]
+WRAPPER = [("budget/passed", 1.0), ("budget/recorded", 1.0), ("budget/hooked", 1.0)]
+HOSTS = [
+    ("interleaved", "flat_gloo/hier", 2.7),
+    ("contiguous", "flat_gloo/hier", 1.3),
+    ("interleaved", "flat_gloo/hier_bf16", 5.0),
+    ("contiguous", "flat_gloo/hier_bf16", 2.5),
 ]
 PROGRAM = [("gloo/c10d-python", 15), ("gloo/c10d-native", 20)]
 
@@ -138,6 +153,37 @@ def test_every_figure_of_the_issue_is_a_ratio_with_its_goal(monkeypatch):
     assert {key: found[key].goal for key in wanted} == wanted
     assert all((*key[:-1], "normal") in found for key in wanted)
     assert all(r.value is not None for r in found.values() if r.case.get("measure") == "time")
+
+
+def rows_of(case, names):
+    return [Row(case, name, (1.0,)) for name in names]
+
+
+def test_every_other_figure_of_the_issue_is_a_ratio_with_its_goal():
+    case = {"tensors": 200}
+    lists = bench_fusion.ratios(rows_of(case, (*bench_fusion.GLOO, *bench_fusion.SHM)))
+    wrapper = bench_wrapper.ratios(rows_of(case, ("inner", *bench_wrapper.WAYS)))
+    hosts = [
+        (case["ranks"], ratio.name, ratio.goal)
+        for case in bench_hierarchical.cases(False)
+        if MIB <= case["nbytes"] <= 16 * MIB
+        for ratio in bench_hierarchical.ratios(rows_of(case, bench_hierarchical.NAMES))
+        if ratio.goal is not None
+    ]
+
+    assert [(r.name, r.goal) for r in lists if r.goal is not None] == LISTS
+    assert [(r.name, r.goal) for r in wrapper if r.goal is not None] == WRAPPER
+    assert sorted(hosts) == sorted(HOSTS * 3)
+
+
+def test_the_wrapper_is_measured_around_a_group_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(bench_wrapper, "_CALLS", 3)
+
+    with bench_wrapper.contenders({"nbytes": 64}) as named:
+        found = {name: call() for name, call in named.items()}
+
+    assert list(found) == ["inner", *bench_wrapper.WAYS]
+    assert all(0 < seconds < 1 for seconds in found.values())
 
 
 def test_a_quick_run_needs_no_real_time_priority_and_compiles_nothing():

@@ -32,6 +32,7 @@ def shares(b, timeout_s):
     """A group over all ranks that a test may break."""
     group = b.split(range(b.size))
     group.timeout_s = timeout_s
+    b.barrier()  # a rank that breaks it at once would leave the others still connecting
     return group
 
 

@@ -15,6 +15,8 @@ from sagellm.comm.collective_ops import (
     fused_all_reduce,
     fusion,
 )
+from sagellm.comm.collective_ops._fusion_threshold import FusionThreshold, crossing_bytes
+from sagellm.comm.collective_ops._shm.engines import available_engines
 from sagellm.core.protocols import CommTimeoutError, ConfigError
 
 EVERYTHING = 1 << 40
@@ -240,6 +242,79 @@ def test_age_is_rank_0s_and_counted_in_tensors_everywhere(monkeypatch):
     assert first == second
     # by count until rank 0's word has come: after the first bucket, taken at the second
     assert first == [0, 0, 0, 1, 1, 1, 1, *range(2, 11)]
+
+
+def test_a_list_is_cut_by_type_and_bytes_and_large_ones_travel_alone():
+    def body(b):
+        wide = torch.arange(12.0).view(3, 4).t()
+        xs = [
+            torch.ones(8),
+            torch.ones(4).int(),
+            torch.ones(40),
+            wide,
+            torch.ones(0),
+            torch.ones(8),
+        ]
+        wanted = [x * 2 for x in xs]
+        sent = []
+        b.add_hook(before=lambda call: sent.append((call.dtype, call.nbytes)))
+        assert fused_all_reduce(b, xs, bucket_bytes=80, fuse_below_bytes=100) is xs
+        assert all(torch.equal(x, y) for x, y in zip(xs, wanted, strict=True))
+        return sent
+
+    sent = [("float32", 80), ("int32", 16), ("float32", 32), ("float32", 160)]
+    assert on_two(body) == [sent] * 2
+
+
+def test_a_list_of_one_reduction_is_not_added_up():
+    def body(b):
+        xs = [torch.full((2,), b.rank + 1.0) for _ in range(2)]
+        fused_all_reduce(b, xs, "max", fuse_below_bytes=EVERYTHING)
+        fused_all_reduce(b, xs, "max", fuse_below_bytes=0)
+        return [x.tolist() for x in xs]
+
+    assert on_two(body) == [[[2.0, 2.0]] * 2] * 2
+
+
+def test_threshold_is_where_company_stops_to_gain():
+    sizes = [1 << 10, 4 << 10, 16 << 10]
+
+    assert crossing_bytes(sizes, [1.0, 9.0, 9.0], [1.0, 1.0, 1.0]) == 0  # the smallest loses
+    assert crossing_bytes(sizes, [9.0] * 3, [1.0] * 3) == 16 << 10
+    assert crossing_bytes(sizes, [9.2] * 3, [2.0, 4.0, 12.0]) == pytest.approx(10 << 10, abs=1)
+    # what gains again above a loss is not believed
+    assert crossing_bytes(sizes, [9.2] * 3, [1.0, 9.0, 1.0]) < 4 << 10
+
+
+def test_what_is_quick_is_fused_as_a_list_and_not_one_by_one():
+    quick = FusionThreshold(9000, "measured", quick=True)
+    slow = FusionThreshold(9000, "measured")
+
+    assert quick.queued.nbytes == 0
+    assert slow.queued is slow
+
+
+@pytest.mark.parametrize("engine", ["native", "python"])
+def test_a_loop_inside_shm_reduces_every_kind_of_tensor(shm_pools, engine):
+    if engine not in available_engines():
+        pytest.skip(f"no {engine} engine here")
+    shm_pools(2, engine).run(each_of_many)
+
+
+def each_of_many(b):
+    seen = []
+    for hooked in (False, True):
+        xs = [torch.ones(3), torch.arange(6.0).view(2, 3).t(), torch.ones(2).int(), torch.ones(0)]
+        wanted = [x * b.size for x in xs]
+        remove = b.add_hook(before=lambda call: seen.append(call.nbytes)) if hooked else None
+        b.all_reduce_each(xs)
+        if remove is not None:
+            remove()
+        assert all(torch.equal(x, y) for x, y in zip(xs, wanted, strict=True))
+    assert seen[:3] == [12, 24, 8]
+    xs = [torch.full((700,), float(b.rank)) for _ in range(9)]
+    fused_all_reduce(b, xs, "max")
+    assert all(x.unique().tolist() == [b.size - 1.0] for x in xs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])

@@ -201,7 +201,7 @@ def test_a_cut_link_is_reported_by_every_rank_within_its_deadline(loopback, fres
     if reason is not None:
         pytest.skip(reason)
     with ShapedHosts("200mbit") as hosts:
-        pool = fresh_pool(4).pool
+        pool = fresh_pool(4)._pool
         job = pool.submit(over_cut_link, str(tmp_path / "store"), hosts.pids, str(tmp_path))
         wait_for(tmp_path, "started", 4)
         hosts.cut()

@@ -1,11 +1,12 @@
 """A bounded run of `fuzz_shm`; run that file as a program for longer ones."""
 
 import pytest
-from fuzz_shm import OPS, run_rank
+from fuzz_plan import OPS
+from fuzz_shm import run_rank
 
 from sagellm.comm.collective_ops._shm.engines import available_engines
 
-CALLS = 1500
+CALLS = 600
 
 
 def fuzz(backend, engine, seed):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from sagellm.comm.collective_ops._shm import build
 from sagellm.comm.collective_ops._shm.native_library import library
 
 
@@ -58,3 +59,20 @@ def test_another_library_is_left_out_and_that_is_said_once(elf, put, caplog):
     assert "lacks a function" in reasons.pop()
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "_shm.build" in caplog.text
+
+
+def test_the_library_is_made_anew_when_it_or_a_source_of_it_changed(tmp_path, monkeypatch):
+    source, header, target = (tmp_path / n for n in ("_native.c", "_native_x.h", "_sage_shm.so"))
+    monkeypatch.setattr(build, "SOURCE", source)
+    for file in (source, header, target):
+        file.write_text("as it was")
+    assert not build.is_current(target)
+
+    for file in (source, header, target):
+        build.mark_current(target)
+        assert build.is_current(target)
+        file.write_text("changed")
+        assert not build.is_current(target)
+    build.mark_current(target)
+    target.unlink()
+    assert not build.is_current(target)

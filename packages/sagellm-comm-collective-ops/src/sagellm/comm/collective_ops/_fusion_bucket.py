@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols import CommBackendProtocol
+from sagellm.core.protocols import CommBackendProtocol, CompletedWork, ReduceOp, Work
 
-__all__ = ["Home", "Homes", "Staging", "StagingPool"]
+__all__ = ["Flight", "Home", "Homes", "Staging", "StagingPool"]
 
 _ALIGN_BYTES = 64
 _LAYOUTS = 8
@@ -40,26 +41,93 @@ class Staging:
 
 
 class StagingPool:
-    """Staging buckets by dtype, made by the backend (symmetric where it can) and used again."""
+    """Staging buckets of one backend, by dtype, made by it (symmetric where it can) and kept.
 
-    def __init__(self, backend: CommBackendProtocol, bucket_bytes: int) -> None:
-        self._backend = backend
-        self._bucket_bytes = bucket_bytes
+    It does not keep the backend alive.
+    """
+
+    def __init__(self) -> None:
         self._free: dict[torch.dtype, list[Staging]] = {}
 
-    def take(self, dtype: torch.dtype, count: int) -> Staging:
+    @staticmethod
+    def of(backend: CommBackendProtocol) -> StagingPool:
+        """The backend's, which goes with it."""
+        found = _pools.get(backend)
+        if found is None:
+            found = _pools[backend] = StagingPool()
+        return found
+
+    def take(self, backend: CommBackendProtocol, dtype: torch.dtype, count: int) -> Staging:
         """A bucket of at least `count` elements; the same choice on every rank."""
         free = self._free.setdefault(dtype, [])
         for i, staging in enumerate(free):
             if staging.flat.numel() >= count:
                 return free.pop(i)
-        # One more tensor than the limit may come in before it is seen.
-        room = max(count, -(-self._bucket_bytes * 5 // 4) // dtype.itemsize)
-        return Staging(self._backend.empty((room,), dtype))
+        free.clear()  # too small, and replaced by one that the next few sizes fit too
+        return Staging(backend.empty((1 << (count - 1).bit_length(),), dtype))
 
     def give(self, staging: Staging) -> None:
         """Take a bucket back that nothing is in flight on."""
         self._free.setdefault(staging.flat.dtype, []).append(staging)
+
+
+_pools: weakref.WeakKeyDictionary[CommBackendProtocol, StagingPool] = weakref.WeakKeyDictionary()
+
+
+class Flight:
+    """One bucket on its way, or one tensor by itself.
+
+    Args:
+        backend: Reduces it.
+        tensors: Of one dtype.
+        op: Reduction.
+        span: The one stretch of memory that all of them live in, if there is one.
+        at_once: Whether to wait for it here.
+
+    """
+
+    def __init__(
+        self,
+        backend: CommBackendProtocol,
+        tensors: Sequence[Tensor],
+        op: ReduceOp,
+        span: Tensor | None = None,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        self.landed = False
+        self._tensors = list(tensors)
+        self._pool = StagingPool.of(backend)
+        self._staging: Staging | None = None
+        self._views: list[Tensor] = []
+        if span is None:
+            span = tensors[0] if len(tensors) == 1 else self._load(backend)
+        work = backend.all_reduce(span, op, async_op=not at_once)
+        self.work: Work[Tensor] = CompletedWork(work) if isinstance(work, Tensor) else work
+
+    def _load(self, backend: CommBackendProtocol) -> Tensor:
+        first = self._tensors[0]
+        count = max(1, sum(x.numel() for x in self._tensors))
+        self._staging = self._pool.take(backend, first.dtype, count)
+        self._views = self._staging.views(self._tensors)
+        with torch.no_grad():
+            torch._foreach_copy_(self._views, list(self._tensors))
+        return self._staging.flat[:count]
+
+    def land(self, timeout_s: float | None, *, host: bool = False) -> None:
+        """Wait, and put the parts where they belong."""
+        if self.landed:
+            return
+        if host:
+            self.work.synchronize(timeout_s)
+        else:
+            self.work.wait(timeout_s)
+        if self._staging is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._tensors), self._views)
+            self._pool.give(self._staging)
+            self._staging = None
+        self.landed = True
 
 
 @dataclass(slots=True)

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from sagellm.core.protocols import CommBackendProtocol
 
-__all__ = ["FusionThreshold", "find_threshold", "threshold_bytes"]
+__all__ = ["FusionThreshold", "crossing_bytes", "find_threshold", "threshold_bytes"]
 
-_SMALL_BYTES = 1 << 10
-_LARGE_BYTES = 1 << 20
-_CALLS = 7
+_SIZES = tuple(kib << 10 for kib in (1, 4, 16, 32, 64, 128, 256))
+"""Tensor sizes that are timed, each and in company."""
 
-MEMBER_US = 6.0
+_TOGETHER = 8
+_ROUNDS = 5
+
+_MARGIN = 1.15
+"""What company has to gain, so that a measurement that is off loses nothing."""
+
+MEMBER_US = 3.0
 """What a member costs in Python: queueing, its share of the copies' launches (2-core x86-64)."""
+
+_QUICK_US = 30.0
+"""A call below this is over before a handle or a thread for it would pay."""
+
+_QUICK_BYTES = 8 << 10
+"""Most that such calls fuse: 200 tensors of 8 KiB gained 1.5x, and more leave the cache."""
+
+_MIN_BUCKET_BYTES, _MAX_BUCKET_BYTES = 256 << 10, 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FusionThreshold:
-    """Tensors below `nbytes` are fused; `reason` says where the number comes from."""
+    """Tensors below `nbytes` are fused.
+
+    Attributes:
+        nbytes: Of a tensor.
+        reason: Where the number comes from.
+        bucket_bytes: What shares a call, so that its fixed cost hardly counts.
+        quick: Whether calls are so short that nothing is gained by doing something meanwhile.
+
+    """
 
     nbytes: int
     reason: str
+    bucket_bytes: int = _MAX_BUCKET_BYTES
+    quick: bool = False
+
+    @property
+    def queued(self) -> FusionThreshold:
+        """For tensors that come one by one."""
+        if not self.quick or self.nbytes == 0:
+            return self
+        reason = f"{self.reason} where they come as a list; to queue one costs as much as its call"
+        return replace(self, nbytes=0, reason=reason)
 
 
 _found: weakref.WeakKeyDictionary[CommBackendProtocol, FusionThreshold] = (
@@ -38,7 +70,7 @@ _found: weakref.WeakKeyDictionary[CommBackendProtocol, FusionThreshold] = (
 def threshold_bytes(call_us: float, copy_bytes_per_s: float, bytes_per_s: float) -> int:
     """Bytes at which fusing stops to gain: a call saved against two copies and the queueing.
 
-    The prize is a call's fixed cost; half of it counts, so that a measurement that is off by two
+    The prize is a call's fixed cost; half of it counts, so that a model that is off by two
     still loses nothing. A member is copied in and out, and never gains
     once it fills the wire by itself, which is at latency times bandwidth.
 
@@ -50,17 +82,40 @@ def threshold_bytes(call_us: float, copy_bytes_per_s: float, bytes_per_s: float)
     >>> threshold_bytes(3.0, 10e9, 14e9)
     0
     >>> threshold_bytes(126.0, 10e9, 2e9) // 1000
-    113
+    252
     """
     gain_s = max(0.0, call_us / 2 - MEMBER_US) * 1e-6
-    return int(min(gain_s * copy_bytes_per_s / 2, gain_s * bytes_per_s))
+    return int(min(gain_s * copy_bytes_per_s / 2, call_us * 1e-6 * bytes_per_s))
+
+
+def crossing_bytes(
+    sizes: Sequence[int], alone_us: Sequence[float], fused_us: Sequence[float]
+) -> int:
+    """Bytes up to which company gains, by times of a tensor of each size; straight in between.
+
+    >>> crossing_bytes([10, 20], [230.0, 230.0], [100.0, 300.0])
+    15
+    >>> crossing_bytes([10, 20], [1.0, 9.0], [2.0, 3.0])
+    0
+    """
+    gains = [a / _MARGIN - f for a, f in zip(alone_us, fused_us, strict=True)]
+    last = 0
+    for i, gain in enumerate(gains):
+        if gain <= 0:
+            if i == 0:
+                return 0
+            before = gains[i - 1]
+            return last + int((sizes[i] - last) * before / (before - gain))
+        last = sizes[i]
+    return last
 
 
 def find_threshold(backend: CommBackendProtocol) -> FusionThreshold:
     """The threshold of `backend`: by its cost model if it has one, else measured. Collective.
 
-    Measured means some forty calls, once per backend; rank 0's figures are the ones that every
-    rank takes. A cost model's are the same everywhere already.
+    Measured means that tensors of 1 to 256 KiB are reduced alone and in company, some 400 calls
+    once per backend; rank 0's figures are the ones that every rank takes. A cost model's are the
+    same everywhere already.
     """
     found = _found.get(backend)
     if found is None:
@@ -71,47 +126,71 @@ def find_threshold(backend: CommBackendProtocol) -> FusionThreshold:
 def _find(backend: CommBackendProtocol) -> FusionThreshold:
     if backend.size == 1:
         return FusionThreshold(0, "a group of one sends nothing")
-    small = backend.explain("all_reduce", _SMALL_BYTES).estimate_us
-    large = backend.explain("all_reduce", _LARGE_BYTES).estimate_us
+    small = backend.explain("all_reduce", _SIZES[0]).estimate_us
+    large = backend.explain("all_reduce", 1 << 20).estimate_us
     if small is not None and large is not None:
-        copy_bytes_per_s = 10e9  # a model knows no memory; ranks must not measure each its own
-        source = "the cost model"
+        spread_s = max(1e-9, (large - small) * 1e-6)
+        bytes_per_s = ((1 << 20) - _SIZES[0]) / spread_s
+        # A model knows no memory, and ranks must not measure each its own.
+        nbytes = threshold_bytes(small, 10e9, bytes_per_s)
+        why = (
+            f"the cost model: a call costs {small:.1f} us and carries {bytes_per_s / 1e9:.2f} GB/s"
+        )
     else:
-        figures = _measure(backend)
-        small, large, copy_bytes_per_s = figures
-        source = "rank 0's measurement"
-    spread_s = max(1e-9, (large - small) * 1e-6)
-    bytes_per_s = (_LARGE_BYTES - _SMALL_BYTES) / spread_s
-    nbytes = threshold_bytes(small, copy_bytes_per_s, bytes_per_s)
-    return FusionThreshold(
-        nbytes,
-        f"{source}: a call costs {small:.1f} us and carries {bytes_per_s / 1e9:.2f} GB/s, copies "
-        f"{copy_bytes_per_s / 1e9:.1f} GB/s: tensors below {nbytes} bytes are fused",
-    )
+        nbytes, small, fused = _measure(backend)
+        why = (
+            f"rank 0's measurement: {_SIZES[0]} bytes take {small:.1f} us alone and {fused:.1f} "
+            f"in company"
+        )
+    quick = small < _QUICK_US
+    if quick:
+        nbytes = min(nbytes, _QUICK_BYTES)
+    bucket = min(_MAX_BUCKET_BYTES, max(_MIN_BUCKET_BYTES, 16 * nbytes))
+    why += f": tensors below {nbytes} bytes are fused"
+    return FusionThreshold(nbytes, why, bucket, quick)
 
 
-def _measure(backend: CommBackendProtocol) -> tuple[float, float, float]:
-    small = backend.empty((_SMALL_BYTES // 4,), torch.float32).zero_()
-    large = backend.empty((_LARGE_BYTES // 4,), torch.float32).zero_()
-    other = torch.empty_like(large)
-    times = [
-        _shortest_us(backend, lambda: backend.all_reduce(small), 4 * _CALLS),
-        _shortest_us(backend, lambda: backend.all_reduce(large), _CALLS),
-        _shortest_us(backend, lambda: other.copy_(large), _CALLS),
-    ]
+def _measure(backend: CommBackendProtocol) -> tuple[int, float, float]:
+    """The threshold, and a small tensor's times alone and in company; rank 0's."""
+    alone_us, fused_us = [], []
+    for nbytes in _SIZES:
+        count = nbytes // 4
+        device = backend.device_type
+        xs = [torch.zeros(count, device=device) for _ in range(_TOGETHER)]
+        flat = backend.empty((count * _TOGETHER,), torch.float32).zero_()
+        views = list(torch.split(flat, count))
+
+        def fused(
+            xs: list[torch.Tensor] = xs,
+            flat: torch.Tensor = flat,
+            views: list[torch.Tensor] = views,
+        ) -> None:
+            torch._foreach_copy_(views, xs)
+            backend.all_reduce(flat)
+            torch._foreach_copy_(xs, views)
+
+        # Every call is timed by itself: on a busy machine no long stretch is undisturbed.
+        calls = [functools.partial(backend.all_reduce, x) for x in xs]
+        alone_us.append(_shortest_us(backend, calls))
+        fused_us.append(_shortest_us(backend, [fused]) / _TOGETHER + _LISTED_US)
     figures = torch.tensor(
-        [times[0], times[1], _LARGE_BYTES / (times[2] * 1e-6)], dtype=torch.float64
+        [float(crossing_bytes(_SIZES, alone_us, fused_us)), alone_us[0], fused_us[0]],
+        dtype=torch.float64,
     ).to(backend.device_type)
     backend.broadcast(figures, 0)
-    call_us, large_us, copy_bytes_per_s = figures.tolist()
-    return call_us, large_us, copy_bytes_per_s
+    nbytes, small, company = figures.tolist()
+    return int(nbytes), small, company
 
 
-def _shortest_us(backend: CommBackendProtocol, call: Callable[[], object], calls: int) -> float:
+_LISTED_US = 0.6
+"""Sorting one tensor of a list into its bucket (2-core x86-64)."""
+
+
+def _shortest_us(backend: CommBackendProtocol, calls: Sequence[Callable[[], object]]) -> float:
     """Not the median: what a busy machine adds is no gain of fusing, which must never lose."""
     on_device = backend.device_type != "cpu"
     times = []
-    for _ in range(calls):
+    for call in list(calls) * _ROUNDS:
         start = time.perf_counter()
         call()
         if on_device:  # unverified on hardware: a device's call returns before it is done

@@ -6,7 +6,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from sagellm.core.protocols import (
     DistributedRuntimeError,
     ReduceOp,
 )
-from sagellm.core.protocols.process_group import RawCall, RawWork, Transport
+from sagellm.core.protocols.process_group import Position, RawCall, RawWork, Transport
 
 from ._schedule_data import Move, Schedule
 from ._schedule_plans import PLANS
@@ -206,6 +206,12 @@ class ScheduledTransport(Transport):
 
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
         return self.inner.issue_batch(calls)
+
+    def attach(self, position: Callable[[], Position | None]) -> None:
+        self.inner.attach(position)
+
+    def peer_positions(self) -> Mapping[int, Position | None]:
+        return self.inner.peer_positions()
 
     def start_coalescing(self) -> None:
         self.inner.start_coalescing()

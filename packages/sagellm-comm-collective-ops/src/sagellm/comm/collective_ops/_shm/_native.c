@@ -19,6 +19,7 @@
 #include <time.h>
 
 #define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
 #define ABI 1
 
 enum { PAGE = 4096, CONTROL = PAGE, CONTROL_BYTES = 256, POISON = 128, REASON = 128, MAX_RANKS = 64 };
@@ -34,16 +35,18 @@ enum { RING = 512, HISTOGRAM = 256, BUCKETS = 65, OVERRIDES = 32, YIELDS = 400 }
 #define FIRST_NAP_NS 20000
 #define LONGEST_NAP_NS 1000000
 #define INTERRUPT_NS 50000000
+#define LONGEST_CLOSE_NS 2000000000
 #define SYMMETRIC_BLOCK (256 << 10)
 
 typedef _Atomic int64_t flag;
 
+/* written by the calling thread, read by any */
 typedef struct {
-  int64_t calls, nbytes, total_ns, wait_ns, histogram[HISTOGRAM];
+  flag calls, nbytes, total_ns, wait_ns, histogram[HISTOGRAM];
 } counter;
 
 typedef struct {
-  int64_t number, packed, nbytes, started_ns, ended_ns, wait_ns, algorithm;
+  flag number, packed, nbytes, started_ns, ended_ns, wait_ns, algorithm;
 } record;
 
 typedef struct {
@@ -67,8 +70,10 @@ typedef struct {
   char *arenas[MAX_RANKS];
   /* how it ended, and what was counted */
   int cause, bad_rank;
-  counter *counters[OPS][ALGORITHMS][BUCKETS];
+  _Atomic(counter *) counters[OPS][ALGORITHMS][BUCKETS];
   record ring[RING];
+  flag recorded;                     /* calls that have a record, the running one with them */
+  atomic_int closed, resumed, told;  /* told: this rank has written why it poisoned */
 } context;
 
 typedef struct {
@@ -77,11 +82,9 @@ typedef struct {
   char *in, *out;
 } prepared;
 
+/* ---- elements -------------------------------------------------------------------------------- */
+
 static const int ITEM[DTYPES] = {1, 1, 2, 4, 8, 2, 2, 4, 8, 1};
-
-/* ---- elements ---------------------------------------------------------------------------- */
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE float bf16_to_f32(uint16_t b) {
   uint32_t u = (uint32_t)b << 16;
@@ -95,84 +98,75 @@ INLINE uint16_t f32_to_bf16(float f) {
   uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   return f != f ? 0x7fc0 : (uint16_t)rounded;
 }
-#ifdef __FLT16_MANT_DIG__
-INLINE float f16_to_f32(uint16_t b) {
-  _Float16 h;
-  memcpy(&h, &b, 2);
-  return (float)h;
-}
-INLINE uint16_t f32_to_f16(float f) {
-  _Float16 h = (_Float16)f;
-  uint16_t b;
-  memcpy(&b, &h, 2);
-  return b;
-}
-#else
-INLINE float f16_to_f32(uint16_t b) {
-  uint32_t sign = (uint32_t)(b & 0x8000) << 16, e = b >> 10 & 31, m = b & 1023, u;
-  float f;
-  if (e == 0) {
-    f = (float)m * 0x1p-24f;
-    return sign ? -f : f;
-  }
-  u = sign | (e == 31 ? 0x7f800000 : (e + 112) << 23) | m << 13;
+/* By bits and without branches, so that loops over them become vector code everywhere. */
+INLINE float f16_to_f32(uint16_t h) {
+  const uint32_t tiny_bits = 113u << 23;
+  uint32_t u = (uint32_t)(h & 0x7fff) << 13, e = u & 0x0f800000, sign = (uint32_t)(h & 0x8000) << 16;
+  float tiny, bias, f;
+  u += 112u << 23;
+  uint32_t special = u + (112u << 23), small = u + (1u << 23);
+  memcpy(&bias, &tiny_bits, 4);
+  memcpy(&tiny, &small, 4);
+  tiny -= bias; /* a subnormal: exact */
+  memcpy(&small, &tiny, 4);
+  u = e == 0x0f800000 ? special : e == 0 ? small : u;
+  u |= sign;
   memcpy(&f, &u, 4);
   return f;
 }
 INLINE uint16_t f32_to_f16(float f) {
-  uint32_t u;
+  const uint32_t half_bits = 0x3f000000;
+  uint32_t u, small;
   memcpy(&u, &f, 4);
-  uint16_t sign = u >> 16 & 0x8000;
-  u &= 0x7fffffff;
-  if (u > 0x7f800000) return sign | 0x7e00;
-  if (u >= 0x477ff000) return sign | 0x7c00;
-  if (u < 0x38800000) {
-    float a, magic = 0.5f;
-    memcpy(&a, &u, 4);
-    a += magic;
-    memcpy(&u, &a, 4);
-    return sign | (uint16_t)(u - 0x3f000000);
-  }
-  u += 0xc8000fff + (u >> 13 & 1);
-  return sign | (uint16_t)(u >> 13);
+  uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  float x, half;
+  memcpy(&x, &magnitude, 4);
+  memcpy(&half, &half_bits, 4);
+  x += half; /* rounds to a multiple of 2^-24, half to even */
+  memcpy(&small, &x, 4);
+  small -= half_bits;
+  uint32_t normal = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
+  uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  return (uint16_t)(sign | (magnitude >= 0x477ff000 ? special : magnitude < 0x38800000 ? small : normal));
 }
-#endif
 
 #define BLOCK 1024 /* elements that are combined at a time: all operands of it stay in cache */
 
 /* `out` may be one of the operands. Always ((x0 . x1) . x2) . ..., in the wider type A. */
-#define FOLD(T, A, LOAD, STORE, EXPR, FINISH)                                                  \
-  do {                                                                                         \
-    T *o = (T *)out;                                                                           \
-    if (world == 2) {                                                                          \
-      const T *x0 = (const T *)in[0], *x1 = (const T *)in[1];                                  \
-      _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                   \
-        A a = LOAD(x0[i]), b = LOAD(x1[i]);                                                    \
-        A r = (EXPR);                                                                          \
-        FINISH;                                                                                \
-        o[i] = STORE(r);                                                                       \
-      }                                                                                        \
-    } else {                                                                                   \
-      A acc[BLOCK];                                                                            \
-      for (int64_t at = 0; at < n; at += BLOCK) {                                              \
-        int64_t m = n - at < BLOCK ? n - at : BLOCK;                                           \
-        const T *x0 = (const T *)in[0] + at;                                                   \
-        for (int64_t i = 0; i < m; i++) acc[i] = LOAD(x0[i]);                                  \
-        for (int r_ = 1; r_ < world; r_++) {                                                   \
-          const T *x1 = (const T *)in[r_] + at;                                                \
-          for (int64_t i = 0; i < m; i++) {                                                    \
-            A a = acc[i], b = LOAD(x1[i]);                                                     \
-            acc[i] = (EXPR);                                                                   \
-          }                                                                                    \
-        }                                                                                      \
-        for (int64_t i = 0; i < m; i++) {                                                      \
-          A r = acc[i];                                                                        \
-          FINISH;                                                                              \
-          o[at + i] = STORE(r);                                                                \
-        }                                                                                      \
-      }                                                                                        \
-    }                                                                                          \
-    return;                                                                                    \
+#define LOOP _Pragma("GCC ivdep") for (int64_t i = 0; i < m; i++)
+#define FOLD(T, A, LOAD, STORE, EXPR, FINISH)                                                                 \
+  do {                                                                                                        \
+    A acc[BLOCK];                                                                                             \
+    for (int64_t at = 0; at < n; at += BLOCK) {                                                               \
+      int64_t m = n - at < BLOCK ? n - at : BLOCK;                                                            \
+      T *o = (T *)out + at;                                                                                   \
+      const T *x0 = (const T *)in[0] + at, *x1 = (const T *)in[1] + at, *last = (const T *)in[world - 1] + at;\
+      if (world == 2) {                                                                                       \
+        LOOP {                                                                                                \
+          A a = LOAD(x0[i]), b = LOAD(x1[i]), r = (EXPR);                                                     \
+          FINISH;                                                                                             \
+          o[i] = STORE(r);                                                                                    \
+        }                                                                                                     \
+        continue;                                                                                             \
+      }                                                                                                       \
+      LOOP {                                                                                                  \
+        A a = LOAD(x0[i]), b = LOAD(x1[i]);                                                                   \
+        acc[i] = (EXPR);                                                                                      \
+      }                                                                                                       \
+      for (int rank = 2; rank < world - 1; rank++) {                                                          \
+        x1 = (const T *)in[rank] + at;                                                                        \
+        LOOP {                                                                                                \
+          A a = acc[i], b = LOAD(x1[i]);                                                                      \
+          acc[i] = (EXPR);                                                                                    \
+        }                                                                                                     \
+      }                                                                                                       \
+      LOOP {                                                                                                  \
+        A a = acc[i], b = LOAD(last[i]), r = (EXPR);                                                          \
+        FINISH;                                                                                               \
+        o[i] = STORE(r);                                                                                      \
+      }                                                                                                       \
+    }                                                                                                         \
+    return;                                                                                                   \
   } while (0)
 
 #define AS_IS(x) (x)
@@ -190,18 +184,19 @@ INLINE uint16_t f32_to_f16(float f) {
     case PRODUCT: FOLD(T, A, LOAD, STORE, a * b, NOTHING);                                     \
   }                                                                                            \
   return
-/* U: the unsigned type that wraps around; narrow products are formed in `unsigned` */
-#define INTEGERS(T, U)                                                                         \
+/* Wrapping and bits do not see a sign; narrow products are formed in `unsigned`. */
+#define UNSIGNED(U)                                                                            \
   switch (reduction) {                                                                         \
-    case SUM: FOLD(T, T, AS_IS, AS_IS, (T)(U)((U)a + (U)b), NOTHING);                          \
-    case MIN: FOLD(T, T, AS_IS, AS_IS, a < b ? a : b, NOTHING);                                \
-    case MAX: FOLD(T, T, AS_IS, AS_IS, a > b ? a : b, NOTHING);                                \
-    case PRODUCT: FOLD(T, T, AS_IS, AS_IS, (T)(U)(1u * (U)a * (U)b), NOTHING);                 \
-    case BAND: FOLD(T, T, AS_IS, AS_IS, (T)(a & b), NOTHING);                                  \
-    case BOR: FOLD(T, T, AS_IS, AS_IS, (T)(a | b), NOTHING);                                   \
-    case BXOR: FOLD(T, T, AS_IS, AS_IS, (T)(a ^ b), NOTHING);                                  \
+    case SUM: FOLD(U, U, AS_IS, AS_IS, (U)(a + b), NOTHING);                                   \
+    case PRODUCT: FOLD(U, U, AS_IS, AS_IS, (U)(1u * a * b), NOTHING);                          \
+    case BAND: FOLD(U, U, AS_IS, AS_IS, (U)(a & b), NOTHING);                                  \
+    case BOR: FOLD(U, U, AS_IS, AS_IS, (U)(a | b), NOTHING);                                   \
+    case BXOR: FOLD(U, U, AS_IS, AS_IS, (U)(a ^ b), NOTHING);                                  \
   }                                                                                            \
   return
+#define ORDERED(T)                                                                             \
+  if (reduction == MIN) FOLD(T, T, AS_IS, AS_IS, a < b ? a : b, NOTHING);                      \
+  if (reduction == MAX) FOLD(T, T, AS_IS, AS_IS, a > b ? a : b, NOTHING)
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(SAGE_PORTABLE)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -216,11 +211,11 @@ CLONES EXPORT void sage_shm_fold(int dtype, int reduction, int world, void *out,
     case F64: FLOATS(double, double, AS_IS, AS_IS);
     case BF16: FLOATS(uint16_t, float, bf16_to_f32, f32_to_bf16);
     case F16: FLOATS(uint16_t, float, f16_to_f32, f32_to_f16);
-    case U8: INTEGERS(uint8_t, uint8_t);
-    case I8: INTEGERS(int8_t, uint8_t);
-    case I16: INTEGERS(int16_t, uint16_t);
-    case I32: INTEGERS(int32_t, uint32_t);
-    case I64: INTEGERS(int64_t, uint64_t);
+    case I8: ORDERED(int8_t); UNSIGNED(uint8_t);
+    case U8: ORDERED(uint8_t); UNSIGNED(uint8_t);
+    case I16: ORDERED(int16_t); UNSIGNED(uint16_t);
+    case I32: ORDERED(int32_t); UNSIGNED(uint32_t);
+    case I64: ORDERED(int64_t); UNSIGNED(uint64_t);
     case BOOL:
       switch (reduction) {
         case SUM: case MAX: case BOR: FOLD(uint8_t, uint8_t, AS_IS, AS_IS, (uint8_t)(a | b), NOTHING);
@@ -230,7 +225,7 @@ CLONES EXPORT void sage_shm_fold(int dtype, int reduction, int world, void *out,
   }
 }
 
-/* ---- flags ------------------------------------------------------------------------------- */
+/* ---- flags ----------------------------------------------------------------------------------- */
 
 INLINE flag *control(const context *c, int rank) { return (flag *)(c->base + CONTROL + (int64_t)rank * CONTROL_BYTES); }
 INLINE char *slot_of(const context *c, int rank, int64_t seq) {
@@ -261,7 +256,7 @@ static int64_t now_ns(void) {
 
 EXPORT void sage_shm_poison(context *c, int cause, const char *reason) {
   flag *word = poison_word(c);
-  if (atomic_load_explicit(word, memory_order_acquire)) return;
+  if (atomic_load_explicit(word, memory_order_acquire) || atomic_exchange(&c->told, 1)) return;
   char *text = (char *)control(c, c->rank) + REASON;
   size_t length = strlen(reason);
   if (length > CONTROL_BYTES - REASON - 1) length = CONTROL_BYTES - REASON - 1;
@@ -282,12 +277,14 @@ static int report(context *c, int cause, int rank, const char *reason) {
   return failed(c, cause, rank);
 }
 
+INLINE int is_closed(const context *c) { return __builtin_expect(atomic_load(&c->closed), 0); }
+
 static int poisoned(context *c) {
   int64_t word = atomic_load_explicit(poison_word(c), memory_order_acquire);
   return word ? failed(c, (int)(word >> 32), (int)(word & 0xffffffff) - 1) : OK;
 }
 
-/* A peer whose socket has ended before it published `seq`; -1 if there is none. */
+/* A peer whose socket has ended before it published `seq`, oneself if one's own was closed; -1 if there is none. */
 static int lost(context *c, int64_t seq) {
   struct pollfd fds[MAX_RANKS];
   int ranks[MAX_RANKS], count = 0;
@@ -299,7 +296,10 @@ static int lost(context *c, int64_t seq) {
   if (poll(fds, count, 0) <= 0) return -1;
   int64_t word = atomic_load_explicit(poison_word(c), memory_order_acquire);
   for (int i = 0; i < count; i++)
-    if (fds[i].revents && published(c, ranks[i]) < seq && (word & 0xffffffff) - 1 != ranks[i]) return ranks[i];
+    if (fds[i].revents && published(c, ranks[i]) < seq) {
+      if (fds[i].revents & POLLNVAL) return c->rank;
+      if ((word & 0xffffffff) - 1 != ranks[i]) return ranks[i];
+    }
   return -1;
 }
 
@@ -308,6 +308,7 @@ static int nap_until(context *c, int rank, int64_t seq) {
   if (!c->deadline_ns) c->deadline_ns = start + c->timeout_ns;
   while (published(c, rank) < seq) {
     int gone = lost(c, seq), rc;
+    if (gone == c->rank || is_closed(c)) return failed(c, CLOSED, c->rank);
     if (gone >= 0) return report(c, LOST, gone, "a rank is gone");
     if ((rc = poisoned(c))) return rc;
     int64_t now = now_ns();
@@ -356,7 +357,7 @@ INLINE int wait_for_all(context *c, int64_t seq, int64_t hold_ns) {
   return OK;
 }
 
-/* ---- operations: what is written and read in a step --------------------------------------- */
+/* ---- operations: what is written and read in a step ------------------------------------------ */
 
 INLINE int64_t share(int64_t n, int64_t low, int64_t length) {
   int64_t left = n - low;
@@ -619,31 +620,53 @@ static int compare(context *c) {
   return OK;
 }
 
+/* One thread writes these words, so that no read-modify-write has to be atomic. */
+INLINE int64_t peek(const flag *word) { return atomic_load_explicit(word, memory_order_relaxed); }
+INLINE void put(flag *word, int64_t value) { atomic_store_explicit(word, value, memory_order_relaxed); }
+INLINE void add(flag *word, int64_t value) { put(word, peek(word) + value); }
+
+static void start_record(context *c) {
+  record *r = &c->ring[c->number % RING];
+  put(&r->number, c->number);
+  put(&r->packed, c->word);
+  put(&r->nbytes, c->n);
+  put(&r->started_ns, c->started_ns);
+  put(&r->ended_ns, 0);
+  put(&r->wait_ns, 0);
+  put(&r->algorithm, c->algorithm);
+  atomic_store_explicit(&c->recorded, c->number + 1, memory_order_release);
+}
+
 static void count(context *c) {
   static const uint16_t eighths[8] = {0, 2967, 6202, 9729, 13574, 17769, 22343, 27327}; /* (2^(i/8) - 1) * 2^15 */
   int64_t ended = now_ns(), spent = ended - c->started_ns;
   int bucket = c->n ? 64 - __builtin_clzll((uint64_t)c->n) : 0;
-  counter **slot = &c->counters[c->op][c->algorithm][bucket], *k = *slot;
-  if (!k && !(k = *slot = calloc(1, sizeof(counter)))) return;
+  _Atomic(counter *) *slot = &c->counters[c->op][c->algorithm][bucket];
+  counter *k = atomic_load_explicit(slot, memory_order_relaxed);
+  if (!k) {
+    if (!(k = calloc(1, sizeof(counter)))) return;
+    atomic_store_explicit(slot, k, memory_order_release);
+  }
   uint64_t tens = spent < 10 ? 1 : (uint64_t)spent / 10;
   int octave = 63 - __builtin_clzll(tens), eighth = 7;
   uint64_t fraction = (tens << (63 - octave) << 1) >> 49;
   while (eighth && fraction < eighths[eighth]) eighth--;
   int index = octave * 8 + eighth;
-  k->calls++;
-  k->nbytes += c->n;
-  k->total_ns += spent;
-  k->wait_ns += c->wait_ns;
-  k->histogram[index < HISTOGRAM ? index : HISTOGRAM - 1]++;
+  add(&k->calls, 1);
+  add(&k->nbytes, c->n);
+  add(&k->total_ns, spent);
+  add(&k->wait_ns, c->wait_ns);
+  add(&k->histogram[index < HISTOGRAM ? index : HISTOGRAM - 1], 1);
   record *r = &c->ring[c->number % RING];
-  r->ended_ns = ended;
-  r->wait_ns = c->wait_ns;
-  r->algorithm = c->algorithm;
+  put(&r->ended_ns, ended);
+  put(&r->wait_ns, c->wait_ns);
+  put(&r->algorithm, c->algorithm);
 }
 
 static int drive(context *c, int64_t hold_ns) {
   int rc;
   for (; c->step < c->steps; c->step++) {
+    if (is_closed(c)) return failed(c, CLOSED, c->rank);
     if (!c->phase) {
       if ((rc = wait_for_all(c, c->seq, hold_ns))) return rc;
       c->seq++;
@@ -676,7 +699,7 @@ static int drive(context *c, int64_t hold_ns) {
 }
 
 static int begin(context *c, int64_t word, int64_t n, char *in, char *out, const int64_t *aux, int64_t timeout_ns) {
-  int rc = poisoned(c);
+  int rc = is_closed(c) ? failed(c, CLOSED, c->rank) : poisoned(c);
   if (rc) return rc;
   c->word = word;
   c->n = n;
@@ -709,7 +732,7 @@ static int begin(context *c, int64_t word, int64_t n, char *in, char *out, const
   if (c->statistics) {
     c->started_ns = now_ns();
     c->deadline_ns = c->started_ns + timeout_ns;
-    c->ring[c->number % RING] = (record){c->number, word, n, c->started_ns, 0, 0, c->algorithm};
+    start_record(c);
   }
   return OK;
 }
@@ -773,7 +796,12 @@ EXPORT int sage_shm_run(context *c, int64_t word, int64_t n, char *in, char *out
 }
 
 /* With the interpreter released: to the end, or INTERRUPTED so that signal handlers may run. */
-EXPORT int sage_shm_resume(context *c) { return drive(c, 0); }
+EXPORT int sage_shm_resume(context *c) {
+  atomic_store(&c->resumed, 1);
+  int rc = drive(c, 0);
+  atomic_store(&c->resumed, 0);
+  return rc;
+}
 
 EXPORT prepared *sage_shm_prepare(context *c, int64_t word, int64_t n, char *in, char *out, int64_t timeout_ns) {
   prepared *p = malloc(sizeof(prepared));
@@ -799,12 +827,12 @@ EXPORT int64_t sage_shm_totals(const context *c, int64_t *rows, int64_t room) {
   for (int op = 0; op < OPS; op++)
     for (int a = 0; a < ALGORITHMS; a++)
       for (int b = 0; b < BUCKETS; b++) {
-        const counter *k = c->counters[op][a][b];
-        if (!k || !k->calls) continue;
+        const counter *k = atomic_load_explicit(&c->counters[op][a][b], memory_order_acquire);
+        if (!k || !peek(&k->calls)) continue;
         if (found < room) {
           int64_t *row = rows + found * (7 + HISTOGRAM);
           row[0] = op, row[1] = a, row[2] = b - 1;
-          memcpy(row + 3, k, sizeof(counter));
+          for (size_t i = 0; i < sizeof(counter) / sizeof(flag); i++) row[3 + i] = peek(&k->calls + i);
         }
         found++;
       }
@@ -813,21 +841,31 @@ EXPORT int64_t sage_shm_totals(const context *c, int64_t *rows, int64_t room) {
 
 EXPORT void sage_shm_reset(context *c) {
   for (int i = 0; i < OPS * ALGORITHMS * BUCKETS; i++) {
-    counter *k = (&c->counters[0][0][0])[i];
-    if (k) memset(k, 0, sizeof(counter));
+    counter *k = atomic_load_explicit(&(&c->counters[0][0][0])[i], memory_order_acquire);
+    if (!k) continue;
+    for (size_t word = 0; word < sizeof(counter) / sizeof(flag); word++) put(&k->calls + word, 0);
   }
 }
 
 /* The last calls as rows of `record`; returns how many, oldest first. */
 EXPORT int64_t sage_shm_records(const context *c, int64_t *rows) {
-  int64_t last = c->number + (c->op >= 0), first = last > RING ? last - RING : 0;
-  if (!c->statistics) return 0;
-  for (int64_t i = first; i < last; i++) memcpy(rows + (i - first) * 7, &c->ring[i % RING], sizeof(record));
+  int64_t last = atomic_load_explicit(&c->recorded, memory_order_acquire), first = last > RING ? last - RING : 0;
+  for (int64_t i = first; i < last; i++)
+    for (int word = 0; word < 7; word++) rows[(i - first) * 7 + word] = peek(&c->ring[i % RING].number + word);
   return last - first;
 }
 
-EXPORT void sage_shm_close(context *c) {
-  for (int i = 0; i < OPS * ALGORITHMS * BUCKETS; i++) free((&c->counters[0][0][0])[i]);
+/* Calls fail from now on. 0 when none is in `resume` any more, so that the segment may go away. */
+EXPORT int sage_shm_close(context *c) {
+  atomic_store(&c->closed, 1);
+  for (int64_t end = now_ns() + LONGEST_CLOSE_NS; atomic_load(&c->resumed) && now_ns() < end;)
+    nanosleep(&(struct timespec){0, FIRST_NAP_NS}, 0);
+  return atomic_load(&c->resumed);
+}
+
+/* After `close`, when no call and no `prepared` can come any more. */
+EXPORT void sage_shm_free(context *c) {
+  for (int i = 0; i < OPS * ALGORITHMS * BUCKETS; i++) free(atomic_load(&(&c->counters[0][0][0])[i]));
   free(c);
 }
 

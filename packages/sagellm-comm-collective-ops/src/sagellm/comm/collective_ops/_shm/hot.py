@@ -6,7 +6,7 @@ its tensors are plain, dense and contiguous. Everything here answers "done" or "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,21 @@ class HotPath:
             return False
         go(x, x)
         return True
+
+    def all_reduce_each(self, xs: Sequence[Tensor], start: int, op: str) -> int:
+        """Run those from `start` on; the index of the first that is not hot."""
+        if not isinstance(op, str):
+            return start
+        shortcuts = self._kind("all_reduce", op)
+        for i in range(start, len(xs)):
+            x = xs[i]
+            if not self._hot or type(x) is not Tensor:
+                return i
+            go = shortcuts[x.dtype]
+            if go is None or not _plain(x):
+                return i
+            go(x, x)
+        return len(xs)
 
     def broadcast(self, x: Tensor, src: int) -> bool:
         """Run it if it is hot."""

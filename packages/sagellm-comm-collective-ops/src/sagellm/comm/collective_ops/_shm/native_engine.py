@@ -18,7 +18,17 @@ from sagellm.core.protocols.process_group import RawCall
 
 from .choice import ALGORITHMS, SYMMETRIC_BYTES, Override, one_shot_bytes
 from .engine import CallRecord, Engine, EngineFailure, EngineTotals, Shortcut
-from .layout import CAUSES, DTYPES, F_UNEVEN, OPS, REDUCTIONS, Layout, pack
+from .layout import (
+    CAUSES,
+    CONTROL_BYTES,
+    DTYPES,
+    F_UNEVEN,
+    OPS,
+    REASON,
+    REDUCTIONS,
+    Layout,
+    pack,
+)
 from .native_library import library
 
 __all__ = ["NativeEngine"]
@@ -33,6 +43,7 @@ CHUNK_BYTES = 128 * 1024
 
 _AGAIN, _FAILED = 1, 2
 _HISTOGRAM, _RING = 256, 512
+_REASON_BYTES = CONTROL_BYTES - REASON - 1
 _OPS = {name: i for i, name in enumerate(OPS)}
 _DTYPES = {getattr(torch, name): i for i, name in enumerate(DTYPES)}
 _REDUCTIONS = {name: i for i, name in enumerate(REDUCTIONS)}
@@ -92,6 +103,7 @@ class NativeEngine(Engine):
         if not context:
             raise MemoryError("no memory for the native engine")
         self._context = ctypes.c_void_p(context)
+        weakref.finalize(self, found.free.sage_shm_free, self._context).atexit = False
         self._lib = found
         self._held, self._go = found.held.sage_shm_run, found.held.sage_shm_go
         self._lock = threading.Lock()
@@ -202,7 +214,8 @@ class NativeEngine(Engine):
             if rc:
                 go_on(rc)
 
-        weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
+        end = weakref.finalize(ready, _forget, self._lib.free.sage_shm_forget, pointer, kept)
+        end.atexit = False  # a daemon thread may still be in a call
         return ready
 
     def shortcut(
@@ -232,7 +245,8 @@ class NativeEngine(Engine):
             if rc:
                 go_on(rc)
 
-        weakref.finalize(go, _forget, self._lib.free.sage_shm_forget, pointer, None)
+        end = weakref.finalize(go, _forget, self._lib.free.sage_shm_forget, pointer, None)
+        end.atexit = False
         return go
 
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
@@ -251,12 +265,16 @@ class NativeEngine(Engine):
             self._lib.free.sage_shm_totals(self._context, rows.ctypes.data, room)
         return [
             EngineTotals(
-                OPS[row[0]],
-                ALGORITHMS[row[1]],
-                *row[2:7],
-                tuple(np.trim_zeros(row[7:], "b")),
+                OPS[op],
+                ALGORITHMS[algorithm],
+                bucket,
+                calls,
+                nbytes,
+                total_ns,
+                wait_ns,
+                tuple(np.trim_zeros(histogram, "b")),
             )
-            for row in rows.tolist()
+            for op, algorithm, bucket, calls, nbytes, total_ns, wait_ns, *histogram in rows.tolist()
         ]
 
     def records(self) -> Sequence[CallRecord]:
@@ -265,7 +283,10 @@ class NativeEngine(Engine):
             if self._memory is None:
                 return ()
             count = self._lib.free.sage_shm_records(self._context, rows.ctypes.data)
-        return [CallRecord(*row[:6], ALGORITHMS[row[6]]) for row in rows[:count].tolist()]
+        return [
+            CallRecord(row[0], row[1], row[2], row[3], row[4], row[5], ALGORITHMS[row[6]])
+            for row in rows[:count].tolist()
+        ]
 
     def reset_totals(self) -> None:
         with self._lock:
@@ -277,15 +298,15 @@ class NativeEngine(Engine):
     def poison(self, cause: str, reason: str) -> None:
         with self._lock:
             if self._memory is not None:
-                text = reason.encode()
+                text = reason.encode()[:_REASON_BYTES].decode(errors="ignore").encode()
                 self._lib.free.sage_shm_poison(self._context, CAUSES.index(cause), text)
 
     def close(self) -> None:
         with self._lock:
             if self._memory is not None:
                 self._memory = None
-                self._lib.free.sage_shm_close(self._context)
-                del self._anchor
+                if not self._lib.held.sage_shm_close(self._context):
+                    del self._anchor  # else a call does not end, and needs the memory
 
 
 def _forget(forget: Callable[[object], None], pointer: object, kept: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Fold", "fold_of", "quiet", "typed"]
+__all__ = ["Array", "Fold", "fold_of", "moved", "quiet", "typed"]
 
 Array: TypeAlias = Any
 """A flat `numpy.ndarray`, or a `Tensor` for 16-bit floats."""
@@ -84,6 +84,13 @@ def typed(x: Tensor) -> Array:
     return x if x.dim() == 1 else x.view(-1)
 
 
+def moved(x: Tensor) -> Array:
+    """As `typed`, where elements are only moved: 16-bit floats as integers."""
+    if x.dtype not in NUMPY_TYPES:
+        x = x.detach().view(torch.int16)
+    return typed(x)
+
+
 def fold_of(op: str, dtype: torch.dtype, world: int, scratch: Callable[..., Array]) -> Fold:
     """The function that combines `world` operands of `dtype` by `op`.
 
@@ -99,6 +106,9 @@ def fold_of(op: str, dtype: torch.dtype, world: int, scratch: Callable[..., Arra
     combine = _NUMPY[op]
     divide = op == "avg"
 
+    def fold_two(operands: Sequence[Array], out: Array) -> None:
+        combine(operands[0], operands[1], out=out)
+
     def fold(operands: Sequence[Array], out: Array) -> None:
         last = world - 1
         total = operands[0]
@@ -112,7 +122,7 @@ def fold_of(op: str, dtype: torch.dtype, world: int, scratch: Callable[..., Arra
         if divide:
             np.divide(out, world, out=out)
 
-    return fold
+    return fold_two if world == 2 and not divide else fold
 
 
 def _fold_16_bit(op: str, world: int, scratch: Callable[..., Array]) -> Fold:

@@ -8,21 +8,28 @@ import mmap
 import platform
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from sagellm.core.protocols import ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
-from .choice import ALGORITHMS, Override, choose
-from .engine import CallRecord, Engine, EngineFailure, EngineTotals
-from .layout import F_UNEVEN, Layout
-from .python_arithmetic import Fold, fold_of, quiet
+from .choice import Override, choose
+from .engine import CallRecord, Engine, EngineFailure, EngineTotals, Shortcut
+from .layout import DTYPES, F_UNEVEN, Layout
+from .python_arithmetic import Fold, fold_of, moved, quiet, typed
 from .python_flags import Flags, clock
 from .python_memory import Memory
 from .python_plans import Plans, packed
-from .python_prepared import prepare_small
-from .python_records import Records
+from .python_prepared import OneStep, one_step
+from .python_records import Records, tag_of
 
 __all__ = ["PythonEngine", "supported"]
+
+SHORTCUTS = 128
+"""Sizes of one kind of call that a shortcut remembers."""
+
+_TYPES = frozenset(getattr(torch, name) for name in DTYPES)
 
 
 def supported() -> bool:
@@ -66,6 +73,7 @@ class PythonEngine(Engine):
         self._fold = functools.lru_cache(64)(
             lambda op, dtype: fold_of(op, dtype, layout.world, self._memory.scratch)
         )
+        self._shortcuts: list[dict[int, OneStep | None]] = []
         self._run = quiet(self._run_loudly)
 
     # -- calls ----------------------------------------------------------------------------
@@ -92,14 +100,8 @@ class PythonEngine(Engine):
         started, waited = clock(), self._flags.wait_ns
         records.running = (word, nbytes, started)
         algorithm = self._perform(call, nbytes, uneven, offset)
-        records.write(
-            word,
-            nbytes,
-            started,
-            clock(),
-            self._flags.wait_ns - waited,
-            ALGORITHMS.index(algorithm),
-        )
+        waited = self._flags.wait_ns - waited
+        records.write(tag_of(word, algorithm), nbytes, started, clock(), waited)
 
     def _perform(self, call: RawCall, nbytes: int, uneven: bool, offset: int) -> str:
         """Take the steps of a call that has been opened; returns the algorithm."""
@@ -170,19 +172,64 @@ class PythonEngine(Engine):
         )
         if op != "all_gather":
             call.reduce_op = reduce_op  # type: ignore[assignment]  # any string that equals one
-        if self._layout.arena_bytes and self.algorithm(op, x.nbytes, symmetric=True) == "symmetric":
-            return functools.partial(self.run, call)  # peers' tensors may be symmetric
-        small = prepare_small(
+        step = self._step(call, x.dtype, x.nbytes)
+        if step is None:
+            return functools.partial(self.run, call)
+        array = moved if op == "all_gather" else typed
+        return functools.partial(step, array(x), array(out))
+
+    def shortcut(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        reduce_op: ReduceOp | None = None,
+        root: int | None = None,
+        *,
+        timeout_s: float,
+    ) -> Shortcut:
+        general = super().shortcut(op, dtype, reduce_op, root, timeout_s=timeout_s)
+        call = RawCall(op, reduce_op=reduce_op, peer=root, timeout_s=timeout_s)
+        array = typed if reduce_op else moved
+        steps: dict[int, OneStep | None] = {}
+        self._shortcuts.append(steps)
+
+        def go(x: Tensor, out: Tensor) -> None:
+            nbytes = x.nbytes
+            try:
+                step = steps[nbytes]
+            except KeyError:
+                self._flags.check_poison()  # a closed engine has no memory to make one for
+                if len(steps) == SHORTCUTS:
+                    steps.clear()
+                step = steps[nbytes] = self._step(call, dtype, nbytes)
+            if step is None:
+                general(x, out)
+            elif out is x:
+                elements = array(x)
+                step(elements, elements)
+            else:
+                step(array(x), array(out))
+
+        return go
+
+    def _step(self, call: RawCall, dtype: torch.dtype, nbytes: int) -> OneStep | None:
+        """The whole of a call as one step, None if it takes more or may be symmetric."""
+        op, layout = call.op, self._layout
+        if dtype not in _TYPES or not nbytes or self.algorithm(op, nbytes) == "two_shot":
+            return None
+        if layout.arena_bytes and self.algorithm(op, nbytes, symmetric=True) == "symmetric":
+            return None  # peers' tensors may be symmetric
+        step = one_step(
             call,
-            packed(call, 0),
+            dtype,
+            nbytes,
             self._flags,
             self._memory,
             self._records,
-            None if op == "all_gather" else self._fold_for(call),
-            one_shot=self.algorithm(op, x.nbytes) in ("one_shot", "direct"),
-            slot_bytes=self._layout.slot_bytes,
+            self._fold(call.reduce_op, dtype) if call.reduce_op else None,
+            slot_bytes=layout.slot_bytes,
         )
-        return quiet(small) if small else functools.partial(self.run, call)
+        return step and quiet(step)
 
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
         layout = self._layout
@@ -214,6 +261,8 @@ class PythonEngine(Engine):
 
     def close(self) -> None:
         self._flags.close()
+        for steps in self._shortcuts:
+            steps.clear()
         self._memory.close()
 
 

@@ -301,12 +301,14 @@ _DTYPES = {getattr(torch, name): i for i, name in enumerate(DTYPES)}
 _REDUCTIONS = {name: i for i, name in enumerate(REDUCTIONS)}
 
 
-def packed(call: RawCall, flags: int) -> int:
-    """The first signature word of a call."""
+def packed(call: RawCall, flags: int, dtype: torch.dtype | None = None) -> int:
+    """The first signature word of a call; its tensors tell the type unless it is given."""
     tensors = call.outputs or call.inputs
+    if dtype is None and tensors:
+        dtype = tensors[0].dtype
     return pack(
         _OPS[call.op],
-        _DTYPES.get(tensors[0].dtype, -1) if tensors else -1,
+        -1 if dtype is None else _DTYPES.get(dtype, -1),
         _REDUCTIONS[call.reduce_op] if call.reduce_op else 0,
         flags,
         -1 if call.peer is None else call.peer,

@@ -7,132 +7,168 @@ one slot; CPython's attribute lookups would cost more than the call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sagellm.core.protocols.process_group import RawCall
 
-from .choice import ALGORITHMS
 from .layout import SIGNATURE, SYMMETRIC
-from .python_arithmetic import Array, Fold, typed
+from .python_arithmetic import NUMPY_TYPES, Array, Fold
 from .python_flags import POISON, Flags, clock
 from .python_memory import Memory
-from .python_records import Records
+from .python_plans import packed
+from .python_records import Records, tag_of
 
-__all__ = ["prepare_small"]
+__all__ = ["OneStep", "one_step"]
+
+OneStep: TypeAlias = Callable[[Array, Array], None]
+"""`step(x, out)` on flat arrays: of `typed` for reductions, of `moved` for others."""
+
+Give: TypeAlias = Callable[[Array], object]
+"""Write this rank's slot of one parity."""
+
+Take: TypeAlias = Callable[[int, Array, Array], None]
+"""`take(parity, x, out)`: read the peers' slots."""
 
 
-def as_bytes(x: Tensor) -> Array:
-    """The bytes of a contiguous tensor, as a flat numpy array that shares its memory."""
-    return x.detach().as_strided((x.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-def prepare_small(
+def one_step(
     call: RawCall,
-    word: int,
+    dtype: torch.dtype,
+    nbytes: int,
     flags: Flags,
     memory: Memory,
     records: Records | None,
     fold: Fold | None,
     *,
-    one_shot: bool,
     slot_bytes: int,
-) -> Callable[[], None] | None:
-    """A function that makes `call` in one step, or None where it takes more than one."""
-    x = call.inputs[0] if call.inputs else call.outputs[0]
-    if call.op == "reduce_scatter":
-        fits = call.outputs[0].nbytes <= memory.part_bytes
-    else:
-        fits = one_shot and x.nbytes <= slot_bytes
-    if not fits or not x.nbytes:
+) -> OneStep | None:
+    """A function that makes `call` of `nbytes` in one step, or None where it takes more.
+
+    Args:
+        call: all_reduce, all_gather, reduce_scatter or broadcast; its tensors are not looked at.
+        dtype: Of the elements.
+        nbytes: Of this rank's input.
+        flags: Those of the engine.
+        memory: Where slots are.
+        records: None without statistics.
+        fold: Combines elements, for reductions.
+        slot_bytes: Size of a slot.
+
+    """
+    world = len(flags.peers) + 1
+    if nbytes > (memory.part_bytes * world if call.op == "reduce_scatter" else slot_bytes):
         return None
-    if call.op == "all_gather":
-        give, take = _gathering(call, flags, memory)
-    elif call.op == "reduce_scatter":
-        assert fold is not None
-        give, take = _scattering(call, flags, memory, fold)
+    count = nbytes // dtype.itemsize
+    if fold is None and dtype not in NUMPY_TYPES:
+        dtype_moved = torch.int16
     else:
+        dtype_moved = dtype
+    if call.op == "reduce_scatter":
         assert fold is not None
-        give, take = _reducing(call, flags, memory, fold)
-    step = _one_step(word, x.nbytes, int(call.timeout_s * 1e9), flags, give, take)
-    if records is None:
-        return step
-    algorithm = ALGORITHMS.index("one_shot" if call.op == "all_reduce" else "direct")
-    return _recorded(step, word, x.nbytes, algorithm, flags, records)
+        give, take = _scattering(count // world, dtype, flags.rank, flags.peers, memory, fold)
+    else:
+        views = memory.views(count, dtype_moved, 0)
+        give = (_put(views[0][flags.rank]), _put(views[1][flags.rank]))
+        if call.op == "all_reduce":
+            assert fold is not None
+            take = _reducing(views, flags.rank, fold)
+        elif call.op == "all_gather":
+            take = _gathering(views, count, flags.rank)
+        else:
+            assert call.peer is not None
+            take = _casting(views, call.peer)
+            if call.peer == flags.rank:
+                take = _nothing
+            else:
+                give = (_none, _none)
+    algorithm = "one_shot" if call.op == "all_reduce" else "direct"
+    word, timeout_ns = packed(call, 0, dtype), int(call.timeout_s * 1e9)
+    return _step(word, nbytes, timeout_ns, flags, give, take, records, tag_of(word, algorithm))
 
 
-Half = Callable[[int], None]
-"""Half of a step's data movement, given the parity."""
+Pair: TypeAlias = tuple[Give, Give]
+Views: TypeAlias = tuple[tuple[Array, ...], tuple[Array, ...]]
 
 
-def _reducing(call: RawCall, flags: Flags, memory: Memory, fold: Fold) -> tuple[Half, Half]:
-    x, me = call.outputs[0], flags.rank
-    elements, source = typed(x), as_bytes(x)
-    slots = tuple(v[me] for v in memory.views(x.nbytes, torch.uint8, 0))
-    operands = [list(v) for v in memory.views(x.numel(), x.dtype, 0)]
-    for views in operands:
-        views[me] = elements
-
-    def give(parity: int) -> None:
-        slots[parity][...] = source
-
-    def take(parity: int) -> None:
-        fold(operands[parity], elements)
-
-    return give, take
+def _put(view: Array) -> Give:
+    """A function that copies an array to `view`, without a frame of the interpreter."""
+    put: Give = view.copy_ if isinstance(view, torch.Tensor) else partial(view.__setitem__, ...)
+    return put
 
 
-def _gathering(call: RawCall, flags: Flags, memory: Memory) -> tuple[Half, Half]:
-    x, n, me = call.inputs[0], call.inputs[0].nbytes, flags.rank
-    source, target = as_bytes(x), as_bytes(call.outputs[0])
-    views = memory.views(n, torch.uint8, 0)
-    own = target[me * n : me * n + n]
-    in_place = own.ctypes.data == source.ctypes.data
-    pairs = tuple(
-        tuple((target[p * n : p * n + n], views[parity][p]) for p in flags.peers)
-        for parity in (0, 1)
-    )
-
-    def give(parity: int) -> None:
-        views[parity][me][...] = source
-
-    def take(parity: int) -> None:
-        if not in_place:
-            own[...] = source
-        for to, slot in pairs[parity]:
-            to[...] = slot
-
-    return give, take
+def _none(x: Array) -> None:
+    """Write nothing."""
 
 
-def _scattering(call: RawCall, flags: Flags, memory: Memory, fold: Fold) -> tuple[Half, Half]:
-    x, out, me = call.inputs[0], call.outputs[0], flags.rank
-    n, count, source, target = out.nbytes, out.numel(), as_bytes(x), typed(out)
+def _nothing(parity: int, x: Array, out: Array) -> None:
+    """Read nothing."""
+
+
+def _reducing(views: Views, me: int, fold: Fold) -> Take:
+    operands = [list(v) for v in views]
+
+    def take(parity: int, x: Array, out: Array) -> None:
+        xs = operands[parity]
+        xs[me] = x
+        fold(xs, out)
+        xs[me] = None  # the tensor is not ours to keep
+
+    return take
+
+
+def _gathering(views: Views, n: int, me: int) -> Take:
+    ranges = tuple(slice(p * n, p * n + n) for p in range(len(views[0])))
+
+    def take(parity: int, x: Array, out: Array) -> None:
+        for part, slot in zip(ranges, views[parity], strict=True):
+            out[part] = slot
+
+    return take
+
+
+def _casting(views: Views, root: int) -> Take:
+    def take(parity: int, x: Array, out: Array) -> None:
+        out[...] = views[parity][root]
+
+    return take
+
+
+def _scattering(
+    n: int, dtype: torch.dtype, me: int, peers: tuple[int, ...], memory: Memory, fold: Fold
+) -> tuple[Pair, Take]:
+    """`n` elements for each rank."""
     step = memory.part_bytes
-    pairs: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
-    for p in flags.peers:
-        slots = memory.views(n, torch.uint8, p * step)
+    parts: list[list[tuple[Give, slice]]] = [[], []]
+    for p in peers:
+        slots = memory.views(n, dtype, p * step)
         for parity in (0, 1):
-            pairs[parity].append((slots[parity][me], source[p * n : p * n + n]))
-    operands = [list(v) for v in memory.views(count, x.dtype, me * step)]
-    for views in operands:
-        views[me] = typed(x)[me * count : me * count + count]
+            parts[parity].append((_put(slots[parity][me]), slice(p * n, p * n + n)))
+    views = memory.views(n, dtype, me * step)
+    fold_own = _reducing(views, me, fold)
+    own = slice(me * n, me * n + n)
 
-    def give(parity: int) -> None:
-        for slot, part in pairs[parity]:
-            slot[...] = part
+    def give(puts: list[tuple[Give, slice]], x: Array) -> None:
+        for put, part in puts:
+            put(x[part])
 
-    def take(parity: int) -> None:
-        fold(operands[parity], target)
+    def take(parity: int, x: Array, out: Array) -> None:
+        fold_own(parity, x[own], out)
 
-    return give, take
+    return (partial(give, parts[0]), partial(give, parts[1])), take
 
 
-def _one_step(
-    word: int, nbytes: int, timeout_ns: int, flags: Flags, give: Half, take: Half
-) -> Callable[[], None]:
+def _step(
+    word: int,
+    nbytes: int,
+    timeout_ns: int,
+    flags: Flags,
+    give: Pair,
+    take: Take,
+    records: Records | None,
+    tag: int,
+) -> OneStep:
     """`give`, publish, wait for all, compare, `take`: one whole call."""
     words, mine, theirs = flags.words, flags.mine, flags.theirs
     own = flags.control[flags.rank]
@@ -143,13 +179,17 @@ def _one_step(
     )
     check_poison, wait_for = flags.check_poison, flags.wait_for
 
-    def run() -> None:
+    def run(x: Array, out: Array) -> None:
         try:
             poisoned = words[POISON]
         except ValueError:  # the words were released by `close`
             poisoned = 1
         if poisoned:
             check_poison()
+        started = waited = 0
+        if records is not None:
+            started, waited = clock(), flags.wait_ns
+            records.running = (word, nbytes, started)
         flags.timeout_ns, flags.deadline_ns = timeout_ns, 0
         step = flags.step
         for at in theirs:
@@ -157,7 +197,7 @@ def _one_step(
                 wait_for(at, step)
         flags.step = step = step + 1
         parity = step & 1
-        give(parity)
+        give[parity](x)
         at = signatures[parity]
         words[at] = word
         words[at + 1] = nbytes
@@ -171,25 +211,8 @@ def _one_step(
         for peer, at in peers[parity]:
             if words[at] != word or words[at + 1] != nbytes:
                 raise flags.mismatch(peer)
-        take(parity)
-
-    return run
-
-
-def _recorded(
-    step: Callable[[], None],
-    word: int,
-    nbytes: int,
-    algorithm: int,
-    flags: Flags,
-    records: Records,
-) -> Callable[[], None]:
-    write = records.write
-
-    def run() -> None:
-        started, waited = clock(), flags.wait_ns
-        records.running = (word, nbytes, started)
-        step()
-        write(word, nbytes, started, clock(), flags.wait_ns - waited, algorithm)
+        take(parity, x, out)
+        if records is not None:
+            records.write(tag, nbytes, started, clock(), flags.wait_ns - waited)
 
     return run

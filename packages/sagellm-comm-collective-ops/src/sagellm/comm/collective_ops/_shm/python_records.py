@@ -6,8 +6,8 @@ numpy, half a ring at a time, before they are written over.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ from .choice import ALGORITHMS
 from .engine import CallRecord, EngineTotals
 from .layout import OPS
 
-__all__ = ["BUCKETS", "RING", "Records"]
+__all__ = ["BUCKETS", "RING", "Records", "tag_of"]
 
 RING = 1024
 """Calls remembered; a power of two."""
@@ -24,12 +24,20 @@ BUCKETS = 256
 """Longest histogram: up to 42 s."""
 
 _HALF = RING // 2
-_COLUMNS = 6
+_COLUMNS = 5
 _ROW_BYTES = 8 * _COLUMNS
-_PACKED, _NBYTES, _STARTED, _ENDED, _WAIT, _ALGORITHM = range(_COLUMNS)
+_TAG, _NBYTES, _STARTED, _ENDED, _WAIT = range(_COLUMNS)
+_TAG_BITS = 48
+"""Below this bit of a tag is the first signature word, above it the number of the algorithm."""
+_SIZES = 65
+"""Size buckets: one for 0 bytes, then one per power of two."""
+_STARTS = np.array([math.ceil(10 * 2 ** (i / 8)) for i in range(1, BUCKETS)])
+"""Durations with which the buckets of a histogram after the first begin."""
 
-Key = tuple[int, int, int]
-"""Number of op, of algorithm, and size bucket."""
+
+def tag_of(packed: int, algorithm: str) -> int:
+    """First signature word and algorithm in one word, as `Records.write` takes them."""
+    return packed | ALGORITHMS.index(algorithm) << _TAG_BITS
 
 
 class Records:
@@ -48,87 +56,84 @@ class Records:
         self._rows = np.frombuffer(self._ring, np.int64).reshape(RING, _COLUMNS)
         self._pack_into = struct.Struct(f"={_COLUMNS}q").pack_into
         self._counted = 0
-        self._totals: Counter[Key] = Counter()
-        self._sums: dict[Key, np.ndarray] = {}
-        self._histograms: dict[Key, np.ndarray] = {}
+        self._counts: dict[int, np.ndarray] = {}
+        """By op, algorithm and size: calls, bytes, time and waiting, then the histogram."""
 
-    def write(
-        self, packed: int, nbytes: int, started: int, ended: int, wait: int, algorithm: int
-    ) -> None:
+    def write(self, tag: int, nbytes: int, started: int, ended: int, wait: int) -> None:
         """Remember a call that has ended."""
         number = self.number
-        self._pack_into(
-            self._ring,
-            number % RING * _ROW_BYTES,
-            packed,
-            nbytes,
-            started,
-            ended,
-            wait,
-            algorithm,
-        )
-        self.number = number = number + 1
+        at = number % RING * _ROW_BYTES
+        self._pack_into(self._ring, at, tag, nbytes, started, ended, wait)
         self.running = None
+        self.number = number = number + 1
         if not number % _HALF:
             self._count()
 
     def _count(self) -> None:
         """Add the rows since the last time to the totals."""
-        numbers = np.arange(self._counted, self.number) % RING
-        rows = self._rows[numbers]
-        self._counted = self.number
-        nbytes = rows[:, _NBYTES]
-        buckets = np.where(nbytes > 0, np.log2(np.maximum(nbytes, 1)).astype(np.int64), -1)
+        first, end = self._counted, self.number
+        self._counted = end
+        if first == end:
+            return
+        low = first % RING
+        rows = self._rows[low : low + end - first]  # never around the end: it is a half's end
+        tags = rows[:, _TAG]
+        _, sizes = np.frexp(rows[:, _NBYTES])
+        kinds = ((tags >> _TAG_BITS) * len(OPS) + (tags & 0xFF)) * _SIZES + sizes
+        kind = int(kinds[0])
+        if (kinds == kind).all():
+            self._add(kind, rows)
+            return
+        for kind in np.unique(kinds).tolist():
+            self._add(kind, rows[kinds == kind])
+
+    def _add(self, kind: int, rows: np.ndarray) -> None:
         spent = rows[:, _ENDED] - rows[:, _STARTED]
-        slots = (8 * np.log2(np.maximum(spent, 10) / 10)).astype(np.int64)
-        slots = np.minimum(slots, BUCKETS - 1)
-        kinds = np.stack([rows[:, _PACKED] & 0xFF, rows[:, _ALGORITHM], buckets], axis=1)
-        for kind in np.unique(kinds, axis=0):
-            chosen = (kinds == kind).all(axis=1)
-            op, algorithm, bucket = (int(value) for value in kind)
-            key = (op, algorithm, bucket)
-            sums = [nbytes[chosen].sum(), spent[chosen].sum(), rows[chosen, _WAIT].sum()]
-            counts = np.bincount(slots[chosen], minlength=BUCKETS)
-            self._totals[key] += int(chosen.sum())
-            self._sums[key] = self._sums.get(key, 0) + np.array(sums)
-            self._histograms[key] = self._histograms.get(key, 0) + counts
+        counts = self._counts.get(kind)
+        if counts is None:
+            counts = self._counts[kind] = np.zeros(4 + BUCKETS, np.int64)
+        sums = len(rows), rows[:, _NBYTES].sum(), spent.sum(), rows[:, _WAIT].sum()
+        counts[:4] += sums
+        counts[4:] += np.bincount(_STARTS.searchsorted(spent, "right"), minlength=BUCKETS)
 
     def totals(self) -> Sequence[EngineTotals]:
         """Counts of all calls that have ended, by op, algorithm and size."""
         self._count()
         found = []
-        for key in sorted(self._totals):
-            op, algorithm, bucket = key
-            nbytes, total_ns, wait_ns = (int(value) for value in self._sums[key])
-            histogram = np.trim_zeros(self._histograms[key], "b")
+        for kind, counts in list(self._counts.items()):
+            rest, size = divmod(kind, _SIZES)
+            algorithm, op = divmod(rest, len(OPS))
+            calls, nbytes, total_ns, wait_ns, *histogram = counts.tolist()
+            while not histogram[-1]:
+                histogram.pop()
             found.append(
                 EngineTotals(
                     OPS[op],
                     ALGORITHMS[algorithm],
-                    bucket,
-                    self._totals[key],
+                    size - 1,
+                    calls,
                     nbytes,
                     total_ns,
                     wait_ns,
-                    tuple(int(n) for n in histogram),
+                    tuple(histogram),
                 )
             )
-        return found
+        return sorted(found, key=lambda t: (OPS.index(t.op), t.algorithm, t.bucket))
 
     def reset(self) -> None:
         """Start the counts anew; the ring stays."""
         self._count()
-        self._totals.clear()
-        self._sums.clear()
-        self._histograms.clear()
+        self._counts.clear()
 
     def last(self) -> Sequence[CallRecord]:
         """The calls of the ring, oldest first, the running one last."""
         number = self.number
         found = []
         for i in range(max(0, number - RING), number):
-            packed, nbytes, started, ended, wait, algorithm = self._rows[i % RING].tolist()
-            found.append(CallRecord(i, packed, nbytes, started, ended, wait, ALGORITHMS[algorithm]))
+            tag, nbytes, started, ended, wait = self._rows[i % RING].tolist()
+            algorithm = ALGORITHMS[tag >> _TAG_BITS]
+            packed = tag & (1 << _TAG_BITS) - 1
+            found.append(CallRecord(i, packed, nbytes, started, ended, wait, algorithm))
         running = self.running
         if running is not None:
             found.append(CallRecord(number, *running, 0, 0, ""))

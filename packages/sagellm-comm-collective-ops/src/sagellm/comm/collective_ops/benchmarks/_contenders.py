@@ -8,6 +8,7 @@ anew outside the timed part.
 
 from __future__ import annotations
 
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -201,10 +202,9 @@ class Mpi(Contender):
     """An MPI through mpi4py, with its buffer descriptions made beforehand: its best case."""
 
     def __init__(self, world: int) -> None:
-        from mpi4py import MPI
-
-        self._mpi: Any = MPI  # Any: mpi4py may be absent where this is type-checked
-        self._comm: Any = MPI.COMM_WORLD
+        # Any, and no import statement: mpi4py may be absent where this is type-checked
+        self._mpi: Any = importlib.import_module("mpi4py.MPI")
+        self._comm: Any = self._mpi.COMM_WORLD
         self.rank, self.world = int(self._comm.rank), int(self._comm.size)
         if self.world != world:
             raise RuntimeError(f"MPI started a world of {self.world}, not of {world}")

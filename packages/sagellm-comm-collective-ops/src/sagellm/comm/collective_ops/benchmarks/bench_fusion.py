@@ -1,8 +1,10 @@
 """What fusing buys: 200 tensors of 4-64 KiB, two ranks, over gloo and over shared memory.
 
-`gloo_per_tensor` is torch's own all_reduce of each tensor. `gloo_fused` copies into buckets and
-back, `gloo_in_bucket` reduces tensors that live in the buckets. Over shared memory fusing must not
-lose against `shm_per_tensor`.
+`gloo_per_tensor` is torch's own synchronous all_reduce of each tensor; `gloo_one_cat` is what torch
+can do at best: all of them concatenated, reduced in one call, and copied back. `gloo_fused` is
+`fused_all_reduce` of the list, `gloo_added` the same tensors queued one by one in a
+`FusedAllReduce`, `gloo_in_bucket` tensors that live in its buckets. Over shared memory
+`shm-ENGINE_fused` must not lose against `shm-ENGINE_per_tensor`; `added` is reported.
 """
 
 from __future__ import annotations
@@ -15,22 +17,28 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Ratio, Row
+from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
+from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Missing, Ratio, Row
 
 from ._ranks import RankProcesses, serve
 
 TENSORS = 200
-NAMES = (
-    "gloo_per_tensor", "gloo_fused", "gloo_in_bucket", "shm_per_tensor", "shm_fused",
-)  # fmt: skip
+GLOO = ("gloo_per_tensor", "gloo_one_cat", "gloo_fused", "gloo_added", "gloo_in_bucket")
+WAYS = ("per_tensor", "fused", "added")
+SHM = tuple(f"shm-{engine}_{way}" for engine in ENGINES for way in WAYS)
 
 
-def rank_process(rank: int, folder: str, pipe: Connection) -> None:
+def rank_process(rank: int, folder: str, pipe: Connection, engines: Sequence[str]) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist
 
-    from sagellm.comm.collective_ops import FusedAllReduce, GlooBackend, create_comm_backend
+    from sagellm.comm.collective_ops import (
+        FusedAllReduce,
+        GlooBackend,
+        ShmBackend,
+        fused_all_reduce,
+    )
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -40,11 +48,10 @@ def rank_process(rank: int, folder: str, pipe: Connection) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    gloo, shm = GlooBackend(timeout_s=60), create_comm_backend("shm", timeout_s=60)
+    gloo = GlooBackend(timeout_s=60)
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(1024, 16384, (TENSORS,), generator=generator).tolist()
     tensors = [torch.zeros(n) for n in counts]
-    fused, fused_shm = FusedAllReduce(gloo), FusedAllReduce(shm)
     at_home = FusedAllReduce(gloo)
     homes = [at_home.empty((n,), torch.float32) for n in counts]
 
@@ -52,42 +59,67 @@ def rank_process(rank: int, folder: str, pipe: Connection) -> None:
         for x in tensors:
             call(x)
 
+    def one_cat() -> None:
+        flat = torch.cat(tensors)
+        dist.all_reduce(flat)
+        for x, part in zip(tensors, torch.split(flat, counts), strict=True):
+            x.copy_(part)
+
     def all_of(fuser: FusedAllReduce, xs: Sequence[torch.Tensor]) -> None:
         for x in xs:
             fuser.add(x)
         fuser.flush()
 
-    calls: dict[str, Callable[[], None]] = {
+    calls: dict[str, Callable[[], object]] = {
         "gloo_per_tensor": lambda: each(dist.all_reduce),
-        "gloo_fused": lambda: all_of(fused, tensors),
+        "gloo_one_cat": one_cat,
+        "gloo_fused": lambda: fused_all_reduce(gloo, tensors),
+        "gloo_added": functools.partial(all_of, FusedAllReduce(gloo), tensors),
         "gloo_in_bucket": lambda: all_of(at_home, homes),
-        "shm_per_tensor": lambda: each(shm.all_reduce),
-        "shm_fused": lambda: all_of(fused_shm, tensors),
     }
+    for engine in engines:
+        shm = ShmBackend(timeout_s=60, options={"engine": engine})
+        calls[f"shm-{engine}_per_tensor"] = functools.partial(each, shm.all_reduce)
+        calls[f"shm-{engine}_fused"] = functools.partial(fused_all_reduce, shm, tensors)
+        calls[f"shm-{engine}_added"] = functools.partial(all_of, FusedAllReduce(shm), tensors)
 
     def call_for(name: str, case: Mapping[str, Any]) -> tuple[Callable[[], object], int]:
-        return calls[name], 3 if name.startswith("shm") else 1
+        return calls[name], 5 if name.startswith("shm") else 1
 
     serve(pipe, dist.barrier, call_for)
 
 
 @contextlib.contextmanager
 def contenders(case: Case) -> Iterator[Contenders]:
-    ranks = RankProcesses(2, rank_process)
+    engines = [engine for engine in ENGINES if engine in available_engines()]
+    ranks = RankProcesses(2, rank_process, engines)
+    there = (*GLOO, *(f"shm-{engine}_{way}" for engine in engines for way in WAYS))
     try:
-        yield {name: functools.partial(ranks.time, name, case) for name in NAMES}
+        yield {
+            name: functools.partial(ranks.time, name, case)
+            if name in there
+            else Missing("this engine of shm does not work here")
+            for name in (*GLOO, *SHM)
+        }
     finally:
         ranks.close()
 
 
 def ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
     times = {row.contender: row.median or 0.0 for row in rows}
+    shm = [
+        (f"shm-{e}_per_tensor", f"shm-{e}_{way}", goal)
+        for e in ENGINES
+        for way, goal in (("fused", 1.0), ("added", None))
+    ]
     for peer, ours, goal in (
         ("gloo_per_tensor", "gloo_fused", 4.5),
+        ("gloo_per_tensor", "gloo_added", None),
         ("gloo_per_tensor", "gloo_in_bucket", None),
-        ("shm_per_tensor", "shm_fused", 1.0),
+        ("gloo_one_cat", "gloo_fused", None),
+        *shm,
     ):
-        value = times[peer] / times[ours] if times[ours] else None
+        value = times[peer] / times[ours] if times[peer] and times[ours] else None
         yield Ratio(f"{peer}/{ours}", rows[0].case, value, goal)
 
 

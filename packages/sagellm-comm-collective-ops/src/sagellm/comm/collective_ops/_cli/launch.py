@@ -164,9 +164,7 @@ def make_backends(
     for name in names:
         backend, why = None, ""
         try:
-            backend = create_comm_backend(
-                name, device=where, timeout_s=timeout_s, options=options
-            )
+            backend = create_comm_backend(name, device=where, timeout_s=timeout_s, options=options)
             if backend.size != meeting.size:
                 why = f"{name} made a group of {backend.size}; it does not span processes"
         except (BackendUnavailableError, ConfigError, DistributedRuntimeError) as e:

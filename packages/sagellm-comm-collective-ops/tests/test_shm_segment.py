@@ -11,7 +11,6 @@ from shm_ranks import ended, forked
 from sagellm.comm.collective_ops._shm import segment as segments
 from sagellm.comm.collective_ops._shm.arena import Arena
 from sagellm.comm.collective_ops._shm.layout import PAGE, Layout
-from sagellm.comm.collective_ops._shm.overrides import parse_overrides
 from sagellm.comm.collective_ops._shm.rings import ANNOUNCE, SMALL, Ring, segment_words
 from sagellm.comm.collective_ops._shm.segment import Segment
 from sagellm.comm.collective_ops._shm.settings import ShmSettings
@@ -222,9 +221,9 @@ def test_full_ring_says_so_and_a_header_needs_room_too(ring):
         ({"engine": "rust"}, "engine 'rust' is not one of auto, native, python"),
         ({"slot_bytes": 5000}, "slot_bytes 5000 is not a multiple of 4096"),
         ({"arena_bytes": -4096}, "arena_bytes -4096"),
-        ({"statistics": 1}, "statistics 1 is not True or False"),
+        ({"statistics": 1}, "option statistics is 1"),
         ({"algorithms": "all_reduce=ring"}, "is not op:low-high:algorithm"),
-        ({"algorithms": "all_reduce:x-64k:one_shot"}, "'x' .* is not a size"),
+        ({"algorithms": "all_reduce:x-64k:one_shot"}, "size 'x' in .* is not a number"),
         ({"slots": 3}, "shm has no option slots; known: algorithms, arena_bytes"),
     ],
 )
@@ -234,8 +233,9 @@ def test_bad_options_are_refused_with_the_form(option, text):
 
 
 def test_overrides_are_read():
-    assert parse_overrides("all_reduce:0-64k:one_shot, all_reduce:64k-:two_shot") == (
+    text = "all_reduce:0-64k:one_shot, all_reduce:64k-1m:native, all_reduce:1m-:two_shot"
+    assert ShmSettings.of("shm", {"algorithms": text}).overrides() == (
         ("all_reduce", 0, 65536, "one_shot"),
-        ("all_reduce", 65536, 1 << 62, "two_shot"),
+        ("all_reduce", 1 << 20, 1 << 62, "two_shot"),
     )
-    assert parse_overrides(None) == ()
+    assert ShmSettings().overrides() == ()

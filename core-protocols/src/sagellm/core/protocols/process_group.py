@@ -13,6 +13,16 @@ import torch
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
 from ._process_group.cost_table import table_by_broadcast, table_by_store
 from ._process_group.ops import TensorBackend
+from ._process_group.recorder import (
+    COMPLETED,
+    LOCAL,
+    P2P_OPS,
+    STARTED,
+    TAKEN_OVER,
+    FlightRecorder,
+    Owner as RecordOwner,
+    Record,
+)
 from ._process_group.shim import abort_group, group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
 from ._process_group.stats import EngineRow, busbw_factor
@@ -26,11 +36,19 @@ from .observe import OBSERVE_OPTIONS, observe_settings
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
+    "COMPLETED",
+    "LOCAL",
+    "P2P_OPS",
+    "STARTED",
+    "TAKEN_OVER",
     "EngineRow",
+    "FlightRecorder",
     "Position",
     "ProcessGroupBackend",
     "RawCall",
     "RawWork",
+    "Record",
+    "RecordOwner",
     "SoloTransport",
     "TensorBackend",
     "TorchObject",

@@ -108,12 +108,16 @@ class ObservedGroup(CommBackendProtocol):
         late as far as the ranks told each other (`late`, and `summary` in one sentence). Cheap
         enough to be asked at any time, from any thread.
         """
-        return flight_dump(self, self._recorder, self._transport, reason)
+        return flight_dump(self, self._recorded(), self._transport, reason)
+
+    def _recorded(self) -> FlightRecorder:
+        """The last calls; a backend with calls that bypass `_run` adds those."""
+        return self._recorder
 
     @property
     def calls_so_far(self) -> int:
         """How many calls this rank has begun on the group."""
-        return self._recorder.sequence
+        return self._recorded().sequence
 
     def dump_to(self, folder: str | os.PathLike[str], reason: str) -> None:
         """Write the flight record to a folder; a full disk is no new failure, it is logged."""

@@ -161,11 +161,12 @@ class FlightRecorder:
 
     """
 
-    __slots__ = ("_last", "_ring", "collectives", "sequence")
+    __slots__ = ("_last", "_ring", "_told", "collectives", "sequence")
 
     def __init__(self, entries: int) -> None:
         self._ring: list[Record | None] = [None] * entries
         self._last: Record | None = None
+        self._told: Position | None = None
         self.sequence = 0
         """Calls so far, which is the next call's number."""
         self.collectives = 0
@@ -184,7 +185,14 @@ class FlightRecorder:
         """What is kept, oldest first."""
         return sorted((r for r in self._ring if r is not None), key=lambda r: r.sequence)
 
+    def stand(self, position: Position) -> None:
+        """Say where this rank stands, when calls were made that were not added."""
+        self._told = position
+        self.collectives = position.collective
+
     def position(self) -> Position | None:
         """Where this rank stands: its latest call; None before the first."""
+        if self._told is not None:
+            return self._told
         last = self._last
         return None if last is None else Position(last.collective, last.op, last.state)

@@ -10,7 +10,6 @@ import torch
 from sagellm.core.protocols import (
     BackendSpec,
     Choice,
-    ConfigError,
     CostModelProtocol,
     CostTable,
     TopologyManagerProtocol,
@@ -25,30 +24,10 @@ from sagellm.core.protocols.process_group import (
 
 from ._scheduled import ScheduledTransport, agree_on_algorithms
 from .calibrate import cached_table, keep_table, measure, table_key
-from .choice import AlgorithmTable, explain_choice, measured_table, parse_algorithms
+from .choice import AlgorithmTable, asked_algorithms, explain_choice, measured_table
 from .settings import CollectiveSettings
 
-__all__ = ["ChosenBackend", "asked_algorithms"]
-
-
-def asked_algorithms(
-    options: Mapping[str, Any],  # Any: each option has its own type
-    known: Mapping[str, list[str]] | None = None,
-) -> AlgorithmTable:
-    """The table that the option `algorithms` gives, else the setting of that name.
-
-    Raises:
-        ConfigError: It is not a string, or `parse_algorithms` does not take it.
-
-    """
-    if options.get("algorithms") is not None:
-        text = options["algorithms"]
-        if not isinstance(text, str):
-            raise ConfigError(f"option algorithms is {text!r}, not a string")
-        return parse_algorithms(text, known)
-    settings = CollectiveSettings.load()
-    source = f"{settings.origin('algorithms')} (algorithms)"
-    return parse_algorithms(settings.algorithms, known, source)
+__all__ = ["ChosenBackend"]
 
 
 class ChosenBackend(ProcessGroupBackend):

@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
     Lowering,
     Probe,
 )
+from sagellm.core.protocols.observe import OBSERVE_OPTIONS
 
 __all__ = ["GLOO", "HIER", "MOCK", "NCCL", "RCCL", "SHM"]
 
@@ -251,7 +252,7 @@ SHM = BackendSpec(
         "engine": "`auto`, `native` or `python`: what runs the calls",
         "slot_bytes": "bytes of a staging slot, two for each rank",
         "arena_bytes": "address space of a rank's symmetric tensors; memory comes with them",
-        "statistics": "False counts and times nothing",
+        **OBSERVE_OPTIONS,
         "algorithms": "overrides such as `all_reduce:0-64k:one_shot`, separated by commas",
     },
     install_hint="pip install sagellm-comm-collective-ops on Linux",

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sagellm.core.protocols import Choice, ConfigError, CostTable
 
 from ._schedule_plans import PLANS
+from .settings import CollectiveSettings
 
 __all__ = [
     "AlgorithmTable",
     "Rule",
     "algorithms_known",
+    "asked_algorithms",
     "choose",
     "explain_choice",
     "measured_table",
@@ -34,6 +37,8 @@ _PRIMITIVES = {
     "all_to_all_single": "all_to_all",
     "reduce_scatter_tensor": "reduce_scatter",
 }
+_OWN = {"all_reduce": ("one_shot", "two_shot", "symmetric", "leaders", "two_d")}
+"""Algorithms of single backends."""
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"(\d+)([kmg]?)")
 _MARGIN = 1.1
@@ -83,14 +88,55 @@ class AlgorithmTable:
         return next((r for r in self.rules if r.op == op and r.low == 0 and r.high is None), None)
 
 
-def algorithms_known(native: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
-    """What `parse_algorithms` takes for each operation, when a backend adds some of its own.
+def algorithms_known(
+    native: Mapping[str, Sequence[str]] | None = None, *, schedules: bool = True
+) -> dict[str, list[str]]:
+    """What `parse_algorithms` takes for each operation.
+
+    Args:
+        native: What a backend adds of its own.
+        schedules: Whether it runs this package's schedules too.
 
     >>> algorithms_known()["all_to_all"]
     ['native', 'pairwise', 'direct']
     """
-    own = native or {}
-    return {op: [NATIVE, *own.get(op, ()), *PLANS.get(op, ())] for op in sorted({*PLANS, *own})}
+    own, ours = native or {}, PLANS if schedules else {}
+    return {op: [NATIVE, *own.get(op, ()), *ours.get(op, ())] for op in sorted({*ours, *own})}
+
+
+def asked_algorithms(
+    options: Mapping[str, Any],  # Any: each option has its own type
+    known: Mapping[str, Sequence[str]] | None = None,
+) -> AlgorithmTable:
+    """The table that the option `algorithms` gives, else the setting of that name.
+
+    The setting is for all backends of a process: rules in it for algorithms that only others have
+    are left out.
+
+    Raises:
+        ConfigError: It is not a string, or `parse_algorithms` does not take it.
+
+    """
+    text = options.get("algorithms")
+    if text is not None:
+        if not isinstance(text, str):
+            raise ConfigError(f"option algorithms is {text!r}, not a string")
+        return parse_algorithms(text, known)
+    settings = CollectiveSettings.load()
+    source = f"{settings.origin('algorithms')} (algorithms)"
+    ours = algorithms_known() if known is None else known
+    everybody = algorithms_known(_OWN)
+    for op, names in ours.items():
+        everybody[op] = list(dict.fromkeys([*names, *everybody.get(op, ())]))
+    found = parse_algorithms(settings.algorithms, everybody, source)
+    rules = [_renamed(r, ours.get(r.op, ())) for r in found.rules]
+    return AlgorithmTable(tuple(r for r in rules if r.algorithm in ours.get(r.op, ())), source)
+
+
+def _renamed(rule: Rule, known: Sequence[str]) -> Rule:
+    """By the alias where that is what is known."""
+    name = rule.algorithm
+    return rule if name in known else replace(rule, algorithm=_ALIASES.get(name, name))
 
 
 def parse_algorithms(

@@ -23,12 +23,11 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.observe import OBSERVE_OPTIONS, observe_settings
 from sagellm.core.protocols.process_group import RawCall, RawWork, TensorBackend, Transport
 
-from ._chosen import asked_algorithms
 from ._mock_clock import MockLinks, VirtualClock
 from ._mock_group import Faults, MockGroup, Transfer
 from ._scheduled import ScheduledTransport
 from ._specs import MOCK
-from .choice import AlgorithmTable, explain_choice
+from .choice import AlgorithmTable, asked_algorithms, explain_choice
 
 __all__ = ["MockBackend", "MockWorld"]
 

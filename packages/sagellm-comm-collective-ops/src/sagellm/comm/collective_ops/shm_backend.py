@@ -24,8 +24,12 @@ from sagellm.core.protocols import (
     TopologyManagerProtocol,
     Work,
 )
+from sagellm.core.protocols.observe import ObserveSettings, observe_settings
 from sagellm.core.protocols.process_group import (
+    STARTED,
     EngineRow,
+    FlightRecorder,
+    Record,
     SoloTransport,
     TensorBackend,
     TorchObject,
@@ -35,11 +39,14 @@ from sagellm.core.protocols.process_group import (
 from ._groups import find_source
 from ._shm.any_source import AnySourceReceive
 from ._shm.engine import EngineFailure
+from ._shm.explain import explain_shm
+from ._shm.flight import merge_records
 from ._shm.forks import release_in_children
 from ._shm.hot import HotPath
 from ._shm.settings import ShmSettings
 from ._shm.transport import FORKED, ShmTransport, form_transport
 from ._specs import SHM
+from .choice import NATIVE
 
 __all__ = ["ShmBackend"]
 
@@ -66,8 +73,9 @@ class ShmBackend(TensorBackend):
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used.
         cost_model: Lets `explain` give a time.
-        options: `engine`, `slot_bytes`, `arena_bytes`, `statistics`, `algorithms`; alike on all
-            ranks.
+        options: `engine`, `slot_bytes`, `arena_bytes`, `algorithms`, alike on all ranks; and each
+            rank's own `statistics`, `flight_entries`, `flight_folder`. `statistics` False also
+            keeps calls of the short way out of the flight record.
 
     >>> ShmBackend().size
     1
@@ -103,7 +111,8 @@ class ShmBackend(TensorBackend):
                 timeout_s=timeout_s,
                 settings=settings,
             )
-        self._start(facts, transport, timeout_s, topology_manager, cost_model, None)
+        observe = observe_settings(options or {})
+        self._start(facts, transport, timeout_s, topology_manager, cost_model, None, observe)
 
     @classmethod
     def over_store(
@@ -147,7 +156,8 @@ class ShmBackend(TensorBackend):
             settings=ShmSettings.of(SHM.name, options),
         )
         backend = cls.__new__(cls)
-        backend._start(SHM, transport, timeout_s, topology_manager, cost_model, None)
+        observe = observe_settings(options or {})
+        backend._start(SHM, transport, timeout_s, topology_manager, cost_model, None, observe)
         return backend
 
     @classmethod
@@ -164,7 +174,9 @@ class ShmBackend(TensorBackend):
         topology_manager: TopologyManagerProtocol | None,
         cost_model: CostModelProtocol | None,
         cost_table: CostTable | None,
+        observe: ObserveSettings,
     ) -> None:
+        self._fallen: Record | None = None
         self._hot = HotPath()
         self._shm = transport if isinstance(transport, ShmTransport) else None
         super().__init__(
@@ -174,6 +186,7 @@ class ShmBackend(TensorBackend):
             topology_manager=topology_manager,
             cost_model=cost_model,
             cost_table=cost_table,
+            observe=observe,
         )
         if self._shm is not None:
             self._hot = HotPath(self._shm, self._size, self.timeout_s)
@@ -188,6 +201,7 @@ class ShmBackend(TensorBackend):
             self.topology_manager,
             self.cost_model,
             self._cost_table,
+            self._observing,
         )
         return backend
 
@@ -295,8 +309,13 @@ class ShmBackend(TensorBackend):
             return self._unusable(op)
         detail = "" if x is None else f", {x.nbytes} bytes {str(x.dtype).removeprefix('torch.')}"
         text = f"{op} of group {self.group_name} (rank {self._rank} of {self._size}{detail})"
-        self._counters.started(op, 0, 0)
-        self._counters.failed(op)
+        if self._counting:
+            self._counters.started(op, 0, 0)
+            self._counters.failed(op)
+        nbytes, dtype = (0, None) if x is None else (x.nbytes, x.dtype)
+        fallen = Record(self, op, 0, 0, nbytes, nbytes, dtype, None, None, NATIVE)
+        fallen.text, fallen.state = text, STARTED
+        self._fallen = fallen
         return self._declare_dead(text, failure)
 
     def _interrupted(self, op: str, error: BaseException) -> None:
@@ -364,14 +383,7 @@ class ShmBackend(TensorBackend):
         choice = super().explain(op, nbytes)
         if self._shm is None or op in ("send", "recv"):
             return choice
-        name = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter",
-                "all_to_all_single": "all_to_all"}.get(op, op)  # fmt: skip
-        engine = self._shm.engine
-        algorithm = engine.algorithm(name, nbytes)
-        reason = (
-            f"the {engine.name} engine runs {nbytes} bytes so among {self._size} ranks of one host"
-        )
-        return Choice(self.name, algorithm, reason, choice.estimate_us)
+        return explain_shm(self.name, self._shm, op, nbytes, choice.estimate_us)
 
     def _engine_totals(self) -> Sequence[EngineRow]:
         return () if self._shm is None else self._shm.totals()
@@ -380,3 +392,11 @@ class ShmBackend(TensorBackend):
         super().reset_stats()
         if self._shm is not None:
             self._shm.reset_statistics()
+
+    def _recorded(self) -> FlightRecorder:
+        noted = super()._recorded()
+        if self._shm is None:
+            return noted
+        entries = self._observing.flight_entries
+        now = self._shm.positions().get(self._rank)
+        return merge_records(self, noted.records(), self._shm.records(), entries, now, self._fallen)

@@ -14,9 +14,18 @@ __all__ = ["run_explain"]
 
 
 def run_explain(
-    op: str, nbytes: int, backend: str, *, device: str, ranks: int | None, timeout_s: float
+    op: str,
+    nbytes: int,
+    backend: str,
+    *,
+    device: str,
+    ranks: int | None,
+    timeout_s: float,
+    calibrate: bool = False,
 ) -> dict[str, Any] | None:  # Any: JSON
     """The answer of every rank; None but on rank 0.
+
+    With `calibrate` the algorithms are measured first, or an earlier measurement is taken.
 
     Raises:
         DistributedRuntimeError: A rank failed.
@@ -29,6 +38,7 @@ def run_explain(
         backend,
         device,
         timeout_s,
+        calibrate,
         ranks=ranks,
         deadline_s=timeout_s,
         timeout_s=4 * timeout_s,
@@ -42,12 +52,19 @@ def run_explain(
 
 
 def _on_rank(
-    meeting: Meeting, op: str, nbytes: int, name: str, device: str, timeout_s: float
+    meeting: Meeting,
+    op: str,
+    nbytes: int,
+    name: str,
+    device: str,
+    timeout_s: float,
+    calibrate: bool,
 ) -> dict[str, Any]:
     answer: dict[str, Any] = {"op": op, "nbytes": nbytes, "asked": name}
     if name == "auto":
         answer["selection"] = explain_selection(device=device, timeout_s=timeout_s).explain()
-    made, failed = make_backends(meeting, [name], device, timeout_s)
+    options = {"calibrate": True} if calibrate else None
+    made, failed = make_backends(meeting, [name], device, timeout_s, options)
     if failed:
         return answer | {"error": failed[name]}
     with made[name] as backend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -142,7 +142,13 @@ def _meet(timeout_s: float) -> Meeting:
     return Meeting(source.store, source.rank, source.size, timeout_s)
 
 
-def make_backends(meeting: Meeting, names: list[str], device: str, timeout_s: float) -> Made:
+def make_backends(
+    meeting: Meeting,
+    names: list[str],
+    device: str,
+    timeout_s: float,
+    options: Mapping[str, Any] | None = None,  # Any: each option has its own type
+) -> Made:
     """Backends over all ranks, made in the same order on every rank.
 
     Whether one could be made is agreed: if it failed on any rank, no rank uses it.
@@ -158,7 +164,7 @@ def make_backends(meeting: Meeting, names: list[str], device: str, timeout_s: fl
     for name in names:
         backend, why = None, ""
         try:
-            backend = create_comm_backend(name, device=where, timeout_s=timeout_s)
+            backend = create_comm_backend(name, device=where, timeout_s=timeout_s, options=options)
             if backend.size != meeting.size:
                 why = f"{name} made a group of {backend.size}; it does not span processes"
         except (BackendUnavailableError, ConfigError, DistributedRuntimeError) as e:

@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("nbytes", help="size of this rank's input, as 64k")
     explain.add_argument("--backend", default="auto", help="name, default auto")
 
+    explain.add_argument(
+        "--calibrate", action="store_true",
+        help="measure the algorithms first, or take what was measured on these hosts before; "
+        "for backends with the option `calibrate`, such as gloo",
+    )  # fmt: skip
+
     doctor = add("doctor", "whether this host can run each backend, and what to do if not")
     for made in (bench, explain, doctor):
         made.add_argument("--ranks", type=int, help="ranks on this host, default 2")
@@ -150,6 +156,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         ranks=arguments.ranks,
         timeout_s=arguments.timeout_s,
+        calibrate=arguments.calibrate,
     )
     if answer is None:
         return 0

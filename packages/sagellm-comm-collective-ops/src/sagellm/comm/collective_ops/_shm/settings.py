@@ -6,15 +6,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sagellm.comm.collective_ops.choice import (
+    NATIVE,
+    AlgorithmTable,
+    algorithms_known,
+    asked_algorithms,
+    parse_algorithms,
+)
 from sagellm.core.protocols import ConfigError
+from sagellm.core.protocols.observe import OBSERVE_OPTIONS, observe_settings
 
+from .choice import Override
 from .engines import ENGINES, available_engines
 from .identity import address_space, cpu_claim
-from .layout import MAX_RANKS, PAGE, Layout
-from .overrides import parse_overrides
+from .layout import MAX_RANKS, OPS, PAGE, Layout
 
-__all__ = ["ShmSettings", "facts_of", "plan_layout"]
+__all__ = ["KNOWN", "ShmSettings", "facts_of", "plan_layout"]
 
+KNOWN = algorithms_known(
+    {
+        op: ("one_shot", "two_shot", "symmetric") if op == "all_reduce" else ("direct",)
+        for op in OPS
+    },
+    schedules=False,
+)
+"""Algorithms that `algorithms` may name."""
+
+_OF_ONE_RANK = ("statistics", "algorithms_from")
+_EVER = 1 << 62
 _MAILBOXES_BYTES = 8 << 20
 _MAX_MAILBOX_BYTES = 256 << 10
 
@@ -27,8 +46,9 @@ class ShmSettings:
         engine: `auto`, `native` or `python`.
         slot_bytes: Bytes of one staging slot; every rank has two.
         arena_bytes: Address space of a rank's symmetric tensors; memory is taken as they are made.
-        statistics: Whether calls are counted and timed.
+        statistics: Whether calls are counted and timed; each rank's own.
         algorithms: Overrides such as `all_reduce:0-64k:one_shot`, separated by commas.
+        algorithms_from: Where those were read, for a person.
 
     """
 
@@ -37,6 +57,7 @@ class ShmSettings:
     arena_bytes: int = 16 << 30
     statistics: bool = True
     algorithms: str | None = None
+    algorithms_from: str = ""
 
     @classmethod
     def of(cls, name: str, options: Mapping[str, Any] | None) -> ShmSettings:
@@ -47,12 +68,16 @@ class ShmSettings:
 
         """
         given = dict(options or {})
-        known = {f for f in cls.__dataclass_fields__}
+        known = {*cls.__dataclass_fields__, *OBSERVE_OPTIONS} - {"algorithms_from"}
         unknown = sorted(set(given) - known)
         if unknown:
             told = ", ".join(sorted(known))
             raise ConfigError(f"{name} has no option {', '.join(unknown)}; known: {told}")
-        settings = cls(**given)
+        asked = asked_algorithms(given, KNOWN)
+        own = {name: value for name, value in given.items() if name in cls.__dataclass_fields__}
+        own["statistics"] = observe_settings(given).statistics
+        own["algorithms"] = ",".join(map(str, asked.rules)) or None
+        settings = cls(**own, algorithms_from=asked.source)
         if settings.engine not in ("auto", *ENGINES):
             raise ConfigError(
                 f"engine {settings.engine!r} is not one of auto, {', '.join(ENGINES)}"
@@ -63,18 +88,26 @@ class ShmSettings:
                 raise ConfigError(
                     f"{field} {value!r} is not a multiple of {PAGE} of at least {least}"
                 )
-        if not isinstance(settings.statistics, bool):
-            raise ConfigError(f"statistics {settings.statistics!r} is not True or False")
-        if settings.algorithms is not None and not isinstance(settings.algorithms, str):
-            raise ConfigError(f"algorithms {settings.algorithms!r} is not a string")
-        parse_overrides(settings.algorithms)
         return settings
+
+    @property
+    def table(self) -> AlgorithmTable:
+        """The rules of `algorithms`."""
+        return parse_algorithms(self.algorithms or "", KNOWN, self.algorithms_from)
+
+    def overrides(self) -> tuple[Override, ...]:
+        """The rules as engines take them."""
+        return tuple(
+            (rule.op, rule.low, _EVER if rule.high is None else rule.high, rule.algorithm)
+            for rule in self.table.rules
+            if rule.algorithm != NATIVE
+        )
 
 
 def facts_of(settings: ShmSettings) -> dict[str, Any]:  # Any: JSON
     """What the other ranks must know of this one."""
     return {
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in _OF_ONE_RANK},
         "engines": available_engines(),
         "space": address_space(),
         **cpu_claim(),

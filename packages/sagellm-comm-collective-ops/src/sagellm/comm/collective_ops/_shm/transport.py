@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import select
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
     PeerLostError,
 )
 from sagellm.core.protocols.process_group import (
+    Position,
     RawCall,
     RawWork,
     SoloTransport,
@@ -25,13 +26,13 @@ from sagellm.core.protocols.process_group import (
 
 from .arena import Arena
 from .calls import CallQueue, FinishedWork
-from .engine import Engine, EngineFailure, EngineTotals
+from .engine import CallRecord, Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
 from .failures import Board, explain, late_ranks
+from .flight import positions
 from .forks import release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
-from .overrides import parse_overrides
 from .p2p import Messages
 from .rings import Ring, segment_words
 from .settings import ShmSettings, facts_of, plan_layout
@@ -85,6 +86,7 @@ class ShmTransport(Transport):
             name=f"sagellm-comm-shm-p2p-{name}",
         )
         self._totals: Sequence[EngineTotals] | None = None
+        self._records: Sequence[CallRecord] | None = None
         self._queue: CallQueue | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -147,6 +149,20 @@ class ShmTransport(Transport):
         """The engine's counts; after `close` those of its end."""
         with self._lock:
             return self.engine.totals() if self._totals is None else self._totals
+
+    def records(self) -> Sequence[CallRecord]:
+        """The engine's last calls; after `close` those of its end."""
+        with self._lock:
+            return self.engine.records() if self._records is None else self._records
+
+    def positions(self) -> dict[int, Position | None]:
+        """Where every rank stands, this one included; empty where the segment is gone."""
+        with self._lock:
+            return {} if self._closed or self.forked else positions(self._board)
+
+    def peer_positions(self) -> Mapping[int, Position | None]:
+        found = self.positions()
+        return found if any(found.values()) else {}
 
     def reset_statistics(self) -> None:
         """Start the engine's counts anew."""
@@ -215,6 +231,7 @@ class ShmTransport(Transport):
                 return  # a call that cannot be ended still uses the memory
         with self._lock:
             self._totals = self.engine.totals()
+            self._records = self.engine.records()
         self.engine.close()
         self._met.close()
 
@@ -298,7 +315,7 @@ def form_transport(
             {peer: link.fileno() for peer, link in met.links.items()},
             polls=polls,
             statistics=settings.statistics,
-            algorithms=parse_overrides(settings.algorithms),
+            algorithms=settings.overrides(),
         )
     except BaseException:
         met.close()

@@ -72,7 +72,7 @@ def test_without_an_engines_memory_the_segment_tells_how_far_this_rank_is():
 
 
 def test_only_as_many_as_asked_for_are_kept():
-    rows, found = merged([], [ran(i, 2 * i + 1, 2 * i + 2) for i in range(20)], entries=4)
+    rows, _ = merged([], [ran(i, 2 * i + 1, 2 * i + 2) for i in range(20)], entries=4)
     assert [row[1] for row in rows] == [17, 18, 19, 20]
     assert merged([], [ran(0, 1, 2)], entries=0)[1].sequence == 1
 

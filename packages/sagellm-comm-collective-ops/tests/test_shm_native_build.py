@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from sagellm.comm.collective_ops._shm import build
-from sagellm.comm.collective_ops._shm.native_library import library
+from sagellm.comm.collective_ops._shm import build, native_library
+from sagellm.comm.collective_ops._shm.native_library import NativeLibrary, library
 
 
 @pytest.fixture
@@ -76,3 +76,19 @@ def test_the_library_is_made_anew_when_it_or_a_source_of_it_changed(tmp_path, mo
     build.mark_current(target)
     target.unlink()
     assert not build.is_current(target)
+
+
+def test_where_there_is_a_compiler_the_engine_is_there():
+    if build.compiler() is None:
+        pytest.skip("no C compiler")
+    assert isinstance(library(), NativeLibrary), library()
+
+
+@pytest.mark.parametrize(("name", "text"), [("ABI", "another version"), ("LAYOUT", "another lay")])
+def test_a_library_of_another_version_is_refused(name, text, monkeypatch):
+    if isinstance(library(), str):
+        pytest.skip("the engine was not built here")
+    other = 99 if name == "ABI" else (*native_library.LAYOUT[:-1], 99)
+    monkeypatch.setattr(native_library, name, other)
+    with pytest.raises(ValueError, match=text):
+        native_library.load(native_library.LIBRARY)

@@ -20,7 +20,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-#define ABI 1
+#define ABI 2
 
 enum { PAGE = 4096, CONTROL = PAGE, CONTROL_BYTES = 256, POISON = 128, REASON = 128, MAX_RANKS = 64 };
 enum { SEQUENCE = 0, SIGNATURE = 1, SIGNATURE_WORDS = 3, SYMMETRIC = 8, SYMMETRIC_WORDS = 2 };
@@ -741,11 +741,12 @@ static int begin(context *c, int64_t word, int64_t n, char *in, char *out, const
 
 EXPORT int sage_shm_abi(void) { return ABI; }
 
-EXPORT const char *sage_shm_layout(void) {
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
-  return "page=4096 control_bytes=256 poison=128 reason=128 signature=1,4 symmetric=8,10 ops=9 dtypes=10 "
-         "reductions=9 abi=" TEXT(ABI);
+/* What layout.py and choice.py must agree with, zero-terminated. */
+EXPORT const int64_t *sage_shm_layout(void) {
+  static const int64_t numbers[] = {ABI, PAGE, CONTROL, CONTROL_BYTES, POISON, REASON, MAX_RANKS,
+                                    SIGNATURE, SIGNATURE + SIGNATURE_WORDS, SYMMETRIC, SYMMETRIC + SYMMETRIC_WORDS,
+                                    F_UNEVEN, OPS, DTYPES, REDUCTIONS, ALGORITHMS, CLOSED + 1, 0};
+  return numbers;
 }
 
 EXPORT context *sage_shm_open(char *base, int rank, int world, int64_t slot, int64_t data, int64_t arena,

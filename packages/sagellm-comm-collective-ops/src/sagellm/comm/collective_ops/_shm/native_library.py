@@ -10,24 +10,41 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from .choice import ALGORITHMS
+from .layout import (
+    CAUSES,
+    CONTROL,
+    CONTROL_BYTES,
+    DTYPES,
+    F_UNEVEN,
+    H_POISON,
+    MAX_RANKS,
+    OPS,
+    PAGE,
+    REASON,
+    REDUCTIONS,
+    SIGNATURE,
+    SYMMETRIC,
+)
+
 __all__ = ["ABI", "LIBRARY", "NativeLibrary", "library", "load"]
 
 logger = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 """What `sage_shm_abi` must answer."""
 LIBRARY = Path(__file__).parent / "_sage_shm.so"
 """Where the wheel's build hook puts the library."""
 LAYOUT = (
-    "page=4096 control_bytes=256 poison=128 reason=128 signature=1,4 symmetric=8,10 ops=9 "
-    f"dtypes=10 reductions=9 abi={ABI}"
+    *(ABI, PAGE, CONTROL, CONTROL_BYTES, H_POISON, REASON, MAX_RANKS, *SIGNATURE, *SYMMETRIC),
+    *(F_UNEVEN, len(OPS), len(DTYPES), len(REDUCTIONS), len(ALGORITHMS), len(CAUSES)),
 )
-"""What `sage_shm_layout` must answer: the numbers of `layout` that `_native.c` repeats."""
+"""What `sage_shm_layout` must answer: numbers of `layout` and `choice` that `_native.c` repeats."""
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "sage_shm_abi": (_I, []),
-    "sage_shm_layout": (ctypes.c_char_p, []),
+    "sage_shm_layout": (ctypes.POINTER(_L), []),
     "sage_shm_open": (_P, [_P, _I, _I, _L, _L, _L, _L, _P, _L, _I]),
     "sage_shm_tune": (None, [_P, _L, _L, _L, _L, _L]),
     "sage_shm_override": (_I, [_P, _L, _L, _L, _L]),
@@ -90,9 +107,12 @@ def load(path: Path) -> NativeLibrary:
                 function.restype, function.argtypes = result, arguments
     except AttributeError as e:
         raise ValueError(f"it lacks a function: {e}") from None
-    found = free.sage_shm_layout().decode()
-    if free.sage_shm_abi() != ABI or found != LAYOUT:
-        raise ValueError(f"it is of another version: {found}; this package has {LAYOUT}")
+    abi = free.sage_shm_abi()
+    if abi != ABI:
+        raise ValueError(f"it is of another version: {abi}; this package has {ABI}")
+    found = tuple(free.sage_shm_layout()[: len(LAYOUT)])
+    if found != LAYOUT:
+        raise ValueError(f"it has another layout: {found}; this package has {LAYOUT}")
     return NativeLibrary(held, free)
 
 

@@ -237,9 +237,25 @@ def registered_tensors(b):
         b.register(torch.ones(4, 4).t())
 
 
+def moved_storage_is_refused_and_harms_nobody(b):
+    x = torch.ones(512)
+    handle = b.register(x)
+    if b.engine == "native":  # the Python engine keeps the memory that it was given
+        x.data = torch.ones(512)
+        with pytest.raises(ConfigError, match="has changed"):
+            b.all_reduce(x)
+    handle.release()
+    same(b.all_reduce(x), torch.full((512,), 4.0))
+
+
 def odd_tensors_take_the_general_way(b):
     x = torch.tensor([1 + 2j]).conj().imag  # its minus sign is a flag, not bits
     same(b.all_reduce(x.clone()), torch.tensor([-8.0]))
+    flagged = torch.tensor([complex(1, b.rank + 1)]).conj()
+    out = torch.empty(b.size, dtype=flagged.dtype)
+    b.all_gather_into_tensor(out, flagged)
+    same(out, torch.tensor([complex(1, -r - 1) for r in range(b.size)]))
+    same(b.all_reduce(flagged.imag, "max"), torch.tensor([-1.0]))
     parameter = torch.nn.Parameter(torch.ones(3))
     with torch.no_grad():
         same(b.all_reduce(parameter).data, torch.full((3,), 4.0))
@@ -256,7 +272,12 @@ def odd_tensors_take_the_general_way(b):
 
 @pytest.mark.parametrize(
     "case",
-    [both_ways_agree, registered_tensors, odd_tensors_take_the_general_way],
+    [
+        both_ways_agree,
+        registered_tensors,
+        moved_storage_is_refused_and_harms_nobody,
+        odd_tensors_take_the_general_way,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_the_short_way(pool, meet, case):

@@ -265,7 +265,7 @@ def group_libraries(group: TorchObject | None) -> dict[str, str]:
 
 
 def as_contiguous(x: Tensor) -> tuple[Tensor, bool]:
-    """A contiguous tensor with `x`'s elements, and whether it is a copy."""
-    if x.is_contiguous():
+    """A contiguous tensor with `x`'s elements in memory as they read, and whether it is a copy."""
+    if x.is_contiguous() and not x.is_neg() and not x.is_conj():
         return x, False
-    return x.contiguous(), True
+    return x.resolve_conj().resolve_neg().contiguous(), True

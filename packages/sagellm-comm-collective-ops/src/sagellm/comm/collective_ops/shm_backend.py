@@ -228,6 +228,8 @@ class ShmBackend(TensorBackend):
                     return x
             except EngineFailure as e:
                 raise self._fast_call_failed("all_reduce", x, e) from e
+            except ConfigError:  # nothing was sent
+                raise
             except BaseException as e:
                 self._interrupted("all_reduce", e)
                 raise
@@ -257,6 +259,8 @@ class ShmBackend(TensorBackend):
                     return out
             except EngineFailure as e:
                 raise self._fast_call_failed("all_gather_into_tensor", x, e) from e
+            except ConfigError:  # nothing was sent
+                raise
             except BaseException as e:
                 self._interrupted("all_gather_into_tensor", e)
                 raise
@@ -271,6 +275,8 @@ class ShmBackend(TensorBackend):
                     return out
             except EngineFailure as e:
                 raise self._fast_call_failed("reduce_scatter_tensor", x, e) from e
+            except ConfigError:  # nothing was sent
+                raise
             except BaseException as e:
                 self._interrupted("reduce_scatter_tensor", e)
                 raise
@@ -376,7 +382,11 @@ class ShmBackend(TensorBackend):
         return self._shm.arena.empty(shape, dtype)
 
     def register(self, x: Tensor) -> Registration:
-        """Prepare calls on `x`: they are then the fastest there are. `x` is kept until release."""
+        """Prepare calls on `x`, which are then the fastest there are.
+
+        `x` is kept until release. Its elements may change, its storage may not: the C engine
+        refuses such a call with `ConfigError`.
+        """
         return self._hot.register(x)
 
     def explain(self, op: str, nbytes: int) -> Choice:

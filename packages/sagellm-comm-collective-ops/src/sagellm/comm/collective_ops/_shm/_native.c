@@ -334,7 +334,7 @@ static int wait_slowly(context *c, int rank, int64_t seq, int64_t hold_ns) {
     if (hold_ns && !(i & 255) && now_ns() - start > hold_ns) break;
   }
   for (int i = 0; !done && !rc; i++) {
-    if (hold_ns ? now_ns() - start > hold_ns : i >= YIELDS) break;
+    if (now_ns() - start > (hold_ns ? hold_ns : INTERRUPT_NS) || (!hold_ns && i >= YIELDS)) break;
     sched_yield();
     done = published(c, rank) >= seq;
     if (!done) rc = poisoned(c);
@@ -482,17 +482,20 @@ static void write_step(context *c) {
 }
 
 /* Every rank adds its share where it lies in all arenas, and writes it to all. */
-static void reduce_in_place(context *c) {
+static int reduce_in_place(context *c) {
   int64_t m = ((c->n + c->world - 1) / c->world + 63) / 64 * 64, low = c->rank * m;
   int64_t end = low + m < c->n ? low + m : c->n;
   char *operands[MAX_RANKS];
   for (; low < end; low += SYMMETRIC_BLOCK) {
     int64_t length = share(end, low, SYMMETRIC_BLOCK);
+    int rc = poisoned(c);
+    if (rc) return rc; /* peers may have gone on to use their tensors */
     for (int r = 0; r < c->world; r++) operands[r] = c->arenas[r] + low;
     sage_shm_fold(c->dtype, c->reduction, c->world, c->out + low, operands, length / ITEM[c->dtype]);
     for (int r = 0; r < c->world; r++)
       if (r != c->rank) memcpy(operands[r], c->out + low, length);
   }
+  return OK;
 }
 
 static int read_table(context *c) {
@@ -532,7 +535,7 @@ static int read_step(context *c) {
               move(c->out + low, slot_of(c, p, c->seq) + p * m, share(c->n, low, m));
             }
       } else if (!k)
-        reduce_in_place(c);
+        return reduce_in_place(c);
       break;
     case ALL_GATHER:
       low = k * c->slot;

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagellm.core.protocols import BackendUnavailableError, ReduceOp
+from sagellm.core.protocols import BackendUnavailableError, ConfigError, ReduceOp
 from sagellm.core.protocols.process_group import RawCall
 
 from .choice import ALGORITHMS, SYMMETRIC_BYTES, Override, one_shot_bytes
@@ -207,9 +207,14 @@ class NativeEngine(Engine):
         if not handle:
             raise MemoryError("no memory for a prepared call")
         go, go_on, pointer = self._go, self._go_on, ctypes.c_void_p(handle)
-        kept = (x, out)
+        kept, at, to = (x, out), x.data_ptr(), out.data_ptr()
 
         def ready() -> None:
+            if x.data_ptr() != at or (out is not x and out.data_ptr() != to):
+                raise ConfigError(
+                    f"the storage of a registered tensor {tuple(x.shape)} has changed: release "
+                    f"the registration before `set_`, `resize_` or `.data =`, and register anew"
+                )
             rc = go(pointer)
             if rc:
                 go_on(rc)

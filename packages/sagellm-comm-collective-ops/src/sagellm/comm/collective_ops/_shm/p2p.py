@@ -339,6 +339,7 @@ class Messages:
                     self._wake.wait()
                     nap_s = 0.0
                 first = self._pending[0]
+            moved = False
             with contextlib.suppress(Exception):  # kept in the work for whoever waits for it
                 moved = self._move()
             if not moved and nap_s >= _LONGEST_NAP_S:

@@ -1,5 +1,6 @@
 """Every call of `torch.distributed` on a group of ours gives what it gives on gloo."""
 
+import time
 import warnings
 
 import pytest
@@ -247,6 +248,28 @@ def beyond_gloo(groups, ours):
 @pytest.mark.parametrize("ours", OURS)
 def test_calls_that_gloo_refuses_work_too(c10d_worlds, ours):
     c10d_worlds(3).run(beyond_gloo, ours)
+
+
+def results_are_there(groups, ours):
+    """Once a work is completed, and once a future is set, whoever asked and in whichever mode."""
+    g, size = groups[ours], 2
+    wanted = [[float(r)] * 3 for r in range(size)]
+    outs = [torch.zeros(3) for _ in range(size)]
+    work = dist.all_gather(outs, torch.full((3,), float(dist.get_rank(g))), g, async_op=True)
+    end = time.monotonic() + 20
+    while not work.is_completed():
+        assert time.monotonic() < end
+    assert [o.tolist() for o in outs] == wanted
+    with torch.inference_mode():
+        outs = [torch.zeros(3) for _ in range(size)]
+        x = torch.full((3,), float(dist.get_rank(g)))
+        dist.all_gather(outs, x, g, async_op=True).get_future().wait()
+    assert [o.tolist() for o in outs] == wanted
+
+
+@pytest.mark.parametrize("ours", OURS)
+def test_results_are_there_when_a_work_says_so(c10d_worlds, ours):
+    c10d_worlds(2).run(results_are_there, ours)
 
 
 def under_both_names(groups):

@@ -13,7 +13,13 @@ from shm_ranks import await_mark, ended, engines, failure, forked, join, leftove
 from sagellm.comm.collective_ops import ShmBackend, _specs, create_comm_backend, factory
 from sagellm.comm.collective_ops._groups import GroupSource
 from sagellm.comm.collective_ops._shm.hosts import Hosts
-from sagellm.core.protocols import ConfigError, P2POp, ResourceError
+from sagellm.core.protocols import (
+    CommError,
+    CommTimeoutError,
+    ConfigError,
+    P2POp,
+    ResourceError,
+)
 from sagellm.core.protocols.selection import Selection
 from sagellm.core.protocols.testing.rank_pool import RankPool
 
@@ -282,6 +288,30 @@ def odd_tensors_take_the_general_way(b):
 )
 def test_the_short_way(pool, meet, case):
     pool.run(on_group, meet, case.__name__)
+
+
+def late_peers(rank, size, meet, kind):
+    with join(rank, size, meet) as b:
+        x = torch.ones(4)
+        handle = b.register(x)
+        b.all_reduce(x)
+        b.timeout_s = 0.3
+        calls = {
+            "barrier": b.barrier,
+            "plain": lambda: b.all_reduce(torch.ones(4)),
+            "registered": lambda: b.all_reduce(x),
+        }
+        never_sent = torch.empty(1)
+        call = calls[kind] if rank == 0 else lambda: b.recv(never_sent, 0)
+        with pytest.raises(CommError) as failed:
+            call()
+        handle.release()
+        return type(failed.value) is CommTimeoutError
+
+
+@pytest.mark.parametrize("kind", ["barrier", "plain", "registered"])
+def test_a_new_deadline_counts_for_every_way(pool, meet, kind):
+    assert pool.run(late_peers, meet, kind, timeout_s=15)[0]
 
 
 def async_calls_run_in_order(b):

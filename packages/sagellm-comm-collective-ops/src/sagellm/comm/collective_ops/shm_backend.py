@@ -206,6 +206,16 @@ class ShmBackend(TensorBackend):
         return backend
 
     @property
+    def timeout_s(self) -> float:
+        """Deadline of calls that give none, in seconds; may be set."""
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._hot.retime(timeout_s)
+
+    @property
     def engine(self) -> str:
         """What runs the calls: `native`, `python`, or `none` in a world of one."""
         return "none" if self._shm is None else self._shm.engine.name

@@ -6,6 +6,7 @@ process on anything else.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -144,6 +145,9 @@ class BackendWork(OwnWork):
         self._lock = threading.Lock()
         self._settled = False
         self._error: BaseException | None = None
+        # whoever finishes writes the caller's tensors as the caller could
+        self._inference = torch.is_inference_mode_enabled()
+        self._grad = torch.is_grad_enabled()
 
     @property
     def works(self) -> Sequence[Work[Any]]:  # Any: results differ by operation
@@ -161,7 +165,9 @@ class BackendWork(OwnWork):
                 if not self._settled:
                     try:
                         if self._finish is not None:
-                            self._finish()
+                            with torch.inference_mode(self._inference):
+                                with torch.set_grad_enabled(self._grad and not self._inference):
+                                    self._finish()
                     except Exception as e:
                         self._error = e
                         raise
@@ -176,7 +182,13 @@ class BackendWork(OwnWork):
         self.wait()
 
     def is_completed(self) -> bool:
-        return self._settled or all(work.done() for work in self._works)
+        if self._settled:
+            return True
+        if not all(work.done() for work in self._works):
+            return False
+        with contextlib.suppress(Exception):  # `wait` and `exception` give it again
+            self.wait()  # nothing blocks; results are where the caller reads them
+        return True
 
     def is_success(self) -> bool:
         return self.is_completed() and self.exception() is None

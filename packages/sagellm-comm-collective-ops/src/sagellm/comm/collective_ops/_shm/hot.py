@@ -91,6 +91,17 @@ class HotPath:
             transport.on_change = self._update
             self._update()
 
+    def retime(self, timeout_s: float) -> None:
+        """Make calls from now on with another deadline."""
+        self._timeout_s = timeout_s
+        self._barrier.timeout_s = timeout_s
+        self._shortcuts.clear()
+        self._pairs.clear()
+        self._prepared.clear()
+        for x, _ in self._kept.values():
+            self._prepare(x)
+        self._update()
+
     # -- whether ----------------------------------------------------------------------------
 
     def allow(self, allowed: bool) -> None:
@@ -221,12 +232,15 @@ class HotPath:
             raise ConfigError("register takes a dense, contiguous CPU tensor")
         kept = self._kept.get(id(x))
         self._kept[id(x)] = (x, 1 if kept is None else kept[1] + 1)
-        transport = self._transport
-        if kept is None and transport is not None and ("sum", x.dtype) in _REDUCTIONS:
-            if x.numel():
-                prepare = transport.engine.prepare
-                self._prepared[id(x)] = prepare("all_reduce", x, x, "sum", self._timeout_s)
+        if kept is None:
+            self._prepare(x)
         return _Registered(self, x)
+
+    def _prepare(self, x: Tensor) -> None:
+        transport = self._transport
+        if transport is not None and ("sum", x.dtype) in _REDUCTIONS and x.numel():
+            prepare = transport.engine.prepare
+            self._prepared[id(x)] = prepare("all_reduce", x, x, "sum", self._timeout_s)
 
     def forget(self, x: Tensor) -> None:
         """Undo one `register`."""

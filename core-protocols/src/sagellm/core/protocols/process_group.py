@@ -12,6 +12,7 @@ import torch
 
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
 from ._process_group.cost_table import table_by_broadcast, table_by_store
+from ._process_group.layer import TransportLayer
 from ._process_group.ops import TensorBackend
 from ._process_group.recorder import (
     COMPLETED,
@@ -54,6 +55,7 @@ __all__ = [
     "TorchObject",
     "TorchTransport",
     "Transport",
+    "TransportLayer",
     "WorkReport",
     "abort_group",
     "busbw_factor",
@@ -171,10 +173,14 @@ class ProcessGroupBackend(TensorBackend):
             self.timeout_s,
             self.topology_manager,
             self.cost_model,
-            self.options,
+            self._options_of(inner),
             self._cost_table,
         )
         return backend
+
+    def _options_of(self, part: Transport) -> Mapping[str, Any]:  # Any: each option's own type
+        """The options of a group that was split off."""
+        return self.options
 
 
 def _device(spec: BackendSpec, device: torch.device | str | None) -> torch.device:

@@ -33,7 +33,7 @@ from ._process_group.work import completed_future
 from .backend_spec import BackendSpec
 from .comm_backend import CommBackendProtocol
 from .errors import ConfigError
-from .observe import OBSERVE_OPTIONS, observe_settings
+from .observe import check_options, observe_settings
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
@@ -130,11 +130,7 @@ class ProcessGroupBackend(TensorBackend):
         cost_table: CostTable | None,
     ) -> None:
         self.options = dict(options or {})
-        options_known = {"check_calls", *OBSERVE_OPTIONS, *spec.options}
-        unknown = sorted(set(self.options) - options_known)
-        if unknown:
-            known = ", ".join(sorted(options_known))
-            raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
+        check_options(spec.name, self.options, {"check_calls", *spec.options})
         self._inner = transport
         checks = bool(self.options.get("check_calls")) and transport.size > 1
         layered = self._layer(transport, timeout_s)

@@ -10,7 +10,6 @@ import torch
 from sagellm.core.protocols import (
     BackendSpec,
     Choice,
-    CommBackendProtocol,
     CostModelProtocol,
     CostTable,
     TopologyManagerProtocol,
@@ -18,25 +17,20 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.process_group import (
     ProcessGroupBackend,
     SoloTransport,
+    TensorBackend,
     TorchTransport,
     Transport,
     table_by_broadcast,
 )
 
-from ._hier.partition import HostMap
+from ._hier.partition import HostMap, options_of_part
 from ._schedule_plans import PLANS
 from ._scheduled import ScheduledTransport, agree_on_options
 from .calibrate import cached_table, keep_table, measure, sample_model, table_key
 from .choice import NATIVE, AlgorithmTable, asked_algorithms, explain_choice, measured_table
-from .settings import CollectiveSettings
+from .settings import wants_calibration
 
-__all__ = ["Chooser", "ChosenBackend", "wants_calibration"]
-
-
-def wants_calibration(options: Mapping[str, Any]) -> bool:  # Any: each option has its own type
-    """The option `calibrate`, else the setting."""
-    wanted = options.get("calibrate")
-    return CollectiveSettings.load().calibrate if wanted is None else bool(wanted)
+__all__ = ["Chooser", "ChosenBackend"]
 
 
 class Chooser:
@@ -69,7 +63,7 @@ class Chooser:
 
     def settle(
         self,
-        backend: CommBackendProtocol,
+        backend: TensorBackend,
         transport: Transport,
         table: CostTable | None,
         *,
@@ -112,7 +106,7 @@ class Chooser:
         return (*(() if self._default is None else (self._default,)), *names)
 
     def _calibrate(
-        self, backend: CommBackendProtocol, transport: Transport, facts: Sequence[str]
+        self, backend: TensorBackend, transport: Transport, facts: Sequence[str]
     ) -> CostTable:
         """Rank 0's earlier measurement, or a new one."""
         asked = self.tables
@@ -182,11 +176,7 @@ class ChosenBackend(ProcessGroupBackend):
         return "calibrate" in self.spec.options and wants_calibration(self.options)
 
     def _options_of(self, part: Transport) -> Mapping[str, Any]:  # Any: each option's own type
-        hosts = self.options.get("hosts")
-        if hosts is None:
-            return self.options
-        members = [self.global_ranks.index(rank) for rank in part.global_ranks]
-        return {**self.options, "hosts": HostMap.of(hosts, self.rank).restricted(members)}
+        return options_of_part(self.options, self.global_ranks, part)
 
     def explain(self, op: str, nbytes: int) -> Choice:
         """What would run for such a call: a schedule that was asked for or measured, or native."""

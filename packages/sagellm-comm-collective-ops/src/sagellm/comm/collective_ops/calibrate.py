@@ -32,8 +32,6 @@ _CALLS = ("all_reduce", "all_gather", "reduce_scatter")
 _REPEATS = 5
 _VERSION = 1
 _MODEL_SIZES = tuple(1 << bits for bits in range(10, 27, 2))
-_SHAPES = {"leaders": "hierarchical", "flat": "ring", "one_shot": "direct"}
-"""What models' formulas call the shape of an algorithm that one backend has."""
 
 Use = Callable[[AlgorithmTable], None]
 """Makes the backend choose by a table from now on."""
@@ -94,16 +92,11 @@ def measure(
 def sample_model(
     model: CostModelProtocol, table: CostTable, names: Mapping[str, Collection[str]], size: int
 ) -> CostTable:
-    """What a model expects of each algorithm, as curves; those it knows nothing of have none.
-
-    Formulas are asked only where the model has measured none of an operation's algorithms.
-    """
+    """What a model expects of each algorithm, as curves; those it knows nothing of have none."""
     curves: dict[tuple[str, str, int], tuple[tuple[int, float], ...]] = {}
     for op, ours in names.items():
-        measured = {a for (o, a, _) in table.curves if o == op}
-        called = {a: a for a in ours if a in measured} or {a: _SHAPES.get(a, a) for a in ours}
-        for name, theirs in called.items():
-            only = {k: points for k, points in table.curves.items() if k[1] == theirs}
+        for name in ours:
+            only = {k: points for k, points in table.curves.items() if k[1] == name}
             alone = CostTable(table.fingerprint, table.version, only)
             with contextlib.suppress(ConfigError):  # the model does not know it
                 curves[op, name, size] = tuple(

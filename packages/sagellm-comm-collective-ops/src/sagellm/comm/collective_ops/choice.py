@@ -260,6 +260,8 @@ def measured_table(
     for op, ours in names.items():
         curves = {a: dict(p) for (o, a, n), p in table.curves.items() if o == op and n == size}
         curves = {a: p for a, p in curves.items() if a in ours or a == default}
+        if (default is None and len(curves) < len(ours)) or not curves:
+            continue
         sizes = curves.get(default, {}) if default is not None else set().union(*curves.values())
         points = [(n, _winner(n, curves, default)) for n in sorted(sizes)]
         for i, (nbytes, name) in enumerate(points):

@@ -70,8 +70,7 @@ class HierBackend(OwnBackend[HierSettings]):
         device: None is the CPU.
         timeout_s: Deadline of every step of a call, and of meeting the other ranks.
         topology_manager: Not used.
-        cost_model: Chooses between `leaders`, `two_d` and `flat` with what it has measured of them,
-            else with its formulas.
+        cost_model: Chooses between `leaders`, `two_d` and `flat`, where it has observed them.
         options: The same on all ranks. `hosts`: partition of the ranks, in place of the proof.
             `intra`: `auto` (shm where it runs, else gloo), `shm`, `gloo`, or a function
             `(HostMap, TorchTransport) -> CommBackend` that makes the group of the host's ranks,
@@ -148,14 +147,13 @@ class HierBackend(OwnBackend[HierSettings]):
             return
         runnable = {op: self._names(op)[1:] for op in CANDIDATES}
         self._chooser = Chooser(settings.tables, runnable, LEADERS, hier.use)
-        if settings.algorithm == "auto":
-            self._chooser.settle(
-                self,
-                self._transport,
-                self._cost_table,
-                calibrate=settings.calibrate,
-                facts=[str(hier.stages.map.hosts), settings.text()],
-            )
+        self._chooser.settle(
+            self,
+            self._transport,
+            self._cost_table,
+            calibrate=settings.calibrate and settings.algorithm == "auto",
+            facts=[str(hier.stages.map.hosts), settings.text()],
+        )
 
     @property
     def hosts(self) -> tuple[tuple[int, ...], ...]:

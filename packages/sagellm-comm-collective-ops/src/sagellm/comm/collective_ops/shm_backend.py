@@ -71,7 +71,7 @@ class ShmBackend(OwnBackend[ShmSettings]):
         device: None is the CPU.
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used.
-        cost_model: Chooses between `one_shot` and `two_shot` with what it has measured of them.
+        cost_model: Chooses between `one_shot` and `two_shot`, where it has observed them.
         options: `engine`, `slot_bytes`, `arena_bytes`, `algorithms`, and `calibrate` (measure where
             `two_shot` becomes the faster one), alike on all ranks; and each rank's own
             `statistics`, `flight_entries`, `flight_folder`. `statistics` False also keeps calls of

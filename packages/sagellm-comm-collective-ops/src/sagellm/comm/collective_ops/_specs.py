@@ -63,6 +63,7 @@ _CALIBRATE = {
 }
 _NCCL_OPTIONS = {
     **_ALGORITHMS,
+    **_RINGS,
     "algorithm": "`auto`, `ring` or `tree`: sets NCCL_ALGO before the communicator is made",
 }
 

@@ -20,8 +20,8 @@ class CollectiveSettings(Settings, package="collective_ops"):
     Attributes:
         algorithms: Which algorithm runs which calls, such as `all_reduce:0-64k:direct`; see
             `parse_algorithms`.
-        calibrate: Measure the algorithms when a backend is made, or take what was measured here
-            before.
+        calibrate: Measure the algorithms when a gloo, shm or hier backend is made, or take what was
+            measured here before.
 
     """
 

@@ -264,15 +264,19 @@ def without_rails(b):
 
 
 def test_options_that_differ_are_told_before_anything_is_sent(gloo_pools):
-    for calls in gloo_pools(2).run(different_options):
-        assert calls == {0: "chunk_bytes 4096", 1: "chunk_bytes 8192"}
+    for hosts, chunks in gloo_pools(2).run(different_options):
+        assert hosts == {0: "hosts ((0,), (1,))", 1: "hosts ((0, 1),)"}
+        assert chunks == {r: f"hosts ((0, 1),); chunk_bytes {4096 * (r + 1)}" for r in range(2)}
 
 
 def different_options(b):
-    options = {"hosts": [[0], [1]], "chunk_bytes": 4096 * (b.rank + 1)}
-    with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
-        HierBackend(None, b.process_group, timeout_s=15, options=options)
-    return caught.value.calls
+    told = []
+    hosts = [[0, 1]] if b.rank else [[0], [1]]
+    for options in ({"hosts": hosts}, {"hosts": [[1, 0]], "chunk_bytes": 4096 * (b.rank + 1)}):
+        with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
+            HierBackend(None, b.process_group, timeout_s=15, options=options)
+        told.append(caught.value.calls)
+    return told
 
 
 def test_what_is_kept_of_calls_is_an_option(gloo_pools, tmp_path):
@@ -334,9 +338,7 @@ def test_bad_options_are_refused_by_name():
         HierBackend(options={"algorithm": "ring"})
     with pytest.raises(ConfigError, match="between: no schedule 'star'; there are direct"):
         HierBackend(options={"between": "star"})
-    with pytest.raises(
-        ConfigError, match=r"'one_two' in .* is not one of native, leaders"
-    ):
+    with pytest.raises(ConfigError, match=r"'one_two' in .* is not one of native, leaders"):
         HierBackend(options={"algorithms": "all_reduce:one_two"})
     with pytest.raises(ConfigError, match=r"hier serves cpu, not cuda; .*'auto', device="):
         HierBackend(device="cuda")

@@ -104,10 +104,11 @@ class HierBackend(OwnBackend[HierSettings]):
         cpu = torch.device("cpu")
         group, owned = group_for(GLOO, source, cpu, timeout_s)
         flat = TorchTransport(group, cpu, timeout_s, owned=owned)
-        asked = self._settings.text()
+        hosts = options.get("hosts")
+        said = [f"hosts {HostMap.of(hosts, flat.rank).hosts}"] if hosts is not None else []
+        asked = "; ".join(filter(None, [*said, self._settings.text()]))
         name = f"{flat.group_name}/hier"
         agree_on_options(flat.store, name, flat.rank, flat.size, asked, timeout_s)
-        hosts = options.get("hosts")
         if hosts is None:
             proven = prove_hosts(flat.store, flat.rank, flat.size, timeout_s, label=name)
             hosts = proven.partition

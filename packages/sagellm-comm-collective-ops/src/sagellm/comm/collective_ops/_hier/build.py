@@ -77,9 +77,6 @@ def build_stages(
             quiet = ScheduledTransport(quiet, (table,))
         return PartBackend(spec, quiet, timeout_s=timeout_s)
 
-    def speaking(ranks: Sequence[int], name: str) -> CommBackendProtocol | None:
-        return part(ranks, name, settings.between)
-
     intra: CommBackendProtocol | None = None
     if len(map.mine) > 1:
         if make_intra is None:
@@ -91,11 +88,11 @@ def build_stages(
                     f"the group of host {map.index} has rank {intra.rank} of {intra.size}, not "
                     f"{map.local} of {len(map.mine)}: hand in the ranks {list(map.mine)} ascending"
                 )
-    leaders = speaking(map.leaders, "leaders")
+    leaders = part(map.leaders, "leaders", settings.between)
     wide = rails and map.equal and min(len(map.hosts), len(map.mine)) > 1
     between = leaders
     if wide and not map.leads:
-        between = speaking(map.rail, f"rail{map.local}")
+        between = part(map.rail, f"rail{map.local}", settings.between)
 
     def wire(group: CommBackendProtocol | None) -> Wire | None:
         if group is None:

@@ -38,16 +38,17 @@ def explain_shm(
     reason = f"the {engine.name} engine, {transport.size} ranks of one host: "
     if name != "all_reduce":
         return Choice(backend, algorithm, f"{reason}the only algorithm of {name}", estimate_us)
-    limit = transport.one_shot_bytes
-    costs = None if chooser is None else chooser.costs
-    by, times = "", {}
-    if chooser is not None and costs is not None:
-        by = f", by {chooser.tables[-1].source}"
+    limit = f"{transport.one_shot_bytes} bytes"
+    times = {}
+    if chooser is not None and chooser.costs is not None:
+        if chooser.tables[-1].rules:
+            limit += f", by {chooser.tables[-1].source}"
+        costs = chooser.costs
         times = {a: expected_us(costs, name, a, transport.size, nbytes) for a in STAGED[name]}
         estimate_us = times.get(algorithm)
     facts = {
-        "one_shot": f"every rank reads all of it: taken up to {limit} bytes{by}",
-        "two_shot": f"each rank adds a part, then fetches the rest: taken above {limit} bytes{by}",
+        "one_shot": f"every rank reads all of it: taken up to {limit}",
+        "two_shot": f"each rank adds a part, then fetches the rest: taken above {limit}",
         "symmetric": f"needs a tensor of empty() on every rank, of more than {SYMMETRIC_BYTES} "
         "bytes",
     }

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import socket
 import warnings
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 import sagellm.comm.collective_ops as package
+
+
+HOSTS = [[0, 2], [1, 3]]
 
 
 def same(got, wanted):
@@ -59,6 +63,10 @@ def ddp(groups, ours):
 @pytest.mark.parametrize("ours", ["sagellm", "sagellm_gloo"])
 def test_ddp_gradients_equal_those_of_one_process(c10d_worlds, ours):
     c10d_worlds(2).run(ddp, ours)
+
+
+def test_ddp_gradients_over_hosts_equal_those_of_one_process(c10d_worlds):
+    c10d_worlds(4, HOSTS).run(ddp, "sagellm")
 
 
 def fsdp(groups, size):
@@ -123,7 +131,7 @@ def mesh_of_two_dimensions(groups):
 
 
 def test_a_mesh_has_groups_of_ours_along_each_dimension(c10d_worlds):
-    found = c10d_worlds(4).run(mesh_of_two_dimensions)
+    found = c10d_worlds(4, HOSTS).run(mesh_of_two_dimensions)
     assert found == [[101.0, 11.0], [1010.0, 11.0], [101.0, 1100.0], [1010.0, 1100.0]]
 
 
@@ -177,6 +185,30 @@ def compiled(groups, compiler):
 
 def test_compiled_programs_call_it(c10d_worlds):
     c10d_worlds(2).run(compiled, "aot_eager")
+
+
+def fused(groups):
+    """Compiled in this process: a pool of compilers would be a process tree per rank."""
+    import torch._inductor.config as config
+    import torch.distributed._functional_collectives as fc
+
+    g, size = groups["sagellm"], 2
+
+    def fn(x):
+        y = fc.all_reduce(x * 2, "sum", g) + 1
+        z = fc.all_gather_tensor(y.relu(), 0, g)
+        return fc.reduce_scatter_tensor(z * 3, "sum", 0, g)
+
+    x = torch.arange(4.0) - 2 + dist.get_rank()
+    with config.patch(compile_threads=1):
+        got = torch.compile(fn, backend="inductor", fullgraph=True)(x)
+    wanted = (2 * (2 * (torch.arange(4.0) - 2) + 1) + 1).relu() * 3 * size
+    same(got, wanted)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_inductor_compiles_programs_that_call_it(c10d_worlds):
+    c10d_worlds(2).run(fused, timeout_s=110.0)
 
 
 # -- pipelines ------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch import nn
 
 import sagellm.comm.collective_ops as package
 
-
 HOSTS = [[0, 2], [1, 3]]
 
 

@@ -70,5 +70,5 @@ def flat_like(x: Tensor, times: int) -> Tensor:
 def copy_parts(targets: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """Copy each part into its target, whatever their shapes."""
     for target, part in zip(targets, parts, strict=False):
-        moved = known(target)
-        moved.copy_(part.view(moved.shape) if part.is_contiguous() else part.reshape(moved.shape))
+        into, moved = known(target), known(part)
+        into.copy_(moved.view(into.shape) if moved.is_contiguous() else moved.reshape(into.shape))

@@ -86,19 +86,20 @@ def test_a_rank_killed_in_all_reduce_is_named_to_the_others_at_once(children):
 def differ(rank, size, meet):
     start(rank, size, meet)
     x, odd = torch.ones(8), rank == 1
+
+    def same(g):
+        dist.all_reduce(x, group=g)
+
     calls = {
-        "op": (lambda g: dist.all_reduce(x, group=g), lambda g: dist.broadcast(x, 0, group=g)),
-        "dtype": (lambda g: dist.all_reduce(x, group=g), lambda g: dist.all_reduce(x.int(), group=g)),
-        "size": (lambda g: dist.all_reduce(x, group=g), lambda g: dist.all_reduce(x[:6], group=g)),
-        "reduction": (
-            lambda g: dist.all_reduce(x, group=g),
-            lambda g: dist.all_reduce(x, dist.ReduceOp.MAX, group=g),
-        ),
+        "op": (same, lambda g: dist.broadcast(x, 0, group=g)),
+        "dtype": (same, lambda g: dist.all_reduce(x.int(), group=g)),
+        "size": (same, lambda g: dist.all_reduce(x[:6], group=g)),
+        "reduction": (same, lambda g: dist.all_reduce(x, dist.ReduceOp.MAX, group=g)),
         "late": (
             lambda g: dist.all_reduce(x, group=g, async_op=True).wait(),
             lambda g: dist.all_gather([torch.ones(8) for _ in range(size)], x, group=g),
         ),
-    }  # fmt: skip
+    }
     found = {}
     for name, pair in calls.items():
         g = dist.new_group()

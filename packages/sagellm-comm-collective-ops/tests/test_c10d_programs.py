@@ -13,6 +13,8 @@ from torch import nn
 
 import sagellm.comm.collective_ops as package
 
+HOSTS = [[0, 2], [1, 3]]
+
 
 def same(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
@@ -59,6 +61,10 @@ def ddp(groups, ours):
 @pytest.mark.parametrize("ours", ["sagellm", "sagellm_gloo"])
 def test_ddp_gradients_equal_those_of_one_process(c10d_worlds, ours):
     c10d_worlds(2).run(ddp, ours)
+
+
+def test_ddp_gradients_over_hosts_equal_those_of_one_process(c10d_worlds):
+    c10d_worlds(4, HOSTS).run(ddp, "sagellm")
 
 
 def fsdp(groups, size):
@@ -123,7 +129,7 @@ def mesh_of_two_dimensions(groups):
 
 
 def test_a_mesh_has_groups_of_ours_along_each_dimension(c10d_worlds):
-    found = c10d_worlds(4).run(mesh_of_two_dimensions)
+    found = c10d_worlds(4, HOSTS).run(mesh_of_two_dimensions)
     assert found == [[101.0, 11.0], [1010.0, 11.0], [101.0, 1100.0], [1010.0, 1100.0]]
 
 

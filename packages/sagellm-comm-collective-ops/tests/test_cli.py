@@ -30,6 +30,7 @@ def test_info_lists_every_backend_with_its_table(capsys):
     assert found["nccl"]["reason"]
     assert "all_reduce" in found["gloo"]["capabilities"]["ops"]
     assert info["host"]["usable_cpus"] > 0
+    assert found["shm"]["engines"].keys() == {"native", "python"}
     assert main(["info", "--backend", "gloo"]) == 0
     text = capsys.readouterr().out
     assert "What gloo can do" in text

@@ -572,6 +572,12 @@ def test_going_without_shm_is_said_once(monkeypatch, caplog):
 
 def test_probe_says_what_is_missing(monkeypatch):
     assert _specs.SHM.probe().available
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "sagellm.comm.collective_ops._shm.engines.library", lambda: "it was not built"
+        )
+        assert "; without native: not built" in _specs.SHM.probe().reason
+        assert ShmBackend.engines()["native"] == "not built"
     monkeypatch.setattr("sagellm.comm.collective_ops._shm.engines.available_engines", dict)
     assert "needs the compiled engine" in _specs.SHM.probe().reason
     monkeypatch.delattr(os, "memfd_create")

@@ -126,7 +126,7 @@ def _probe_shm() -> Probe:
         return Probe(False, "shared memory without names (memfd_create) is Linux's; use gloo")
     if _torch_folder() is None:
         return Probe(False, "torch is not installed; pip install torch")
-    from ._shm.engines import available_engines
+    from ._shm.engines import available_engines, missing_engines
 
     found = available_engines()
     if not found:
@@ -135,7 +135,8 @@ def _probe_shm() -> Probe:
             f"{platform.machine()} needs the compiled engine, which this installation lacks: "
             f"install a platform wheel, or a C compiler and the sdist; or use gloo",
         )
-    return Probe(True, f"engine{'s' * (len(found) > 1)} {', '.join(found)}")
+    without = "".join(f"; without {name}: {why}" for name, why in missing_engines().items())
+    return Probe(True, f"engine{'s' * (len(found) > 1)} {', '.join(found)}{without}")
 
 
 def _probe_mock() -> Probe:

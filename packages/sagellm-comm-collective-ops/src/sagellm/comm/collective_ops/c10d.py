@@ -55,7 +55,8 @@ def register_c10d_backend(
         backend: `shm`, `hier`, `gloo`; or `auto`: shm if all members share a host, hier if some
             do, else gloo. `torch:LIBRARY`, such as `torch:gloo`, is torch's own group, for hooks
             around it.
-        options: The backend's own, by name.
+        options: The backend's own, by name; under `auto`, each group's backend is given those that
+            it has. `hosts` holds ranks of the job: groups take what it says of their members.
         record: As for `wrap_process_group`; for every group made by this name, as are the rest.
         before: As for `wrap_process_group`.
         after: As for `wrap_process_group`.

@@ -38,6 +38,7 @@ from ._own import OwnBackend
 from ._shm.any_source import AnySourceReceive
 from ._shm.choice import MEASURING, STAGED
 from ._shm.engine import EngineFailure
+from ._shm.engines import ENGINES, missing_engines
 from ._shm.explain import explain_shm
 from ._shm.flight import merge_records
 from ._shm.forks import release_in_children
@@ -189,6 +190,12 @@ class ShmBackend(OwnBackend[ShmSettings]):
         self._timeout_s = timeout_s
         self._hot.retime(timeout_s)
 
+    @staticmethod
+    def engines() -> dict[str, str]:
+        """What may run the calls of groups in this process: `ready`, or why not."""
+        missing = missing_engines()
+        return {name: missing.get(name, "ready") for name in ENGINES}
+
     @property
     def engine(self) -> str:
         """What runs the calls: `native`, `python`, or `none` in a world of one."""
@@ -291,6 +298,18 @@ class ShmBackend(OwnBackend[ShmSettings]):
                 self._interrupted("barrier", e)
                 raise
         return super().barrier(timeout_s, async_op=async_op)
+
+    @property
+    def hot(self) -> HotPath:
+        """The short way, for callers that make its calls themselves; see `hot_call_failed`."""
+        return self._hot
+
+    def hot_call_failed(self, op: str, x: Tensor, error: BaseException) -> BaseException:
+        """What to raise for the error of a shortcut of `hot`."""
+        if isinstance(error, EngineFailure):
+            return self._fast_call_failed(op, x, error)
+        self._interrupted(op, error)
+        return error
 
     def _fast_call_failed(self, op: str, x: Tensor | None, failure: EngineFailure) -> Exception:
         """What the general way would raise for a call of the short one."""

@@ -8,8 +8,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sagellm.comm.collective_ops._shm.hot import HotPath
+from sagellm.comm.collective_ops.shm_backend import ShmBackend
 from sagellm.core.protocols import (
     CommBackendProtocol,
     ConfigError,
@@ -20,12 +23,13 @@ from sagellm.core.protocols.process_group import TorchObject
 
 from .facade import Facade, alias_older_names
 from .names import is_async, one, reduction, root_of, seconds_of
-from .shapes import bytes_of, copy_parts, flat_like, joined, lists
+from .shapes import addends, copy_parts, flat_like, joined, known, lists
 from .works import BackendWork, Completer, DoneWork
 
 __all__ = ["CpuGroup"]
 
-_REDUCTIONS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
+_SUM = hash(dist.ReduceOp.SUM)
+_STRIDED = torch.strided
 
 Run = Callable[[bool], Any]  # Any: the operation's result, or its Work
 
@@ -42,6 +46,7 @@ class CpuGroup(Facade):
         library: Name that `dist.get_backend` gives.
         store: The group's store.
         release: Ends the backend; called once.
+        reason: Why this backend serves the group.
 
     """
 
@@ -51,9 +56,12 @@ class CpuGroup(Facade):
         library: str,
         store: TorchObject,
         release: Callable[[], None],
+        reason: str = "asked for",
     ) -> None:
         super().__init__(backend.rank, backend.size, library, store)
         self._backend = backend
+        self.reason = reason
+        self._hot = backend.hot if isinstance(backend, ShmBackend) else HotPath()
         self._done = DoneWork()
         self._completer = Completer()
         self._coalesced: list[BackendWork] | None = None
@@ -71,29 +79,47 @@ class CpuGroup(Facade):
     def allreduce(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         """Reduce the tensor in place. The shortest path of a whole program lies here."""
         try:
-            if opts.asyncOp or self._coalesced is not None:
-                return self._all_reduce_unusually(tensors, opts)
             (x,) = tensors
-            op = _REDUCTIONS[hash(opts.reduceOp)]
-        except (AttributeError, IndexError, TypeError, ValueError):
-            return self._all_reduce_unusually(tensors, opts)
-        self._backend.all_reduce(x, op)
+            go = self._hot.sums[x.dtype]
+            if (
+                opts.asyncOp
+                or self._coalesced is not None
+                or hash(opts.reduceOp) != _SUM
+                or go is None
+                or type(x) is not Tensor
+                or not (x.is_cpu and x.is_contiguous() and x.nbytes)
+                or x.is_neg()
+                or x.layout is not _STRIDED
+            ):
+                return self._all_reduce(tensors, opts)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            return self._all_reduce(tensors, opts)
+        try:
+            go(x, x)
+        except BaseException as e:
+            assert isinstance(self._backend, ShmBackend)
+            error = self._backend.hot_call_failed("all_reduce", x, e)
+            raise error from (None if error is e else e)
         return self._done
 
-    def _all_reduce_unusually(self, tensors: TorchObject, opts: TorchObject) -> TorchObject:
-        x = one(tensors, "all_reduce")
-        op = reduction(opts)
-        return self._go(opts, lambda late: self._backend.all_reduce(x, op, async_op=late), [x])
+    def _all_reduce(self, tensors: TorchObject, opts: TorchObject) -> TorchObject:
+        given, op = one(tensors, "all_reduce"), reduction(opts)
+        x = addends(given, op)
+        return self._go(opts, lambda late: self._backend.all_reduce(x, op, async_op=late), [given])
 
     def allreduce_coalesced(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         op = reduction(opts)
         backend = self._backend
-        runs = [lambda late, x=x: backend.all_reduce(x, op, async_op=late) for x in tensors]
+        runs = [
+            lambda late, x=x: backend.all_reduce(x, op, async_op=late)
+            for x in [addends(given, op) for given in tensors]
+        ]
         return self._go_all(opts, runs, tensors)
 
     def reduce(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
-        x, dst, op = one(tensors, "reduce"), root_of(opts), reduction(opts)
-        return self._go(opts, lambda late: self._backend.reduce(x, dst, op, async_op=late), [x])
+        given, dst, op = one(tensors, "reduce"), root_of(opts), reduction(opts)
+        x = addends(given, op)
+        return self._go(opts, lambda late: self._backend.reduce(x, dst, op, async_op=late), [given])
 
     def reduce_scatter(
         self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None
@@ -102,12 +128,7 @@ class CpuGroup(Facade):
         op = reduction(opts)
         if any(part.numel() != out.numel() for part in parts):
             return self._reduce_scatter_uneven(out, parts, op, opts)
-        x = joined(parts)
-
-        def run(late: bool) -> TorchObject:
-            return self._backend.reduce_scatter_tensor(out, x, op, async_op=late)
-
-        return self._go(opts, run, [out])
+        return self.reduce_scatter_single(out, joined(parts), opts)
 
     def _reduce_scatter_uneven(
         self, out: Tensor, parts: list[Tensor], op: str, opts: TorchObject
@@ -122,7 +143,7 @@ class CpuGroup(Facade):
         backend = self._backend
         runs = [
             lambda late, x=x, dst=dst: backend.reduce(x, dst, op, async_op=late)
-            for dst, x in enumerate(copies)
+            for dst, x in enumerate([addends(copy, op) for copy in copies])
         ]
         return self._go_all(opts, runs, [out], lambda: copy_parts([out], [copies[self._rank]]))
 
@@ -130,9 +151,10 @@ class CpuGroup(Facade):
         self, out: Tensor, x: Tensor, opts: TorchObject = None
     ) -> TorchObject:
         op = reduction(opts)
+        target, source = addends(out, op), addends(x, op)
 
         def run(late: bool) -> TorchObject:
-            return self._backend.reduce_scatter_tensor(out, x, op, async_op=late)
+            return self._backend.reduce_scatter_tensor(target, source, op, async_op=late)
 
         return self._go(opts, run, [out])
 
@@ -142,14 +164,14 @@ class CpuGroup(Facade):
         op, backend = reduction(opts), self._backend
         runs = [
             lambda late, out=out, x=x: backend.reduce_scatter_tensor(out, x, op, async_op=late)
-            for out, x in zip(outs, ins, strict=True)
+            for out, x in [(addends(o, op), addends(x, op)) for o, x in zip(outs, ins, strict=True)]
         ]
         return self._go_all(opts, runs, outs)
 
     # -- moves ----------------------------------------------------------------------------
 
     def all_gather_single(self, out: Tensor, x: Tensor, opts: TorchObject = None) -> TorchObject:
-        target, source = bytes_of(out), bytes_of(x)
+        target, source = known(out), known(x)
 
         def run(late: bool) -> TorchObject:
             return self._backend.all_gather_into_tensor(target, source, async_op=late)
@@ -160,7 +182,7 @@ class CpuGroup(Facade):
         self, outs: Sequence[Tensor], ins: Sequence[Tensor], opts: TorchObject = None
     ) -> TorchObject:
         backend = self._backend
-        pairs = [(bytes_of(o), bytes_of(x)) for o, x in zip(outs, ins, strict=True)]
+        pairs = [(known(o), known(x)) for o, x in zip(outs, ins, strict=True)]
         runs = [
             lambda late, o=o, x=x: backend.all_gather_into_tensor(o, x, async_op=late)
             for o, x in pairs
@@ -179,7 +201,7 @@ class CpuGroup(Facade):
         return self._go(opts, run, targets, finish)
 
     def _gathering(self, targets: Sequence[Tensor], x: Tensor) -> tuple[Run, Callable[[], None]]:
-        source = bytes_of(x)
+        source = known(x)
         flat = flat_like(source, self._size)
 
         def run(late: bool) -> TorchObject:
@@ -198,7 +220,7 @@ class CpuGroup(Facade):
             )
         copy_parts([targets[self._rank]], [x])
         backend = self._backend
-        moved = [bytes_of(target) for target in targets]
+        moved = [known(target) for target in targets]
         runs = [
             lambda late, x=x, src=src: backend.broadcast(x, src, async_op=late)
             for src, x in enumerate(moved)
@@ -227,7 +249,7 @@ class CpuGroup(Facade):
         opts: TorchObject = None,
     ) -> TorchObject:
         theirs, ours = list(out_splits) or None, list(in_splits) or None
-        target, source = bytes_of(out), bytes_of(x)
+        target, source = known(out), known(x)
 
         def run(late: bool) -> TorchObject:
             return self._backend.all_to_all_single(target, source, theirs, ours, async_op=late)
@@ -243,9 +265,9 @@ class CpuGroup(Facade):
                 f"all_to_all needs {self._size} inputs and outputs, got {len(sources)} and "
                 f"{len(targets)}"
             )
-        x = joined([bytes_of(source) for source in sources])
-        ours = [bytes_of(source).numel() for source in sources]
-        theirs = [bytes_of(target).numel() for target in targets]
+        x = joined([known(source) for source in sources])
+        ours = [known(source).numel() for source in sources]
+        theirs = [known(target).numel() for target in targets]
         out = x.new_empty(sum(theirs))
 
         def run(late: bool) -> TorchObject:
@@ -255,7 +277,7 @@ class CpuGroup(Facade):
 
     def broadcast(self, tensors: TorchObject, opts: TorchObject = None) -> TorchObject:
         x, src = one(tensors, "broadcast"), root_of(opts)
-        moved = bytes_of(x)
+        moved = known(x)
 
         def run(late: bool) -> TorchObject:
             return self._backend.broadcast(moved, src, async_op=late)
@@ -270,7 +292,7 @@ class CpuGroup(Facade):
         return self._gather_into(list(out.view(-1).chunk(self._size)) if root else [], x, opts)
 
     def _gather_into(self, targets: list[Tensor], x: Tensor, opts: TorchObject) -> TorchObject:
-        dst, source = root_of(opts), bytes_of(x)
+        dst, source = root_of(opts), known(x)
         if self._rank == dst and len(targets) != self._size:
             raise ConfigError(f"gather needs {self._size} outputs on rank {dst}")
         kept: list[Any] = []
@@ -289,8 +311,8 @@ class CpuGroup(Facade):
 
     def scatter(self, outs: TorchObject, ins: TorchObject, opts: TorchObject = None) -> TorchObject:
         out, src = one(outs, "scatter"), root_of(opts)
-        parts = [bytes_of(x) for x in lists(ins)] if self._rank == src else None
-        target = bytes_of(out)
+        parts = [known(x) for x in lists(ins)] if self._rank == src else None
+        target = known(out)
 
         def run(late: bool) -> TorchObject:
             return self._backend.scatter(target, parts, src, async_op=late)
@@ -301,25 +323,25 @@ class CpuGroup(Facade):
 
     def send(self, tensors: TorchObject, dst: int, tag: int = 0) -> TorchObject:
         x = one(tensors, "send")
-        return self._track([self._backend.send(bytes_of(x), dst, tag, async_op=True)], [x])
+        return self._track([self._backend.send(known(x), dst, tag, async_op=True)], [x])
 
     def recv(self, tensors: TorchObject, src: int, tag: int = 0) -> TorchObject:
         x = one(tensors, "recv")
-        work = self._backend.recv(bytes_of(x), src, tag, async_op=True)
+        work = self._backend.recv(known(x), src, tag, async_op=True)
         return self._track([work], [x], source=lambda: src)
 
     def recv_anysource(self, tensors: TorchObject, tag: int = 0) -> TorchObject:
         x = one(tensors, "recv")
         offered = getattr(self._backend, "recv_any_source", None)
         if offered is not None:
-            work = offered(bytes_of(x), tag)
+            work = offered(known(x), tag)
             return self._track([work], [x], source=lambda: int(work.source))
         inner = self._backend.process_group
         if inner is None:
             raise UnsupportedOperationError(
                 f"{self._backend.name} has no recv without a source; name the source"
             )
-        return inner.recv_anysource([bytes_of(x)], tag)
+        return inner.recv_anysource([known(x)], tag)
 
     # -- the group ------------------------------------------------------------------------
 

@@ -34,8 +34,9 @@ class DeviceGroup(CpuGroup):
         plan: GroupPlan,
         kinds: tuple[str, ...],
         release: Callable[[], None],
+        reason: str = "asked for",
     ) -> None:
-        super().__init__(backend, library, plan.store, release)
+        super().__init__(backend, library, plan.store, release, reason)
         self._plan = plan
         self._kinds = kinds
         self._inner: dict[str, Any] = {}  # Any: process groups of torch's

@@ -56,38 +56,27 @@ def make_group(
     if backend.startswith(_TORCH):
         name = backend.removeprefix(_TORCH)
         return library_group(name, "cpu" if name == "gloo" or not kinds else kinds[0], plan)
-    chosen, release = _cpu_backend(plan, backend, options)
-    if kinds:  # pragma: device-only
-        return DeviceGroup(chosen, library, plan, kinds, release)
-    return CpuGroup(chosen, library, plan.store, release)
-
-
-def _cpu_backend(
-    plan: GroupPlan,
-    name: str,
-    options: Mapping[str, Any],  # Any: each option has its own type
-) -> tuple[CommBackendProtocol, Release]:
-    """The backend for CPU tensors, and what ends it. Every rank decides alike."""
     given = dict(options)
+    name, why = backend, "asked for"
     hosts = _hosts_of(plan, given.pop("hosts", None))
-    chosen, why = name, "asked for"
     if name == "auto":
         unknown = given.keys() - {o for spec in _SPECS.values() for o in spec.options}
         if unknown:
             raise ConfigError(f"no backend of auto has option {', '.join(sorted(unknown))}")
-        chosen, why, hosts = _choose(plan, hosts)
-        given = {k: v for k, v in given.items() if k in _SPECS[chosen].options}
-    elif name not in _SPECS:
+        name, why, hosts = _choose(plan, hosts)
+        given = {k: v for k, v in given.items() if k in _SPECS[name].options}
+    elif name not in _MAKERS:
         raise ConfigError(
-            f"backend {name!r} is not one of auto, {', '.join(_SPECS)}, {_TORCH}LIBRARY"
+            f"backend {name!r} is not one of auto, {', '.join(_MAKERS)}, {_TORCH}LIBRARY"
         )
+    if name == "hier" and hosts is not None:
+        given["hosts"] = hosts
     log = logger.info if plan.rank == 0 else logger.debug
-    log("c10d group %s of %d ranks runs on %s: %s", plan.name, plan.size, chosen, why)
-    if chosen == "shm":
-        return _shm(plan, given)
-    if chosen == "hier":
-        return _hier(plan, given if hosts is None else given | {"hosts": hosts})
-    return _gloo(plan, given)
+    log("c10d group %s of %d ranks runs on %s: %s", plan.name, plan.size, name, why)
+    chosen, release = _MAKERS[name](plan, given)
+    if kinds:  # pragma: device-only
+        return DeviceGroup(chosen, library, plan, kinds, release, why)
+    return CpuGroup(chosen, library, plan.store, release, why)
 
 
 def _hosts_of(plan: GroupPlan, hosts: Partition | None) -> Partition | None:
@@ -178,3 +167,6 @@ def _gloo(plan: GroupPlan, options: Mapping[str, Any]) -> tuple[CommBackendProto
         forget_group(group)
 
     return backend, release
+
+
+_MAKERS = {"shm": _shm, "hier": _hier, "gloo": _gloo}

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sagellm.core.protocols import UnsupportedOperationError
 from sagellm.core.protocols.process_group import TorchObject
 
-__all__ = ["bytes_of", "copy_parts", "flat_like", "joined", "lists"]
+__all__ = ["addends", "copy_parts", "flat_like", "joined", "known", "lists"]
 
 _KNOWN = frozenset(
     {
@@ -19,17 +20,34 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
-def bytes_of(x: Tensor) -> Tensor:
-    """`x` itself, or its bytes where the dtype is one that backends need not know.
+_BY_ITEM_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-    Rows stay rows. What is moved needs no meaning: complex numbers, float8, unsigned integers.
+
+def known(x: Tensor) -> Tensor:
+    """`x` itself, or a view of its elements as a type that every backend moves.
+
+    What is moved needs no meaning: complex numbers, float8, unsigned integers. Rows stay rows.
     """
     if x.dtype in _KNOWN:
         return x
     if x.dtype.is_complex:
-        x = torch.view_as_real(x)
-        return x if x.dtype in _KNOWN else x.view(torch.uint8)
-    return x.view(torch.uint8) if x.dim() else x.view(1).view(torch.uint8)
+        return torch.view_as_real(x.resolve_conj())
+    return x.view(_BY_ITEM_BYTES.get(x.element_size(), x.dtype))
+
+
+def addends(x: Tensor, op: str) -> Tensor:
+    """`x` itself, or a view of complex numbers as the pairs that sums and averages are taken of.
+
+    Raises:
+        UnsupportedOperationError: Complex numbers have no such reduction.
+
+    """
+    if not x.dtype.is_complex:
+        return x
+    if op not in ("sum", "avg"):
+        kind = str(x.dtype).removeprefix("torch.")
+        raise UnsupportedOperationError(f"no backend has {op} of {kind}; reduce with sum or avg")
+    return torch.view_as_real(x)
 
 
 def lists(tensors: TorchObject) -> list[Tensor]:
@@ -52,5 +70,5 @@ def flat_like(x: Tensor, times: int) -> Tensor:
 def copy_parts(targets: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """Copy each part into its target, whatever their shapes."""
     for target, part in zip(targets, parts, strict=False):
-        moved = bytes_of(target)
-        moved.copy_(part.view(moved.shape) if part.is_contiguous() else part.reshape(moved.shape))
+        into, moved = known(target), known(part)
+        into.copy_(moved.view(into.shape) if moved.is_contiguous() else moved.reshape(into.shape))

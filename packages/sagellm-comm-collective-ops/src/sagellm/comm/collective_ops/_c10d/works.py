@@ -63,7 +63,8 @@ class DoneWork(OwnWork):
         self._tensors = list(tensors)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        self._let_go()
+        if not self._keeps:
+            self._let_go()
         return True
 
     def synchronize(self) -> None:

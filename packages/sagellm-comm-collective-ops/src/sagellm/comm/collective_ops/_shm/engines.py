@@ -13,7 +13,7 @@ from .native_library import ABI, library
 if TYPE_CHECKING:
     from .engine import EngineFactory
 
-__all__ = ["ENGINES", "agree_engine", "available_engines", "engine_factory"]
+__all__ = ["ENGINES", "agree_engine", "available_engines", "engine_factory", "missing_engines"]
 
 ENGINES = ("native", "python")
 """By preference."""
@@ -29,6 +29,17 @@ def available_engines() -> dict[str, str]:
         found["native"] = f"{machine()} {ABI}"
     if machine() == "x86_64":
         found["python"] = "1"
+    return found
+
+
+def missing_engines() -> dict[str, str]:
+    """Why the engines that are not available do not work in this process."""
+    found: dict[str, str] = {}
+    native = library()
+    if isinstance(native, str):
+        found["native"] = native
+    if machine() != "x86_64":
+        found["python"] = f"it relies on the memory order of x86-64, this is {machine()}"
     return found
 
 

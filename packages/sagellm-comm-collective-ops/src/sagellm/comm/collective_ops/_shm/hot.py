@@ -69,6 +69,7 @@ class HotPath:
 
     Attributes:
         ready: Prepared sums by the id of their registered tensor; empty while calls are not hot.
+        sums: Shortcuts of all_reduce's sum by element type; empty while calls are not hot.
 
     """
 
@@ -84,7 +85,7 @@ class HotPath:
         self._timeout_s = timeout_s
         self._allowed = transport is not None
         self._shortcuts: dict[tuple[str, str, int], dict[torch.dtype, Shortcut]] = {}
-        self._sums: Mapping[torch.dtype, Shortcut] = {}
+        self.sums: Mapping[torch.dtype, Shortcut | None] = {}
         self._hot = False
         self._barrier = RawCall("barrier", timeout_s=timeout_s)
         if transport is not None:
@@ -122,7 +123,7 @@ class HotPath:
             and not (transport.busy if busy is None else busy)
         )
         self.ready = self._prepared if self._hot else {}
-        self._sums = self._kind("all_reduce", "sum") if self._hot else {}
+        self.sums = self._kind("all_reduce", "sum") if self._hot else {}
 
     def _kind(self, op: str, reduction: str = "", root: int = -1) -> dict[torch.dtype, Shortcut]:
         """Shortcuts of one operation by element type: a dictionary that fills itself."""
@@ -152,7 +153,7 @@ class HotPath:
         if not self._hot or type(x) is not Tensor:
             return False
         if op == "sum":
-            shortcuts = self._sums
+            shortcuts = self.sums
         elif isinstance(op, str):
             shortcuts = self._kind("all_reduce", op)
         else:

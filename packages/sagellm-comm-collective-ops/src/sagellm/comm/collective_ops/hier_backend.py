@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -126,7 +127,13 @@ class HierBackend(OwnBackend[HierSettings]):
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
         """A rank of a group that meets at a file, on two pretended hosts; for the kit."""
-        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meet}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=max(timeout_s, 30.0)),
+        )
         half = (size + 1) // 2
         hosts = [list(range(half)), list(range(half, size))]
         backend = cls(timeout_s=timeout_s, options={"hosts": [h for h in hosts if h]})

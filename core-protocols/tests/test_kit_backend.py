@@ -487,6 +487,7 @@ def come_late(rank, size, meet):
     if rank:
         time.sleep(2)  # as a busy machine would have it
     with BackendTarget(GLOO).make(rank, size, meet, 1.0) as backend:
+        backend.timeout_s = 20.0
         return backend.all_reduce(torch.ones(1)).item()
 
 

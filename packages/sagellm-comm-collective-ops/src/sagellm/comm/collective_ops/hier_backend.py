@@ -19,7 +19,7 @@ from sagellm.core.protocols import (
     CostModelProtocol,
     CostTable,
 )
-from sagellm.core.protocols.observe import check_options
+from sagellm.core.protocols.observe import check_options, observe_settings
 from sagellm.core.protocols.process_group import TorchTransport, Transport, table_by_broadcast
 
 from ._chosen import Chooser
@@ -94,6 +94,34 @@ class HierBackend(OwnBackend[HierSettings]):
         check_options(spec.name, options, spec.options)
         return HierSettings.of(options, calibrate=wants_calibration(options))
 
+    @classmethod
+    def over_transport(
+        cls,
+        flat: TorchTransport,
+        *,
+        timeout_s: float = 30.0,
+        options: Mapping[str, Any] | None = None,  # Any: each option has its own type
+    ) -> Self:
+        """A group over the ranks of a gloo transport, which it owns; every rank makes this call.
+
+        Torch's default group need not be there yet, if the transport can be split without.
+
+        Args:
+            flat: All ranks.
+            timeout_s: As of the constructor.
+            options: As of the constructor.
+
+        """
+        backend = cls.__new__(cls)
+        given = dict(options or {})
+        backend._settings = cls._read(HIER, given)
+        transport: Transport = flat
+        if flat.size > 1:
+            transport, _ = backend._form_on(flat, given, timeout_s, None)
+        observe = observe_settings(given)
+        backend._begin(HIER, transport, timeout_s, None, None, None, observe)
+        return backend
+
     def _form(
         self,
         source: GroupSource,
@@ -101,10 +129,19 @@ class HierBackend(OwnBackend[HierSettings]):
         timeout_s: float,
         cost_model: CostModelProtocol | None,
     ) -> tuple[Transport, CostTable | None]:
-        make = _intra_maker(options.get("intra", "auto"), timeout_s)
         cpu = torch.device("cpu")
         group, owned = group_for(GLOO, source, cpu, timeout_s)
         flat = TorchTransport(group, cpu, timeout_s, owned=owned)
+        return self._form_on(flat, options, timeout_s, cost_model)
+
+    def _form_on(
+        self,
+        flat: TorchTransport,
+        options: Mapping[str, Any],  # Any: each option has its own type
+        timeout_s: float,
+        cost_model: CostModelProtocol | None,
+    ) -> tuple[Transport, CostTable | None]:
+        make = _intra_maker(options.get("intra", "auto"), timeout_s)
         hosts = options.get("hosts")
         said = [f"hosts {HostMap.of(hosts, flat.rank).hosts}"] if hosts is not None else []
         asked = "; ".join(filter(None, [*said, self._settings.text()]))

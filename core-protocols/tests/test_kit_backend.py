@@ -1,6 +1,7 @@
 """The comm-backend suite passes a sound backend, and catches each seeded bug."""
 
 import threading
+import time
 from collections import defaultdict
 
 import pytest
@@ -480,6 +481,18 @@ def test_processes_over_a_torch_group(rank_pool):
 
     assert report.ok(), report.text()
     assert "all_reduce[sum-bool]" in [e.check for e in report.of("refused")]
+
+
+def come_late(rank, size, meet):
+    if rank:
+        time.sleep(2)  # as a busy machine would have it
+    with BackendTarget(GLOO).make(rank, size, meet, 1.0) as backend:
+        backend.timeout_s = 20.0
+        return backend.all_reduce(torch.ones(1)).item()
+
+
+def test_ranks_that_come_late_meet_whatever_the_deadline_of_their_calls_is(rank_pool):
+    assert rank_pool.run(come_late, rank_pool.store_path()) == [rank_pool.size] * rank_pool.size
 
 
 def joined(rank, size, meet, *, timeout_s):

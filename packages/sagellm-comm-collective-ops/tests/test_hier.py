@@ -286,7 +286,8 @@ def test_what_is_kept_of_calls_is_an_option(gloo_pools, tmp_path):
 
 def observed(b, folder):
     options = {"statistics": False, "flight_entries": 2, "flight_folder": folder}
-    h = HierBackend(None, b.process_group, options={"hosts": [[0, 1]], **options})
+    group = b.split([0, 1]).process_group  # its own: `abort` ends it
+    h = HierBackend(None, group, options={"hosts": [[0, 1]], **options})
     for _ in range(3):
         h.all_reduce(torch.ones(2))
     h.barrier()

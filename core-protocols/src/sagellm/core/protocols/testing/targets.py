@@ -90,6 +90,10 @@ def _require_available(spec: Any) -> None:  # noqa: ANN401 - as `resolve`
         raise BackendUnavailableError(f"{spec.name}: {probed.reason}" + f" ({hint})" * bool(hint))
 
 
+_MEETING_S = 30.0
+"""Deadline of the torch group under a backend: ranks of a busy machine come seconds apart, however
+short the deadline of the backend's own calls is."""
+
 _worlds: dict[str, Any] = {}
 _worlds_lock = threading.Lock()
 
@@ -150,7 +154,7 @@ class BackendTarget:
 
             factory = factory_of(found)
             with torch_group(
-                rank, size, meet, backend=found.c10d_name, timeout_s=timeout_s
+                rank, size, meet, backend=found.c10d_name, timeout_s=max(timeout_s, _MEETING_S)
             ) as group:
                 yield from _closing(factory(found, group, timeout_s=timeout_s))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -89,6 +90,11 @@ class HierBackend(OwnBackend[HierSettings]):
     _world_is_ours = False
 
     @classmethod
+    def _read(cls, spec: BackendSpec, options: Mapping[str, Any]) -> HierSettings:
+        check_options(spec.name, options, spec.options)
+        return HierSettings.of(options, calibrate=wants_calibration(options))
+
+    @classmethod
     def over_transport(
         cls,
         flat: TorchTransport,
@@ -106,19 +112,15 @@ class HierBackend(OwnBackend[HierSettings]):
             options: As of the constructor.
 
         """
-        given = dict(options or {})
         backend = cls.__new__(cls)
+        given = dict(options or {})
         backend._settings = cls._read(HIER, given)
         transport: Transport = flat
         if flat.size > 1:
-            transport, _ = backend._over(flat, given, timeout_s, None)
-        backend._begin(HIER, transport, timeout_s, None, None, None, observe_settings(given))
+            transport, _ = backend._form_on(flat, given, timeout_s, None)
+        observe = observe_settings(given)
+        backend._begin(HIER, transport, timeout_s, None, None, None, observe)
         return backend
-
-    @classmethod
-    def _read(cls, spec: BackendSpec, options: Mapping[str, Any]) -> HierSettings:
-        check_options(spec.name, options, spec.options)
-        return HierSettings.of(options, calibrate=wants_calibration(options))
 
     def _form(
         self,
@@ -130,9 +132,9 @@ class HierBackend(OwnBackend[HierSettings]):
         cpu = torch.device("cpu")
         group, owned = group_for(GLOO, source, cpu, timeout_s)
         flat = TorchTransport(group, cpu, timeout_s, owned=owned)
-        return self._over(flat, options, timeout_s, cost_model)
+        return self._form_on(flat, options, timeout_s, cost_model)
 
-    def _over(
+    def _form_on(
         self,
         flat: TorchTransport,
         options: Mapping[str, Any],  # Any: each option has its own type
@@ -162,7 +164,13 @@ class HierBackend(OwnBackend[HierSettings]):
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
         """A rank of a group that meets at a file, on two pretended hosts; for the kit."""
-        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meet}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=max(timeout_s, 30.0)),
+        )
         half = (size + 1) // 2
         hosts = [list(range(half)), list(range(half, size))]
         backend = cls(timeout_s=timeout_s, options={"hosts": [h for h in hosts if h]})

@@ -68,9 +68,10 @@ def build_stages(
     ) -> CommBackendProtocol | None:
         if flat.rank not in ranks or len(ranks) == 1:
             return None
-        split = flat.split(ranks, f"{flat.group_name}/{name}", timeout_s, reports=False)
-        assert split is not None
-        quiet: Transport = split
+        quiet: Transport | None = flat.split(
+            ranks, f"{flat.group_name}/{name}", timeout_s, reports=False
+        )
+        assert quiet is not None
         if table is not None and table.rules:
             quiet = ScheduledTransport(quiet, (table,))
         return PartBackend(spec, quiet, timeout_s=timeout_s)

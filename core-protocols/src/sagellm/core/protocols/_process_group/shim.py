@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from sagellm.core.protocols.comm_types import ReduceOp

@@ -1,10 +1,13 @@
 """Which algorithm runs which call: what users write, what was measured, and what is said of it."""
 
+import os
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sagellm.comm.collective_ops import GlooBackend, MockWorld
+from sagellm.comm.collective_ops import GlooBackend, MockWorld, ShmBackend
 from sagellm.comm.collective_ops.calibrate import cached_table, keep_table
 from sagellm.comm.collective_ops.choice import (
     NATIVE,
@@ -12,10 +15,17 @@ from sagellm.comm.collective_ops.choice import (
     Rule,
     algorithms_known,
     choose,
+    expected_us,
     measured_table,
     parse_algorithms,
 )
-from sagellm.core.protocols import CollectiveMismatchError, ConfigError, CostTable
+from sagellm.core.protocols import (
+    CollectiveMismatchError,
+    ConfigError,
+    CostModelProtocol,
+    CostTable,
+    Estimate,
+)
 
 KNOWN = algorithms_known()
 
@@ -104,6 +114,25 @@ def test_nothing_is_chosen_where_the_library_was_not_measured():
     assert measured_table(table, 4, "here").rules == ()
 
 
+def test_the_fastest_is_chosen_where_there_is_no_default_and_all_were_measured():
+    table = CostTable(
+        "f", 1, curves(one_shot={4096: 2.0, 65536: 9.0}, two_shot={4096: 3.0, 65536: 8.9})
+    )  # fmt: skip
+    names = {"all_reduce": ("one_shot", "two_shot")}
+    rules = measured_table(table, 4, "here", names, None).rules
+    assert [str(r) for r in rules] == ["all_reduce:0-16k:one_shot", "all_reduce:16k-:two_shot"]
+    names = {"all_reduce": ("one_shot", "two_shot", "other")}
+    assert measured_table(table, 4, "here", names, None).rules == ()
+
+
+def test_expected_times_lie_on_lines_between_the_points():
+    table = CostTable("f", 1, curves(ring={1000: 10.0, 2000: 20.0, 4000: 60.0}, tree={8: 3.0}))
+    at = [expected_us(table, "all_reduce", "ring", 4, n) for n in (0, 1500, 3000, 5000)]
+    assert at == [0.0, 15.0, 40.0, 80.0]
+    assert expected_us(table, "all_reduce", "tree", 4, 999) == 3.0
+    assert expected_us(table, "all_reduce", "direct", 4, 1) is None
+
+
 def test_what_was_asked_for_goes_before_what_was_measured():
     asked = parse_algorithms("all_reduce:0-1k:native")
     measured = AlgorithmTable((Rule("all_reduce", 0, None, "ring"),), "here")
@@ -123,7 +152,7 @@ def test_explain_names_what_runs_why_and_what_was_rejected():
     assert small.reason == "option algorithms has all_reduce:0-64k:direct"
     assert {"native", "ring", "tree"} <= set(small.rejected)
     assert "direct" not in small.rejected
-    assert "nothing of ours" in large.rejected["ring"]
+    assert "not asked for" in large.rejected["ring"]
     gather = b.explain("all_gather_into_tensor", 5)
     assert gather.algorithm == "native"
     assert "leaves all_gather:0-:native to the library" in gather.reason
@@ -174,7 +203,7 @@ def calls_by_schedule(b):
 
 def algorithms_that_differ(b):
     text = "all_reduce:ring" if b.rank == 0 else "all_reduce:tree"
-    with pytest.raises(CollectiveMismatchError, match="algorithms differ") as caught:
+    with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
         GlooBackend(process_group=b.process_group, timeout_s=20, options={"algorithms": text})
     return caught.value.calls
 
@@ -185,8 +214,6 @@ def choices(b):
 
 
 def measured_at_start(b, folder):
-    import os
-
     os.environ["XDG_CACHE_HOME"] = folder
     made = [
         GlooBackend(process_group=b.process_group, timeout_s=20, options={"calibrate": True})
@@ -194,9 +221,9 @@ def measured_at_start(b, folder):
     ]
     assert made[0].all_reduce(torch.ones(3))[0].item() == b.size
     del os.environ["XDG_CACHE_HOME"]
-    first, second = ([str(r) for r in g._tables[1].rules] for g in made)
+    first, second = ([str(r) for r in g._chooser.tables[1].rules] for g in made)
     assert first == second
-    return first, made[0].get_stats().ops["all_reduce"].calls, made[1]._tables[1].source
+    return first, made[0].get_stats().ops["all_reduce"].calls, made[1]._chooser.tables[1].source
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -239,3 +266,148 @@ def test_file_that_is_no_calibration_is_said_and_not_used(tmp_path, monkeypatch,
     assert cached_table("other") is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
     keep_table(table)
+
+
+# -- shm ----------------------------------------------------------------------------------
+
+
+def model(lines, op="all_reduce", size=2):
+    """A cost model that has observed algorithms: fixed and per-byte microseconds of each."""
+
+    def select(table, op, nbytes, group):
+        times = {
+            a: p[0][1] + (p[1][1] - p[0][1]) * nbytes / p[1][0]
+            for (o, a, n), p in table.curves.items()
+            if (o, n) == (op, group)
+        }
+        if not times:
+            raise ConfigError("the cost table has nothing of it")
+        best = min(times, key=times.get)
+        return best, Estimate(times[best], 0.0, 0.0, None, "measured")
+
+    found = Mock(spec=CostModelProtocol)
+    found.freeze.return_value = CostTable(
+        "seen", 1, {(op, a, size): ((0, t), (1 << 20, t + (1 << 20) * u)) for a, (t, u) in lines}
+    )
+    found.select.side_effect = select
+    return found
+
+
+def shm_over(b, engine, **more):
+    options = {"engine": engine, "statistics": True, **more.pop("options", {})}
+    return ShmBackend(None, b.process_group, timeout_s=20, options=options, **more)
+
+
+def shm_by_model(b, engine):
+    """Rank 0's model says 10000 bytes, the others' nothing of the kind."""
+    lines = [("one_shot", (2.0, 0.002)), ("two_shot", (12.0, 0.001))]
+    with shm_over(b, engine, cost_model=model(lines if b.rank == 0 else lines[:1])) as shm:
+        for n in (1000, 4000, 1 << 14):
+            assert shm.all_reduce(torch.ones(n))[0].item() == b.size
+        ran = {d.algorithm for d in shm.get_stats().details if d.op == "all_reduce"}
+        said = [shm.explain("all_reduce", n) for n in (4000, 1 << 16)]
+        return (
+            sorted(ran),
+            [c.algorithm for c in said],
+            said[0].reason,
+            said[0].rejected["two_shot"],
+        )
+
+
+@pytest.mark.parametrize("engine", ["native", "python"])
+def test_rank_0s_cost_model_says_where_two_shot_begins(gloo_pools, engine):
+    first, *others = gloo_pools(2).run(shm_by_model, engine)
+    assert others == [first]
+    ran, said, reason, rejected = first
+    assert ran == said == ["one_shot", "two_shot"]
+    assert "taken up to 8191 bytes, by cost model seen" in reason
+    assert "expected to take 10.0 us" in reason
+    assert "expected to take 16.0 us" in rejected
+
+
+def shm_measured(b, folder):
+    os.environ["XDG_CACHE_HOME"] = folder
+    try:
+        with shm_over(b, "auto", options={"calibrate": True}) as shm:
+            table = shm._chooser.tables[1]
+            switch = shm._shm.one_shot_bytes
+            assert shm.get_stats().ops == {}
+            choices = [shm.explain("all_reduce", 1 << i) for i in (10, 23)]
+            sums = [shm.all_reduce(torch.ones(n))[-1].item() for n in (3, switch // 4 % 99999 + 1)]
+            return [str(r) for r in table.rules], switch, choices, sums
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+
+
+def test_shm_measures_where_two_shot_begins_and_all_ranks_take_rank_0s(gloo_pools, tmp_path):
+    first, *others = gloo_pools(2).run(shm_measured, str(tmp_path))
+    assert others == [first]
+    rules, switch, choices, sums = first
+    assert rules
+    assert sums == [2.0, 2.0]
+    assert [c.algorithm for c in choices] == [
+        "one_shot" if n <= switch else "two_shot" for n in (1 << 10, 1 << 23)
+    ]
+    assert all(c.estimate_us for c in choices)
+    assert len(list((tmp_path / "sagellm-comm").iterdir())) == 1
+
+
+def test_calibrate_that_is_no_bool_is_refused():
+    with pytest.raises(ConfigError, match="option calibrate is 'yes'; pass True or False"):
+        ShmBackend(options={"calibrate": "yes"})
+
+
+# -- rings sorted by host -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "all_gather_into_tensor"])
+@pytest.mark.parametrize("hosts", [None, [[0, 2, 4], [1, 3, 5]]])
+def test_a_ring_sorted_by_host_crosses_each_boundary_once_a_step(op, hosts):
+    world = MockWorld(6, algorithms=f"{op}:ring", hosts=hosts)
+    if op == "all_reduce":
+        world.run(lambda b: b.all_reduce(torch.full((60,), b.rank + 1.0)))
+        steps, part = 10, 40
+    else:
+        world.run(lambda b: b.all_gather_into_tensor(torch.empty(60), torch.ones(10)))
+        steps, part = 5, 40
+    sent = [t for t in world.ledger if t.peer is not None]
+    crossing = [t.nbytes for t in sent if t.rank % 2 != t.peer % 2]
+    assert len(sent) == 6 * steps
+    a_step = 6 if hosts is None else 2
+    assert sum(crossing) == a_step * steps * part
+
+
+def test_a_part_of_a_group_keeps_the_order_of_its_hosts():
+    world = MockWorld(5, algorithms="all_reduce:ring", hosts=[[0, 2, 4], [1, 3]])
+    world.run(lambda b: (p := b.split([4, 3, 2, 1])) and p.all_reduce(torch.ones(8)))
+    sent = [t for t in world.ledger if t.peer is not None]
+    assert sum(t.rank % 2 != t.peer % 2 for t in sent) == 2 * 6 < len(sent)
+
+
+def crossings(b):
+    """Messages of this rank to another host, interleaved ranks, with hosts known and not."""
+    found = []
+    for more in ({"hosts": [[0, 2], [1, 3]]}, {}):
+        options = {"algorithms": "all_reduce:ring", **more}
+        mine = GlooBackend(process_group=b.process_group, timeout_s=20, options=options)
+        peers = watched(mine._inner)
+        assert mine.all_reduce(torch.full((9,), b.rank + 1.0)).tolist() == [10.0] * 9
+        found.append(sum((p - b.rank) % 2 for p in peers))
+    return found
+
+
+def watched(transport):
+    """Fills with whom a transport sends messages to."""
+    peers, issue = [], transport.issue_batch
+
+    def issue_batch(calls):
+        peers.extend(call.peer for call in calls if call.op == "send")
+        return issue(calls)
+
+    transport.issue_batch = issue_batch
+    return peers
+
+
+def test_gloo_passes_rings_host_by_host_where_hosts_are_known(gloo_pools):
+    sorted_, unsorted = map(sum, zip(*gloo_pools(4).run(crossings), strict=True))
+    assert (sorted_, unsorted) == (2 * 6, 4 * 6)

@@ -5,11 +5,12 @@ import time
 
 import pytest
 import torch
+from test_choice import model, watched
 
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
 from sagellm.comm.collective_ops._hier.partition import HostMap
 from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
-from sagellm.core.protocols import CommError, ConfigError
+from sagellm.core.protocols import CollectiveMismatchError, CommError, ConfigError
 
 LAYOUTS = [
     [[0, 2], [1, 3]],
@@ -41,8 +42,8 @@ def test_every_operation_is_right_for_every_layout(gloo_pools, hosts, algorithm)
     gloo_pools(4).run(every_operation, hosts, algorithm)
 
 
-def every_operation(b, hosts, algorithm):
-    h = made(b, hosts, algorithm=algorithm, chunk_bytes=4096)
+def every_operation(b, hosts, algorithm, **more):
+    h = made(b, hosts, algorithm=algorithm, chunk_bytes=4096, **more)
     size, rank = h.size, h.rank
     assert h.hosts == HostMap.of(hosts, 0).hosts
     for n, dtype in ((1, torch.float32), (7, torch.int64), (5003, torch.float32), (64, torch.bool)):
@@ -132,6 +133,185 @@ def explained(b):
     return choices[0].reason, [c.algorithm for c in choices]
 
 
+OVERRIDES = (
+    "all_reduce:0-1k:flat,all_reduce:1k-2k:two_d,all_reduce:2k-4k:ring,all_reduce:4k-:native,"
+    "all_gather:direct,all_to_all:pairwise"
+)
+
+
+def test_overrides_say_what_runs_and_explain_and_statistics_say_the_same(gloo_pools):
+    first, *others = gloo_pools(4).run(overridden)
+    assert others == [first] * 3
+    ran, choices = first
+    wanted = ["flat", "two_d", "ring", "leaders"]
+    assert ran == sorted(wanted)
+    assert [c.algorithm for c in choices] == [*wanted, "direct", "leaders", "pairwise"]
+    assert "option algorithms has all_reduce:1k-2k:two_d" in choices[1].reason
+    assert choices[1].rejected["flat"] == "option algorithms has all_reduce:1k-2k:two_d"
+    assert {"leaders", "two_d", "flat", "tree"} <= {*choices[2].rejected}
+    assert "leaves all_reduce:4k-:native" in choices[3].reason
+    assert choices[5].rejected.keys() >= {"flat", "ring"}
+
+
+def overridden(b):
+    h = made(b, LAYOUTS[0], algorithms=OVERRIDES, chunk_bytes=4096)
+    h.reset_stats()
+    for nbytes in (512, 1024, 2048, 8192):
+        x = torch.full((nbytes // 4,), h.rank + 1.0)
+        assert h.all_reduce(x).unique().tolist() == [10.0]
+        works = [h.all_reduce(torch.full((nbytes // 4,), float(i)), async_op=True) for i in (1, 2)]
+        assert [w.wait()[-1].item() for w in works] == [4.0, 8.0]
+    assert torch.cat(h.all_gather(torch.full((2,), h.rank))).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    ran = sorted({d.algorithm for d in h.get_stats().details if d.op == "all_reduce"})
+    calls = [("all_reduce", n) for n in (512, 1024, 2048, 8192)]
+    calls += [("all_gather_into_tensor", 8), ("broadcast", 8), ("all_to_all_single", 8)]
+    # gloo's own algorithm has no name there but native
+    return ["flat" if a == "native" else a for a in ran], [h.explain(*c) for c in calls]
+
+
+@pytest.mark.parametrize("between", ["ring", "all_reduce:direct,broadcast:tree,reduce:tree"])
+def test_schedules_run_between_hosts(gloo_pools, between):
+    found = gloo_pools(4).run(with_schedules, between)
+    name = "ring" if between == "ring" else "direct"
+    assert [stages for stages, _ in found] == [{name}, {name}, None, {name}]
+    assert f"between hosts all_reduce:0-:{name}" in found[0][1]
+
+
+def with_schedules(b, between):
+    hosts = [[0, 2], [1], [3]]
+    every_operation(b, hosts, "leaders", between=between)
+    h = made(b, hosts, algorithm="leaders", chunk_bytes=4096, between=between)
+    leads = h.rank != 2
+    told = h._hier.stages.groups[-1].get_stats().details if leads else ()
+    ran = {d.algorithm for d in told if d.op == "all_reduce"}
+    return ran if leads else None, h.explain("all_reduce", 64).reason
+
+
+def test_a_flat_ring_passes_hosts_one_after_another(gloo_pools):
+    assert sum(gloo_pools(4).run(flat_ring)) == 2 * 6
+
+
+def flat_ring(b):
+    h = made(b, LAYOUTS[0], algorithms="all_reduce:ring")
+    peers = watched(h._hier.stages.flat)
+    assert h.all_reduce(torch.full((8,), h.rank + 1.0)).tolist() == [10.0] * 8
+    return sum((p - h.rank) % 2 for p in peers)
+
+
+def test_rank_0s_cost_model_chooses_on_all_ranks(gloo_pools):
+    first, *others = gloo_pools(4).run(modelled)
+    assert others == [first] * 3
+    algorithms, reason, estimate, rejected = first
+    assert algorithms == ["flat", "leaders", "two_d"]
+    assert "cost model seen has all_reduce:0-" in reason
+    assert estimate == 20.0 + 256 * 0.05
+    assert f"expected to take {100 + 256 * 0.01:.1f} us" in rejected["leaders"]
+
+
+def modelled(b):
+    """The crossings lie near 2 and 90 KB; models on other ranks say otherwise."""
+    lines = {"leaders": (100.0, 0.01), "flat": (20.0, 0.05), "two_d": (500.0, 0.005)}
+    if b.rank:
+        lines = {"leaders": (1.0, 0.0)}
+    h = HierBackend(
+        None,
+        b.process_group,
+        timeout_s=15,
+        cost_model=model(lines.items(), size=4),
+        options={"hosts": LAYOUTS[0]},
+    )
+    with h:
+        for n in (64, 4096, 1 << 18):
+            assert h.all_reduce(torch.full((n,), h.rank + 1.0))[-1].item() == 10
+        small, *more = [h.explain("all_reduce", n) for n in (256, 1 << 14, 1 << 20)]
+        names = [c.algorithm for c in (small, *more)]
+        return names, small.reason, small.estimate_us, dict(small.rejected)
+
+
+def test_what_hier_measured_is_everybodys_and_is_kept(gloo_pools, tmp_path):
+    first, *others = gloo_pools(4).run(calibrated, str(tmp_path))
+    assert others == [first] * 3
+    curves, choice = first
+    assert {"leaders", "flat", "two_d"} <= {name for op, name, _ in curves if op == "all_reduce"}
+    assert choice.estimate_us > 0
+    assert len(list((tmp_path / "sagellm-comm").iterdir())) == 1
+
+
+def calibrated(b, folder):
+    os.environ["XDG_CACHE_HOME"] = folder
+    try:
+        options = {"hosts": LAYOUTS[0], "calibrate": True}
+        made_ = [HierBackend(None, b.process_group, options=options) for _ in range(2)]
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+    assert made_[0]._chooser.tables == made_[1]._chooser.tables
+    assert made_[0].get_stats().ops == {}
+    assert made_[0].all_reduce(torch.ones(3)).tolist() == [4.0] * 3
+    chooser, choice = made_[1]._chooser, made_[1].explain("all_reduce", 1 << 15)
+    for h in made_:
+        h.close()
+    return sorted(chooser.costs.curves), choice
+
+
+def test_two_d_that_cannot_run_is_said(gloo_pools):
+    first = gloo_pools(4).run(without_rails)[0]
+    assert first.algorithm == "leaders"
+    assert "needs several hosts with several ranks each" in first.rejected["two_d"]
+
+
+def without_rails(b):
+    return made(b, LAYOUTS[3], algorithm="two_d", chunk_bytes=4096).explain("all_reduce", 64)
+
+
+def test_options_that_differ_are_told_before_anything_is_sent(gloo_pools):
+    for hosts, chunks in gloo_pools(2).run(different_options):
+        assert hosts == {0: "hosts ((0,), (1,))", 1: "hosts ((0, 1),)"}
+        assert chunks == {r: f"hosts ((0, 1),); chunk_bytes {4096 * (r + 1)}" for r in range(2)}
+
+
+def different_options(b):
+    told = []
+    hosts = [[0, 1]] if b.rank else [[0], [1]]
+    for options in ({"hosts": hosts}, {"hosts": [[1, 0]], "chunk_bytes": 4096 * (b.rank + 1)}):
+        with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
+            HierBackend(None, b.process_group, timeout_s=15, options=options)
+        told.append(caught.value.calls)
+    return told
+
+
+def test_what_is_kept_of_calls_is_an_option(gloo_pools, tmp_path):
+    assert gloo_pools(2).run(observed, str(tmp_path)) == [({}, 2)] * 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def observed(b, folder):
+    options = {"statistics": False, "flight_entries": 2, "flight_folder": folder}
+    h = HierBackend(None, b.process_group, options={"hosts": [[0, 1]], **options})
+    for _ in range(3):
+        h.all_reduce(torch.ones(2))
+    h.barrier()
+    entries = h.flight_record()["entries"]
+    part = h.split([0, 1])
+    assert part.all_reduce(torch.ones(1)).item() == 2
+    counted = {**h.get_stats().ops, **part.get_stats().ops}
+    part.close()
+    h.abort("enough")
+    return counted, len(entries)
+
+
+def test_a_part_of_a_group_is_not_split(gloo_pools):
+    assert gloo_pools(4).run(split_of_a_part) == [True, True, None, None]
+
+
+def split_of_a_part(b):
+    h = made(b, LAYOUTS[0], algorithm="leaders", chunk_bytes=4096)
+    if h.rank > 1:
+        return None
+    with pytest.raises(ConfigError, match="split the whole"):
+        h._hier.stages.groups[-1]._wrap(h._hier)
+    return True
+
+
 def test_a_group_of_ones_own_making_serves_inside_hosts(gloo_pools):
     assert gloo_pools(4).run(own_intra) == [10.0] * 4
 
@@ -156,6 +336,12 @@ def test_bad_options_are_refused_by_name():
         HierBackend(options={"speed": 3})
     with pytest.raises(ConfigError, match="algorithm 'ring' is not one of auto, leaders, two_d"):
         HierBackend(options={"algorithm": "ring"})
+    with pytest.raises(ConfigError, match="between: no schedule 'star'; there are direct"):
+        HierBackend(options={"between": "star"})
+    with pytest.raises(ConfigError, match=r"'one_two' in .* is not one of native, leaders"):
+        HierBackend(options={"algorithms": "all_reduce:one_two"})
+    with pytest.raises(ConfigError, match=r"hier serves cpu, not cuda; .*'auto', device="):
+        HierBackend(device="cuda")
     with pytest.raises(ConfigError, match="chunk_bytes must be an integer above 0, got 0"):
         HierBackend(options={"chunk_bytes": 0})
     with pytest.raises(ConfigError, match=r"no partition of ranks"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final
 
 import pydantic
@@ -10,7 +10,7 @@ import pydantic
 from .config import Settings
 from .errors import ConfigError
 
-__all__ = ["OBSERVE_OPTIONS", "ObserveSettings", "observe_settings"]
+__all__ = ["OBSERVE_OPTIONS", "ObserveSettings", "check_options", "observe_settings"]
 
 OBSERVE_OPTIONS: Final[Mapping[str, str]] = {
     "statistics": "False counts nothing (default: the setting `observe.statistics`, True)",
@@ -18,6 +18,20 @@ OBSERVE_OPTIONS: Final[Mapping[str, str]] = {
     "flight_folder": "folder for the dump when the group fails or is aborted (none)",
 }
 """Options that every tensor backend takes, whatever its library."""
+
+
+def check_options(backend: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse what is neither known nor one of `OBSERVE_OPTIONS`.
+
+    Raises:
+        ConfigError: It names what is unknown, and lists what is known.
+
+    """
+    everything = {*known, *OBSERVE_OPTIONS}
+    unknown = sorted(set(given) - everything)
+    if unknown:
+        listed = ", ".join(sorted(everything))
+        raise ConfigError(f"{backend} has no option {', '.join(unknown)}; known: {listed}")
 
 
 class ObserveSettings(Settings, package="observe"):

@@ -13,6 +13,7 @@ import torch
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
 from ._process_group.buffers import tangled
 from ._process_group.cost_table import table_by_broadcast, table_by_store
+from ._process_group.layer import TransportLayer
 from ._process_group.ops import TensorBackend
 from ._process_group.recorder import (
     COMPLETED,
@@ -33,7 +34,7 @@ from ._process_group.work import completed_future
 from .backend_spec import BackendSpec
 from .comm_backend import CommBackendProtocol
 from .errors import ConfigError
-from .observe import OBSERVE_OPTIONS, observe_settings
+from .observe import check_options, observe_settings
 from .topology import CostModelProtocol, CostTable, TopologyManagerProtocol
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "TorchObject",
     "TorchTransport",
     "Transport",
+    "TransportLayer",
     "WorkReport",
     "abort_group",
     "busbw_factor",
@@ -130,11 +132,7 @@ class ProcessGroupBackend(TensorBackend):
         cost_table: CostTable | None,
     ) -> None:
         self.options = dict(options or {})
-        options_known = {"check_calls", *OBSERVE_OPTIONS, *spec.options}
-        unknown = sorted(set(self.options) - options_known)
-        if unknown:
-            known = ", ".join(sorted(options_known))
-            raise ConfigError(f"{spec.name} has no option {', '.join(unknown)}; known: {known}")
+        check_options(spec.name, self.options, {"check_calls", *spec.options})
         self._inner = transport
         checks = bool(self.options.get("check_calls")) and transport.size > 1
         layered = self._layer(transport, timeout_s)
@@ -173,10 +171,14 @@ class ProcessGroupBackend(TensorBackend):
             self.timeout_s,
             self.topology_manager,
             self.cost_model,
-            self.options,
+            self._options_of(inner),
             self._cost_table,
         )
         return backend
+
+    def _options_of(self, part: Transport) -> Mapping[str, Any]:  # Any: each option's own type
+        """The options of a group that was split off."""
+        return self.options
 
 
 def _device(spec: BackendSpec, device: torch.device | str | None) -> torch.device:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from sagellm.core.protocols.errors import CollectiveMismatchError, CommTimeoutError
 
+from .layer import TransportLayer
 from .shim import dtype_name
-from .transport import Position, RawCall, RawWork, Transport
+from .transport import RawCall, RawWork, Transport
 
 __all__ = ["CheckedTransport", "fingerprint", "mismatch"]
 
@@ -40,67 +40,20 @@ def mismatch(where: str, calls: dict[int, str]) -> CollectiveMismatchError:
     return CollectiveMismatchError(f"{where}: ranks made different calls: {text}", calls=calls)
 
 
-class CheckedTransport(Transport):
+class CheckedTransport(TransportLayer):
     """A transport that exchanges a fingerprint of every collective first. For debugging.
 
     Point-to-point calls pass unchecked: their order is between two ranks only.
     """
 
     def __init__(self, inner: Transport) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._sequence = 0
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def size(self) -> int:
-        return self.inner.size
-
-    @property
-    def global_ranks(self) -> tuple[int, ...]:
-        return self.inner.global_ranks
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def group_name(self) -> str:
-        return self.inner.group_name
 
     def issue(self, call: RawCall) -> RawWork:
         if call.op not in ("send", "recv"):
             self._compare(call)
         return self.inner.issue(call)
-
-    def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
-        return self.inner.issue_batch(calls)
-
-    def start_coalescing(self) -> None:
-        self.inner.start_coalescing()
-
-    def end_coalescing(self) -> None:
-        self.inner.end_coalescing()
-
-    def explain_failure(self, describe: str, error: Exception) -> Exception:
-        return self.inner.explain_failure(describe, error)
-
-    def attach(self, position: Callable[[], Position | None]) -> None:
-        self.inner.attach(position)
-
-    def peer_positions(self) -> Mapping[int, Position | None]:
-        return self.inner.peer_positions()
-
-    def abort(self, reason: str) -> None:
-        self.inner.abort(reason)
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
-        return self.inner.split(ranks, name, timeout_s)
 
     def _compare(self, call: RawCall) -> None:
         ours = json.dumps([self._sequence, fingerprint(call)]).encode()[:_BYTES]

@@ -30,6 +30,7 @@ class Transfer:
         nbytes: Bytes of the rank's contribution.
         steps: Messages one after the other.
         sent_bytes: Bytes the rank sends in all steps.
+        peer: Who gets a message; None for calls of all ranks.
 
     """
 
@@ -39,6 +40,7 @@ class Transfer:
     nbytes: int
     steps: int
     sent_bytes: int
+    peer: int | None = None
 
 
 @dataclass(slots=True)
@@ -191,7 +193,8 @@ class MockGroup:
                 return
             nbytes = sum(x.nbytes for x in data)
             steps, sent = traffic(work.call.op, nbytes, self.size)
-            self._ledger.append(Transfer(work.call.op, self.name, rank, nbytes, steps, sent))
+            op, peer = work.call.op, work.call.peer if work.call.op == "send" else None
+            self._ledger.append(Transfer(op, self.name, rank, nbytes, steps, sent, peer))
             if work.call.op == "send":
                 self._deliver(rank, work, data[0], arrives)
             elif work.call.op == "recv":

@@ -6,28 +6,33 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Store
 
 from sagellm.core.protocols import (
     CollectiveMismatchError,
-    CommError,
     CommTimeoutError,
-    DistributedRuntimeError,
     ReduceOp,
 )
-from sagellm.core.protocols.process_group import Position, RawCall, RawWork, Transport
+from sagellm.core.protocols.process_group import (
+    RawCall,
+    RawWork,
+    TorchObject,
+    Transport,
+    TransportLayer,
+    WorkReport,
+)
 
 from ._schedule_data import Move, Schedule
 from ._schedule_plans import PLANS
 from ._schedule_run import execute
+from ._shm.exchange import Exchange
 from .choice import AlgorithmTable, choose
 from .schedules import SCHEDULE_TAG, make_schedule
 
-__all__ = ["ScheduledTransport", "agree_on_algorithms"]
+__all__ = ["ScheduledTransport", "agree_on_options"]
 
 
 class _Scheduled(RawWork):
@@ -40,6 +45,7 @@ class _Scheduled(RawWork):
         self._transport = transport
         self._call = call
         self._schedule = schedule
+        self.report = WorkReport(algorithm=schedule.algorithm)
         self._deadline = time.monotonic() + call.timeout_s
         self._started = False
         self._over = threading.Event()
@@ -120,7 +126,7 @@ class _Scheduled(RawWork):
         return self._error is not None or all(raw.done() for raw in self._raws)
 
 
-class ScheduledTransport(Transport):
+class ScheduledTransport(TransportLayer):
     """Calls that a table names run by schedule over the inner transport's sends and receives.
 
     A call that is waited for at once runs in the caller's thread. The others run in a thread of
@@ -137,35 +143,19 @@ class ScheduledTransport(Transport):
     def __init__(
         self,
         inner: Transport,
-        tables: Sequence[AlgorithmTable],
+        tables: Sequence[AlgorithmTable] = (),
         order: Sequence[int] | None = None,
     ) -> None:
-        self.inner = inner
-        self.tables = tuple(tables)
+        super().__init__(inner)
+        self._tables = tuple(tables)
         self._order = None if order is None else tuple(order)
         self._queue: queue.SimpleQueue[_Scheduled | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: _Scheduled | None = None  # the latest that was queued
 
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def size(self) -> int:
-        return self.inner.size
-
-    @property
-    def global_ranks(self) -> tuple[int, ...]:
-        return self.inner.global_ranks
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def group_name(self) -> str:
-        return self.inner.group_name
+    def use(self, tables: Sequence[AlgorithmTable]) -> None:
+        """Choose by these tables from the next call on; between the same calls on all ranks."""
+        self._tables = tuple(tables)
 
     def issue(self, call: RawCall) -> RawWork:
         schedule = self._schedule_for(call)
@@ -190,7 +180,7 @@ class ScheduledTransport(Transport):
         if self.size == 1 or call.op not in PLANS or not tensors:
             return None
         uneven = bool(call.in_splits or call.out_splits)
-        found = choose(self.tables, call.op, None if uneven else tensors[0].nbytes)
+        found = choose(self._tables, call.op, None if uneven else tensors[0].nbytes)
         if found is None or found[0].algorithm not in PLANS[call.op]:
             return None
         rooted = call.op in ("broadcast", "reduce")
@@ -204,43 +194,14 @@ class ScheduledTransport(Transport):
             while (work := self._queue.get()) is not None:
                 work.run()
 
-    def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
-        return self.inner.issue_batch(calls)
-
-    def attach(self, position: Callable[[], Position | None]) -> None:
-        self.inner.attach(position)
-
-    def peer_positions(self) -> Mapping[int, Position | None]:
-        return self.inner.peer_positions()
-
-    def start_coalescing(self) -> None:
-        self.inner.start_coalescing()
-
-    def end_coalescing(self) -> None:
-        self.inner.end_coalescing()
-
-    def explain_failure(self, describe: str, error: Exception) -> Exception:
-        return self.inner.explain_failure(describe, error)
-
-    def abort(self, reason: str) -> None:
-        self.inner.abort(reason)
-
     def close(self) -> None:
         if self._thread is not None:
             self._queue.put(None)
         self.inner.close()
 
-    def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
-        return self.inner.split(ranks, name, timeout_s)
 
-
-def agree_on_algorithms(
-    store: Store,
-    group_name: str,
-    rank: int,
-    size: int,
-    asked: str,
-    timeout_s: float,
+def agree_on_options(
+    store: TorchObject, group_name: str, rank: int, size: int, asked: str, timeout_s: float
 ) -> None:
     """Compare what this rank was asked with the other ranks, before anything is sent by it.
 
@@ -251,33 +212,15 @@ def agree_on_algorithms(
         CommTimeoutError: Some rank did not post one in time.
 
     """
-    prefix = f"sagellm/algorithms/{group_name}"
-    written = asked or "none"
-    end = time.monotonic() + timeout_s
-    pause_s = 0.001
-    try:
-        turn = store.add(f"{prefix}/turn/{rank}", 1)
-        store.set(f"{prefix}/{turn}/{rank}", written)
-        if not asked:
-            return
-        for other in range(size):
-            key = f"{prefix}/{turn}/{other}"
-            while not store.check([key]):
-                if time.monotonic() >= end:
-                    raise CommTimeoutError(
-                        f"rank {other} did not say within {timeout_s} s which algorithms it uses; "
-                        f"make the backend on all ranks"
-                    )
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
-            theirs = bytes(store.get(key)).decode()
-            if theirs != written:
-                raise CollectiveMismatchError(
-                    f"algorithms differ: rank {rank} has {written}, rank {other} has {theirs}; "
-                    f"give all ranks the same",
-                    calls={rank: written, other: theirs},
-                )
-    except CommError:
-        raise
-    except RuntimeError as e:  # torch's store errors, all of them RuntimeError
-        raise DistributedRuntimeError(f"the store of group {group_name} failed: {e}") from e
+    meeting = Exchange(store, rank, size, f"options/{group_name}", timeout_s)
+    if not asked:
+        meeting.tell("options", {"asked": "none"})
+        return
+    said = [str(told["asked"]) for told in meeting.all("options", {"asked": asked})]
+    for other, theirs in enumerate(said):
+        if theirs != asked:
+            raise CollectiveMismatchError(
+                f"options differ: rank {rank} has {asked}, rank {other} has {theirs}; "
+                f"give all ranks the same",
+                calls={rank: asked, other: theirs},
+            )

@@ -16,7 +16,6 @@ from sagellm.core.protocols import (
     Lowering,
     Probe,
 )
-from sagellm.core.protocols.observe import OBSERVE_OPTIONS
 
 __all__ = ["GLOO", "HIER", "MOCK", "NCCL", "RCCL", "SHM"]
 
@@ -55,8 +54,16 @@ _ALGORITHMS = {
     "algorithms": "which calls run by which schedule instead of the library's own algorithm, such "
     "as `all_reduce:0-64k:direct,all_gather:1m-:ring`; the same on all ranks",
 }
+_RINGS = {
+    "hosts": "the ranks of each host: rings that `algorithms` names pass them host by host",
+}
+_CALIBRATE = {
+    "calibrate": "measure the algorithms when the backend is made (about 1.5 s), or take an "
+    "earlier measurement from the user's cache folder",
+}
 _NCCL_OPTIONS = {
     **_ALGORITHMS,
+    **_RINGS,
     "algorithm": "`auto`, `ring` or `tree`: sets NCCL_ALGO before the communicator is made",
 }
 
@@ -226,8 +233,8 @@ GLOO = BackendSpec(
     ),
     options={
         **_ALGORITHMS,
-        "calibrate": "measure the algorithms when the backend is made (about 1.5 s), or take an "
-        "earlier measurement from the user's cache folder",
+        **_RINGS,
+        **_CALIBRATE,
     },
     install_hint="pip install torch",
     probe=_probe_gloo,
@@ -252,8 +259,8 @@ SHM = BackendSpec(
         "engine": "`auto`, `native` or `python`: what runs the calls",
         "slot_bytes": "bytes of a staging slot, two for each rank",
         "arena_bytes": "address space of a rank's symmetric tensors; memory comes with them",
-        **OBSERVE_OPTIONS,
         "algorithms": "overrides such as `all_reduce:0-64k:one_shot`, separated by commas",
+        **_CALIBRATE,
     },
     install_hint="pip install sagellm-comm-collective-ops on Linux",
     probe=_probe_shm,
@@ -271,7 +278,11 @@ HIER = BackendSpec(
     options={
         "hosts": "the ranks of each host, in place of proving who shares one",
         "intra": "`auto`, `shm`, `gloo`, or a function that makes a host's group",
-        "algorithm": "`auto`, `leaders` or `two_d`, for all_reduce",
+        "algorithm": "`auto`, `leaders`, `two_d` or `flat`: what runs every call",
+        "algorithms": "what runs which calls, before that: overrides such as "
+        "`all_reduce:0-64k:flat,all_reduce:1m-:two_d`, or a schedule over all ranks",
+        "between": "schedule of the stage between hosts, such as `ring` or `all_reduce:1m-:ring`",
+        **_CALIBRATE,
         "wire": "`none`, `bf16`, `fp16`, `int8` or `auto`: what all_reduce sends between hosts",
         "allow_lossy": "True lets `wire` round",
         "link_bytes_per_s": "of a host's link, for `wire` auto; measured otherwise",
@@ -295,7 +306,7 @@ MOCK = BackendSpec(
         uneven=True,
         verified_on_hardware=True,
     ),
-    options={"algorithms": _ALGORITHMS["algorithms"]},
+    options={**_ALGORITHMS, **_RINGS},
     install_hint="pip install sagellm-comm-collective-ops",
     probe=_probe_mock,
     load=_load_mock,

@@ -1,4 +1,4 @@
-"""A start-up measurement of the library's algorithms and ours, kept for the next start.
+"""A start-up measurement of a backend's algorithms, kept for the next start.
 
 Rank 0's table is everybody's. It lies in the user's cache folder, under a name made of the
 machines of the group, torch's release and the backend.
@@ -6,6 +6,7 @@ machines of the group, torch's release and the backend.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,46 +14,65 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from sagellm.core.protocols import CommBackendProtocol, CostTable
+from sagellm.core.protocols import CommBackendProtocol, ConfigError, CostModelProtocol, CostTable
 
-from .choice import NATIVE, AlgorithmTable, Rule
-from .schedules import schedule_algorithms
+from .choice import AlgorithmTable, Rule
 
-__all__ = ["cached_table", "keep_table", "measure", "table_key"]
+__all__ = ["cached_table", "keep_table", "measure", "sample_model", "table_key"]
 
 logger = logging.getLogger(__name__)
 
 _SIZES = (1 << 10, 1 << 15, 1 << 20)
-_OPS = ("all_reduce", "all_gather", "reduce_scatter")
+_CALLS = ("all_reduce", "all_gather", "reduce_scatter")
 _REPEATS = 5
 _VERSION = 1
+_MODEL_SIZES = tuple(1 << bits for bits in range(10, 27, 2))
 
 Use = Callable[[AlgorithmTable], None]
 """Makes the backend choose by a table from now on."""
 
 
-def measure(backend: CommBackendProtocol, use: Use, key: str, budget_s: float = 1.5) -> CostTable:
+def measure(
+    backend: CommBackendProtocol,
+    use: Use,
+    key: str,
+    names: Mapping[str, Collection[str]],
+    *,
+    sizes: Sequence[int] = _SIZES,
+    repeats: int = _REPEATS,
+    budget_s: float = 1.5,
+) -> CostTable:
     """Microseconds of each algorithm at a few sizes: the median of the slowest rank. Collective.
 
     Ends early, on all ranks alike, when rank 0 finds the budget spent; what was not measured by
-    then has no curve, and the library's algorithm keeps it.
+    then has no curve, and the default keeps it.
+
+    Args:
+        backend: Whose calls are timed.
+        use: Lets it run by one algorithm.
+        key: Fingerprint of the table.
+        names: Algorithms by operation, the default first.
+        sizes: Bytes of one rank's input, rising.
+        repeats: Calls of each algorithm at each size.
+        budget_s: Longest time, but for the call that is running.
+
     """
     size = backend.size
     points: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
     end = time.monotonic() + budget_s
-    for nbytes in _SIZES:
-        for op in _OPS:
-            for name in (NATIVE, *schedule_algorithms(op)):
+    for nbytes in sizes:
+        for op in (op for op in _CALLS if op in names):
+            for name in names[op]:
                 use(AlgorithmTable((Rule(op, 0, None, name),), "calibration"))
                 call = _call(backend, op, nbytes)
                 call()
                 times = []
-                for _ in range(_REPEATS):
+                for _ in range(repeats):
                     start = time.perf_counter()
                     call()
                     times.append(time.perf_counter() - start)
@@ -69,6 +89,22 @@ def measure(backend: CommBackendProtocol, use: Use, key: str, budget_s: float = 
     return CostTable(key, _VERSION, {k: tuple(v) for k, v in points.items()})
 
 
+def sample_model(
+    model: CostModelProtocol, table: CostTable, names: Mapping[str, Collection[str]], size: int
+) -> CostTable:
+    """What a model expects of each algorithm, as curves; those it knows nothing of have none."""
+    curves: dict[tuple[str, str, int], tuple[tuple[int, float], ...]] = {}
+    for op, ours in names.items():
+        for name in ours:
+            only = {k: points for k, points in table.curves.items() if k[1] == name}
+            alone = CostTable(table.fingerprint, table.version, only)
+            with contextlib.suppress(ConfigError):  # the model does not know it
+                curves[op, name, size] = tuple(
+                    (n, model.select(alone, op, n, size)[1].time_us) for n in _MODEL_SIZES
+                )
+    return CostTable(table.fingerprint, _VERSION, curves)
+
+
 def _call(backend: CommBackendProtocol, op: str, nbytes: int) -> Callable[[], object]:
     x = torch.zeros(nbytes // 4)
     if op == "all_reduce":
@@ -81,12 +117,12 @@ def _call(backend: CommBackendProtocol, op: str, nbytes: int) -> Callable[[], ob
     return lambda: backend.reduce_scatter_tensor(part, whole)
 
 
-def table_key(backend: CommBackendProtocol) -> str:
+def table_key(backend: CommBackendProtocol, more: Sequence[str] = ()) -> str:
     """Equal for groups that would measure alike: machines, torch, backend. Collective."""
     mine = hashlib.sha256(_machine().encode()).digest()[:7]
     hosts = backend.all_gather(torch.tensor([int.from_bytes(mine, "big")]))
     assert isinstance(hosts, list)
-    facts = [backend.name, torch.__version__, *(str(int(h.item())) for h in hosts)]
+    facts = [backend.name, torch.__version__, *more, *(str(int(h.item())) for h in hosts)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 

@@ -6,9 +6,10 @@ the library's own algorithm. A table is the same on all ranks, and choosing from
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,13 @@ from ._schedule_plans import PLANS
 from .settings import CollectiveSettings
 
 __all__ = [
+    "PRIMITIVES",
     "AlgorithmTable",
     "Rule",
     "algorithms_known",
     "asked_algorithms",
     "choose",
+    "expected_us",
     "explain_choice",
     "measured_table",
     "parse_algorithms",
@@ -32,12 +35,13 @@ NATIVE = "native"
 """The library's own algorithm."""
 
 _ALIASES = {"one_shot": "direct"}
-_PRIMITIVES = {
+PRIMITIVES = {
     "all_gather_into_tensor": "all_gather",
     "all_to_all_single": "all_to_all",
     "reduce_scatter_tensor": "reduce_scatter",
 }
-_OWN = {"all_reduce": ("one_shot", "two_shot", "symmetric", "leaders", "two_d")}
+"""Methods whose primitive has another name."""
+_OWN = {"all_reduce": ("one_shot", "two_shot", "symmetric", "leaders", "two_d", "flat")}
 """Algorithms of single backends."""
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"(\d+)([kmg]?)")
@@ -182,7 +186,7 @@ def _parse_entry(entry: str, known: Mapping[str, Sequence[str]], source: str) ->
         raise ConfigError(
             f"{source}: {entry!r} is not op:low-high:algorithm, such as all_reduce:0-64k:direct"
         )
-    op = _PRIMITIVES.get(parts[0], parts[0])
+    op = PRIMITIVES.get(parts[0], parts[0])
     if op not in known:
         raise ConfigError(
             f"{source}: operation {parts[0]!r} in {entry!r} is not one of {', '.join(known)}"
@@ -231,19 +235,37 @@ def _overlap(a: Rule, b: Rule) -> bool:
     return (b.high is None or a.low < b.high) and (a.high is None or b.low < a.high)
 
 
-def measured_table(table: CostTable, size: int, source: str) -> AlgorithmTable:
-    """Where a schedule was measured to beat the library by a tenth, by size range.
+def measured_table(
+    table: CostTable,
+    size: int,
+    source: str,
+    names: Mapping[str, Collection[str]] = PLANS,
+    default: str | None = NATIVE,
+) -> AlgorithmTable:
+    """Where an algorithm was measured to beat the default by a tenth, by size range.
 
-    An operation without a curve of `native` in the table has no rules: nothing of ours was
-    compared with the library's. Ranges meet half way, in logarithms, between measured sizes.
+    An operation without a curve of the default has no rules: nothing was compared with it.
+    Ranges meet half way, in logarithms, between measured sizes.
+
+    Args:
+        table: Curves of the algorithms, for this many ranks.
+        size: Ranks.
+        source: Of the rules, for a person.
+        names: Algorithms by operation.
+        default: What runs without a rule; None where that is no single one: the fastest then has
+            a rule at every size.
+
     """
     rules: list[Rule] = []
-    for op, plans in PLANS.items():
+    for op, ours in names.items():
         curves = {a: dict(p) for (o, a, n), p in table.curves.items() if o == op and n == size}
-        native = curves.get(NATIVE, {})
-        points = [(n, _winner(n, native[n], curves, plans)) for n in sorted(native)]
+        curves = {a: p for a, p in curves.items() if a in ours or a == default}
+        if (default is None and len(curves) < len(ours)) or not curves:
+            continue
+        sizes = curves.get(default, {}) if default is not None else set().union(*curves.values())
+        points = [(n, _winner(n, curves, default)) for n in sorted(sizes)]
         for i, (nbytes, name) in enumerate(points):
-            if name == NATIVE:
+            if name == default:
                 continue
             low = 0 if i == 0 else math.isqrt(points[i - 1][0] * nbytes)
             high = None if i + 1 == len(points) else math.isqrt(nbytes * points[i + 1][0])
@@ -253,15 +275,22 @@ def measured_table(table: CostTable, size: int, source: str) -> AlgorithmTable:
     return AlgorithmTable(tuple(rules), source)
 
 
-def _winner(
-    nbytes: int,
-    native: float,
-    curves: Mapping[str, Mapping[int, float]],
-    plans: Mapping[str, object],
-) -> str:
-    times = {a: curves[a][nbytes] for a in plans if nbytes in curves.get(a, {})}
-    best = min(times, key=lambda a: times[a], default=NATIVE)
-    return best if best != NATIVE and times[best] * _MARGIN < native else NATIVE
+def _winner(nbytes: int, curves: Mapping[str, Mapping[int, float]], default: str | None) -> str:
+    times = {a: points[nbytes] for a, points in curves.items() if nbytes in points}
+    best = min(times, key=lambda a: times[a])
+    if default is None or times[best] * _MARGIN < times[default]:
+        return best
+    return default
+
+
+def expected_us(table: CostTable, op: str, name: str, size: int, nbytes: int) -> float | None:
+    """Time of a call by a table's curve, on straight lines between its points; None without one."""
+    points = table.curves.get((op, name, size), ())
+    if len(points) < 2:
+        return points[0][1] if points else None
+    at = min(max(bisect.bisect([n for n, _ in points], nbytes), 1), len(points) - 1)
+    (low, first), (high, last) = points[at - 1 : at + 1]
+    return max(0.0, first + (last - first) * (nbytes - low) / (high - low))
 
 
 def choose(
@@ -283,31 +312,47 @@ def choose(
 
 
 def explain_choice(
-    tables: Sequence[AlgorithmTable], base: Choice, op: str, nbytes: int, size: int
+    tables: Sequence[AlgorithmTable],
+    base: Choice,
+    op: str,
+    nbytes: int,
+    size: int,
+    names: Collection[str] | None = None,
+    costs: CostTable | None = None,
 ) -> Choice:
     """What runs for a call, why, and what was not taken.
 
     Args:
         tables: By precedence.
-        base: What the library does.
+        base: What runs where they say nothing.
         op: Method or primitive.
         nbytes: Bytes of one rank's input.
         size: Ranks.
+        names: Algorithms that there are of it; None are the schedules.
+        costs: What each is expected to take.
 
     """
-    primitive = _PRIMITIVES.get(op, op)
-    plans = PLANS.get(primitive, {})
+    primitive = PRIMITIVES.get(op, op)
+    others = PLANS.get(primitive, {}) if names is None else names
     found = choose(tables, primitive, nbytes) if size > 1 else None
+
+    def expected(name: str) -> float | None:
+        return None if costs is None else expected_us(costs, primitive, name, size, nbytes)
+
+    def told(name: str, why: str) -> str:
+        us = expected(name)
+        return why if us is None else f"{why}; it is expected to take {us:.1f} us"
+
     if found is None or found[0].algorithm == NATIVE:
-        why = "nothing of ours was asked for, or measured to beat the library here"
+        why = "not asked for, nor measured to win here"
         reason = base.reason
         if found is not None:
             why = reason = f"{found[1].source} leaves {found[0]} to the library"
-        rejected = {**base.rejected, **{a: why for a in plans if a != base.algorithm}}
-        return Choice(base.backend, base.algorithm, reason, base.estimate_us, rejected)
+        rejected = {**base.rejected, **{a: told(a, why) for a in others if a != base.algorithm}}
+        estimate = expected(base.algorithm) if base.estimate_us is None else base.estimate_us
+        return Choice(base.backend, base.algorithm, reason, estimate, rejected)
     rule, table = found
-    rejected = {a: f"{table.source} has {rule}" for a in plans if a != rule.algorithm}
-    if rule.algorithm != base.algorithm or base.algorithm not in plans:
-        rejected[base.algorithm] = f"{table.source} has {rule}"
-    rejected.pop(rule.algorithm, None)
-    return Choice(base.backend, rule.algorithm, f"{table.source} has {rule}", None, rejected)
+    asked = f"{table.source} has {rule}"
+    passed = [a for a in (*others, base.algorithm) if a != rule.algorithm]
+    rejected = {a: told(a, asked) for a in passed}
+    return Choice(base.backend, rule.algorithm, asked, expected(rule.algorithm), rejected)

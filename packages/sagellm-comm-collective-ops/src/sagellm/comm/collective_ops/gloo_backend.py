@@ -34,8 +34,11 @@ class GlooBackend(ChosenBackend):
         device: None is the CPU.
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used by gloo.
-        cost_model: Lets `explain` give a time.
-        options: `algorithms`, see `parse_algorithms`; `check_calls`, see `ProcessGroupBackend`.
+        cost_model: Lets `explain` give a time, and schedules that it has observed to be faster
+            than the library run.
+        options: `algorithms`, see `parse_algorithms`; `hosts`, the ranks of each host, which rings
+            then pass one after another; `calibrate`, to measure schedules against the library;
+            `check_calls`, see `ProcessGroupBackend`.
 
     >>> GlooBackend().size
     1

@@ -20,9 +20,10 @@ from sagellm.core.protocols import (
     PeerLostError,
     TopologyManagerProtocol,
 )
-from sagellm.core.protocols.observe import OBSERVE_OPTIONS, observe_settings
+from sagellm.core.protocols.observe import check_options, observe_settings
 from sagellm.core.protocols.process_group import RawCall, RawWork, TensorBackend, Transport
 
+from ._hier.partition import HostMap, options_of_part
 from ._mock_clock import MockLinks, VirtualClock
 from ._mock_group import Faults, MockGroup, Transfer
 from ._scheduled import ScheduledTransport
@@ -118,17 +119,17 @@ class MockBackend(TensorBackend):
         if process_group is not None:
             raise ConfigError("mock does not run on process groups; use MockWorld(size)")
         self.options = dict(options or {})
-        unknown = sorted(set(self.options) - {"algorithms", *OBSERVE_OPTIONS})
-        if unknown:
-            known = ", ".join(sorted({"algorithms", *OBSERVE_OPTIONS}))
-            raise ConfigError(f"mock has no option {', '.join(unknown)}; known: {known}")
+        facts = MOCK if spec is None else spec
+        check_options(facts.name, self.options, facts.options)
         if device is not None and torch.device(device).type != "cpu":
             raise ConfigError(f"mock serves cpu, not {device}")
         inner = MockWorld(1).transport(0) if transport is None else transport
         self._tables: tuple[AlgorithmTable, ...] = (asked_algorithms(self.options),)
+        hosts = self.options.get("hosts")
+        order = None if hosts is None else HostMap.of(hosts, inner.rank).order
         super().__init__(
-            MOCK if spec is None else spec,
-            ScheduledTransport(inner, self._tables),
+            facts,
+            ScheduledTransport(inner, self._tables, order),
             timeout_s=timeout_s,
             topology_manager=topology_manager,
             cost_model=cost_model,
@@ -147,7 +148,7 @@ class MockBackend(TensorBackend):
             timeout_s=self.timeout_s,
             topology_manager=self.topology_manager,
             cost_model=self.cost_model,
-            options=self.options,
+            options=options_of_part(self.options, self.global_ranks, transport),
             transport=transport,
             cost_table=self._cost_table,
         )
@@ -173,6 +174,7 @@ class MockWorld:
         links: What messages cost; None costs nothing.
         algorithms: Which calls are made of messages, see `parse_algorithms`; the others are
             computed at once and cost what `Transfer` says.
+        hosts: The ranks of each host: rings pass them host by host.
 
     """
 
@@ -183,6 +185,7 @@ class MockWorld:
         timeout_s: float = 30.0,
         links: MockLinks | None = None,
         algorithms: str | None = None,
+        hosts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if size < 1:
             raise ConfigError(f"a world needs at least one rank, got size={size}")
@@ -191,7 +194,8 @@ class MockWorld:
         self.ledger: list[Transfer] = []
         self._faults = Faults()
         self._lock = threading.RLock()
-        self._options = {} if algorithms is None else {"algorithms": algorithms}
+        asked = {"algorithms": algorithms, "hosts": hosts}
+        self._options = {name: value for name, value in asked.items() if value is not None}
         self._clock = VirtualClock(size, MockLinks() if links is None else links)
         self._group = MockGroup(
             "mock", tuple(range(size)), self._faults, self.ledger, self._lock, self._clock

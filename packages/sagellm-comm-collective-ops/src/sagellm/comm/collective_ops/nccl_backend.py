@@ -40,7 +40,7 @@ class NCCLBackend(ChosenBackend):
         timeout_s: Deadline of every call, kept by a watchdog; and of meeting the other ranks.
         topology_manager: Source of links for the choice of algorithm.
         cost_model: Preferred source for the choice of algorithm.
-        options: `algorithm` (`auto`, `ring`, `tree`), `algorithms` and `check_calls`.
+        options: `algorithm` (`auto`, `ring`, `tree`), `algorithms`, `hosts` and `check_calls`.
 
     Raises:
         BackendUnavailableError: No device, or a torch without its library.

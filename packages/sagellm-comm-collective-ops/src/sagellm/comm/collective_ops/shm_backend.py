@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from sagellm.core.protocols import (
     BackendSpec,
     Choice,
-    CommBackendProtocol,
     CommCall,
     ConfigError,
     CostModelProtocol,
@@ -24,20 +22,21 @@ from sagellm.core.protocols import (
     TopologyManagerProtocol,
     Work,
 )
-from sagellm.core.protocols.observe import ObserveSettings, observe_settings
+from sagellm.core.protocols.observe import observe_settings
 from sagellm.core.protocols.process_group import (
     STARTED,
     EngineRow,
     FlightRecorder,
     Record,
-    SoloTransport,
-    TensorBackend,
     TorchObject,
     Transport,
 )
 
-from ._groups import find_source
+from ._chosen import Chooser
+from ._groups import GroupSource
+from ._own import OwnBackend
 from ._shm.any_source import AnySourceReceive
+from ._shm.choice import MEASURING, STAGED
 from ._shm.engine import EngineFailure
 from ._shm.explain import explain_shm
 from ._shm.flight import merge_records
@@ -55,7 +54,7 @@ After = Callable[[CommCall, float, BaseException | None], None]
 TakeOver = Callable[[CommCall], Work[Any] | None]  # Any: the operation's result
 
 
-class ShmBackend(TensorBackend):
+class ShmBackend(OwnBackend[ShmSettings]):
     """Ranks of one host over shared memory, for CPU tensors.
 
     Without a group it stands on the initialised default group, else on RANK, WORLD_SIZE,
@@ -72,47 +71,40 @@ class ShmBackend(TensorBackend):
         device: None is the CPU.
         timeout_s: Deadline of every call, and of meeting the other ranks.
         topology_manager: Not used.
-        cost_model: Lets `explain` give a time.
-        options: `engine`, `slot_bytes`, `arena_bytes`, `algorithms`, alike on all ranks; and each
-            rank's own `statistics`, `flight_entries`, `flight_folder`. `statistics` False also
-            keeps calls of the short way out of the flight record.
+        cost_model: Chooses between `one_shot` and `two_shot`, where it has observed them.
+        options: `engine`, `slot_bytes`, `arena_bytes`, `algorithms`, and `calibrate` (measure where
+            `two_shot` becomes the faster one), alike on all ranks; and each rank's own
+            `statistics`, `flight_entries`, `flight_folder`. `statistics` False also keeps calls of
+            the short way out of the flight record.
 
     >>> ShmBackend().size
     1
     """
 
-    def __init__(
+    default_spec = SHM
+
+    @classmethod
+    def _read(cls, spec: BackendSpec, options: Mapping[str, Any]) -> ShmSettings:
+        return ShmSettings.of(spec.name, options)
+
+    def _form(
         self,
-        spec: BackendSpec | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        *,
-        device: torch.device | str | None = None,
-        timeout_s: float = 30.0,
-        topology_manager: TopologyManagerProtocol | None = None,
-        cost_model: CostModelProtocol | None = None,
-        options: Mapping[str, Any] | None = None,  # Any: each option has its own type
-    ) -> None:
-        facts = SHM if spec is None else spec
-        if device is not None and torch.device(device).type != "cpu":
-            raise ConfigError(f"{facts.name} serves cpu, not {device}")
-        settings = ShmSettings.of(facts.name, options)
-        if not timeout_s > 0:
-            raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
-        source = find_source(process_group, timeout_s)
-        transport: Transport = SoloTransport(torch.device("cpu"))
-        if source.size > 1:
-            transport = form_transport(
-                source.store,
-                source.rank,
-                source.size,
-                name=source.name,
-                label=source.name,
-                global_ranks=source.global_ranks,
-                timeout_s=timeout_s,
-                settings=settings,
-            )
-        observe = observe_settings(options or {})
-        self._start(facts, transport, timeout_s, topology_manager, cost_model, None, observe)
+        source: GroupSource,
+        options: Mapping[str, Any],  # Any: each option has its own type
+        timeout_s: float,
+        cost_model: CostModelProtocol | None,
+    ) -> tuple[Transport, CostTable | None]:
+        transport = form_transport(
+            source.store,
+            source.rank,
+            source.size,
+            name=source.name,
+            label=source.name,
+            global_ranks=source.global_ranks,
+            timeout_s=timeout_s,
+            settings=self._settings,
+        )
+        return transport, None
 
     @classmethod
     def over_store(
@@ -145,6 +137,8 @@ class ShmBackend(TensorBackend):
         members = tuple(range(size) if global_ranks is None else global_ranks)
         if not 0 <= rank < size or len(members) != size:
             raise ConfigError(f"rank {rank} of {size} with global ranks {members} cannot be")
+        backend = cls.__new__(cls)
+        backend._settings = cls._read(SHM, options or {})
         transport = form_transport(
             store,
             rank,
@@ -153,11 +147,10 @@ class ShmBackend(TensorBackend):
             label=name,
             global_ranks=members,
             timeout_s=timeout_s,
-            settings=ShmSettings.of(SHM.name, options),
+            settings=backend._settings,
         )
-        backend = cls.__new__(cls)
         observe = observe_settings(options or {})
-        backend._start(SHM, transport, timeout_s, topology_manager, cost_model, None, observe)
+        backend._begin(SHM, transport, timeout_s, topology_manager, cost_model, None, observe)
         return backend
 
     @classmethod
@@ -166,44 +159,25 @@ class ShmBackend(TensorBackend):
         store = FileStore(meet, size)
         return cls.over_store(store, rank, size, timeout_s=timeout_s)
 
-    def _start(
-        self,
-        spec: BackendSpec,
-        transport: Transport,
-        timeout_s: float,
-        topology_manager: TopologyManagerProtocol | None,
-        cost_model: CostModelProtocol | None,
-        cost_table: CostTable | None,
-        observe: ObserveSettings,
-    ) -> None:
+    def _stand_on(self, transport: Transport) -> None:
         self._fallen: Record | None = None
         self._hot = HotPath()
         self._shm = transport if isinstance(transport, ShmTransport) else None
-        super().__init__(
-            spec,
-            transport,
-            timeout_s=timeout_s,
-            topology_manager=topology_manager,
-            cost_model=cost_model,
-            cost_table=cost_table,
-            observe=observe,
-        )
-        if self._shm is not None:
-            self._hot = HotPath(self._shm, self._size, self.timeout_s)
-            release_in_children(self)
 
-    def _wrap(self, transport: Transport) -> CommBackendProtocol:
-        backend = type(self).__new__(type(self))
-        backend._start(
-            self.spec,
-            transport,
-            self.timeout_s,
-            self.topology_manager,
-            self.cost_model,
+    def _settle(self) -> None:
+        shm, settings = self._shm, self._settings
+        if shm is None:
+            return
+        self._hot = HotPath(shm, self._size, self.timeout_s)
+        release_in_children(self)
+        self._chooser = Chooser((settings.table,), STAGED, None, shm.use, **MEASURING)
+        self._chooser.settle(
+            self,
+            self._transport,
             self._cost_table,
-            self._observing,
+            calibrate=settings.calibrate,
+            facts=[self.engine, str(settings.slot_bytes)],
         )
-        return backend
 
     @property
     def timeout_s(self) -> float:
@@ -384,7 +358,7 @@ class ShmBackend(TensorBackend):
         choice = super().explain(op, nbytes)
         if self._shm is None or op in ("send", "recv"):
             return choice
-        return explain_shm(self.name, self._shm, op, nbytes, choice.estimate_us)
+        return explain_shm(self.name, self._shm, self._chooser, op, nbytes, choice.estimate_us)
 
     def _engine_totals(self) -> Sequence[EngineRow]:
         return () if self._shm is None else self._shm.totals()

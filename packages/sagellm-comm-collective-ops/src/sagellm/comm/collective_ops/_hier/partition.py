@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import ConfigError
 
-__all__ = ["HostMap"]
+if TYPE_CHECKING:
+    from sagellm.core.protocols.process_group import Transport
+
+__all__ = ["HostMap", "options_of_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +112,16 @@ class HostMap:
     def explain(self) -> str:
         """One sentence for a person."""
         return "; ".join(f"host {i}: ranks {list(host)}" for i, host in enumerate(self.hosts))
+
+
+def options_of_part(
+    options: Mapping[str, Any],  # Any: each option has its own type
+    global_ranks: Sequence[int],
+    part: Transport,
+) -> Mapping[str, Any]:
+    """A group's options for a part of it, whose ranks are numbered anew in `hosts`."""
+    if options.get("hosts") is None:
+        return options
+    members = [global_ranks.index(rank) for rank in part.global_ranks]
+    map = HostMap.of(options["hosts"], members[part.rank])
+    return {**options, "hosts": map.restricted(members)}

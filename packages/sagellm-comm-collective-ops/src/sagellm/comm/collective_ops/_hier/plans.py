@@ -41,7 +41,6 @@ class Plans:
         leaders: Between hosts, on leaders; None elsewhere.
         rail: Between the ranks of this place on all hosts; None where hosts are unequal.
         chunk_bytes: Size of a piece.
-        two_d_bytes: All_reduces of at least this many bytes use every rail.
 
     """
 
@@ -53,27 +52,25 @@ class Plans:
         rail: Wire | None,
         *,
         chunk_bytes: int,
-        two_d_bytes: int,
     ) -> None:
         self._map = map
         self._intra = intra
         self._leaders = leaders
         self._rail = rail
         self._chunk_bytes = chunk_bytes
-        self._two_d_bytes = two_d_bytes
         self._order = torch.tensor(map.order)
 
-    def variant(self, nbytes: int) -> str:
-        """How an all_reduce of `nbytes` runs: `leaders` or `two_d`; alike on all ranks."""
-        wide = self._rail is not None
-        return "two_d" if wide and nbytes >= self._two_d_bytes else "leaders"
+    @property
+    def has_rails(self) -> bool:
+        """Whether `two_d` can run."""
+        return self._rail is not None
 
-    def run(self, call: RawCall) -> None:
-        """Run one planned operation to its end."""
+    def run(self, call: RawCall, *, rails: bool = False) -> None:
+        """Run one planned operation to its end, an all_reduce over all `rails` or by leaders."""
         end = time.monotonic() + call.timeout_s
         op = ReduceOp.SUM if call.reduce_op is None else call.reduce_op
         if call.op == "all_reduce":
-            self._all_reduce(call.outputs[0], op, end)
+            self._all_reduce(call.outputs[0], op, end, rails)
         elif call.op == "all_gather":
             self._all_gather(call.outputs[0], call.inputs[0], end)
         elif call.op == "reduce_scatter":
@@ -91,11 +88,11 @@ class Plans:
 
     # -- all_reduce -------------------------------------------------------------------------
 
-    def _all_reduce(self, x: Tensor, op: ReduceOp, end: float) -> None:
+    def _all_reduce(self, x: Tensor, op: ReduceOp, end: float, rails: bool) -> None:
         flat = x.view(-1)
         each = max(1, self._chunk_bytes // flat.itemsize)  # the same on every host
         steps = self._by_leaders
-        if self.variant(flat.nbytes) == "two_d":
+        if rails:
             locals_ = len(self._map.mine)
             each += -each % locals_
             whole = flat.numel() - flat.numel() % locals_

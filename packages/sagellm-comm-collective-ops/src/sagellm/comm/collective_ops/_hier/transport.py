@@ -6,14 +6,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
+from sagellm.comm.collective_ops._scheduled import ScheduledTransport
 from sagellm.comm.collective_ops._shm.calls import CallQueue, FinishedWork
+from sagellm.comm.collective_ops.choice import NATIVE, AlgorithmTable, choose
 from sagellm.core.protocols import CommBackendProtocol, CommError, PeerLostError
-from sagellm.core.protocols.process_group import RawCall, RawWork, TorchTransport, Transport
+from sagellm.core.protocols.process_group import (
+    RawCall,
+    RawWork,
+    TorchTransport,
+    Transport,
+    TransportLayer,
+    WorkReport,
+)
 
 from .partition import HostMap
 from .plans import PLANNED, Plans
+from .settings import FLAT, LEADERS, TWO_D
 
 __all__ = ["HierTransport", "Stages"]
 
@@ -40,59 +48,58 @@ class Stages:
     groups: list[CommBackendProtocol] = field(default_factory=list)
 
 
-class HierTransport(Transport):
+class HierTransport(TransportLayer):
     """Primitive calls of one group over several hosts.
 
     A caller who waits runs the steps itself; calls with `async_op`, and those behind them, run
-    on one thread in order.
+    on one thread in order. Calls over all ranks go to `inner`, whose rings pass them host by host.
     """
 
     def __init__(self, stages: Stages) -> None:
+        self._over = ScheduledTransport(stages.flat, order=stages.map.order)
+        super().__init__(self._over)
         self.stages = stages
-        self._flat = stages.flat
+        self._tables: Sequence[AlgorithmTable] = ()
         self._queue: CallQueue | None = None
         self._closed = False
 
-    @property
-    def rank(self) -> int:
-        return self._flat.rank
-
-    @property
-    def size(self) -> int:
-        return self._flat.size
-
-    @property
-    def global_ranks(self) -> tuple[int, ...]:
-        return self._flat.global_ranks
-
-    @property
-    def device(self) -> torch.device:
-        return self._flat.device
-
-    @property
-    def group_name(self) -> str:
-        return self._flat.group_name
+    def use(self, tables: Sequence[AlgorithmTable]) -> None:
+        """Choose by these tables from the next call on; between the same calls on all ranks."""
+        self._tables = tuple(tables)
+        self._over.use(tables)
 
     def issue(self, call: RawCall) -> RawWork:
-        if call.op not in PLANNED:
-            return self._flat.issue(call)
+        algorithm = self._algorithm(call)
+        if algorithm not in (LEADERS, TWO_D):
+            return self.inner.issue(call)
         if call.background or (self._queue is not None and self._queue.busy):
             if self._queue is None:
                 name = f"sagellm-comm-hier-{self.group_name}"
                 self._queue = CallQueue(self._run, name, lambda busy: None)
-            return self._queue.put(call)
-        try:
-            self._run(call)
-        except Exception as e:  # reaches the caller by the work, as a queued call's does
-            return FinishedWork(e)
-        return FinishedWork()
+            work: RawWork = self._queue.put(call)
+        else:
+            try:
+                self._run(call)
+                work = FinishedWork()
+            except Exception as e:  # reaches the caller by the work, as a queued call's does
+                work = FinishedWork(e)
+        work.report = WorkReport(algorithm=algorithm)
+        return work
 
-    def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
-        return self._flat.issue_batch(calls)
+    def _algorithm(self, call: RawCall) -> str:
+        """`leaders` or `two_d`, or what runs over all ranks."""
+        if call.op not in PLANNED:
+            return FLAT
+        tensors = call.inputs or call.outputs
+        found = choose(self._tables, call.op, tensors[0].nbytes) if tensors else None
+        name = NATIVE if found is None else found[0].algorithm
+        if name == NATIVE or (name == TWO_D and not self.stages.plans.has_rails):
+            return LEADERS
+        return name
 
     def _run(self, call: RawCall) -> None:
         try:
-            self.stages.plans.run(call)
+            self.stages.plans.run(call, rails=self._algorithm(call) == TWO_D)
         except Exception:
             raise
         except BaseException as e:  # an interrupt: the ranks are apart now
@@ -106,7 +113,7 @@ class HierTransport(Transport):
         the part said that failed has to do, and where nothing was said, which hosts are silent.
         """
         self._abort_parts(describe)
-        told = self._flat.explain_failure(describe, error)
+        told = self.inner.explain_failure(describe, error)
         known = getattr(error, "rank", None)
         if isinstance(told, PeerLostError) and told.rank is None and known is not None:
             told.rank = known
@@ -116,7 +123,7 @@ class HierTransport(Transport):
 
     def abort(self, reason: str) -> None:
         self._abort_parts(reason)
-        self._flat.abort(reason)
+        self.inner.abort(reason)
 
     def _abort_parts(self, reason: str) -> None:
         for group in self.stages.groups:
@@ -132,13 +139,12 @@ class HierTransport(Transport):
             self._queue.close(max(1.0, end - time.monotonic()))
         for group in self.stages.groups:
             group.close()
-        self._flat.close()
+        self.inner.close()
 
     def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
-        flat = self._flat.split(ranks, name, timeout_s)
+        flat = self.stages.flat.split(ranks, name, timeout_s)
         if flat is None:
             return None
-        assert isinstance(flat, TorchTransport)
         return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
 
 

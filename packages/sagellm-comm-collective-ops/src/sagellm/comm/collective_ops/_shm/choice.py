@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from sagellm.comm.collective_ops.choice import AlgorithmTable
 
 __all__ = [
     "ALGORITHMS",
+    "MEASURING",
     "ONE_SHOT_BYTES",
+    "STAGED",
     "SYMMETRIC_BYTES",
     "Override",
     "choose",
     "one_shot_bytes",
+    "switch_bytes",
 ]
 
 ALGORITHMS = ("direct", "one_shot", "two_shot", "symmetric")
@@ -31,6 +36,26 @@ def one_shot_bytes(world: int, slot_bytes: int) -> int:
     return slot_bytes if world == 2 else min(ONE_SHOT_BYTES, slot_bytes)
 
 
+STAGED: Mapping[str, tuple[str, ...]] = {"all_reduce": ("one_shot", "two_shot")}
+"""What a model or a measurement may choose from."""
+
+MEASURING = {"sizes": tuple(1 << bits for bits in range(12, 23, 2)), "repeats": 31}
+
+
+def switch_bytes(tables: Sequence[AlgorithmTable], usual: int) -> int:
+    """Longest tensor for one_shot by the last table that says anything of it, else the usual one.
+
+    Above the largest size at which one_shot was the faster one, two_shot was.
+    """
+    rules = [rule for table in tables for rule in table.rules if rule.op == "all_reduce"]
+    if not rules:
+        return usual
+    last = max((r for r in rules if r.algorithm == "one_shot"), key=lambda r: r.low, default=None)
+    if last is None:
+        return 0
+    return 1 << 62 if last.high is None else last.high - 1
+
+
 def choose(
     op: str,
     nbytes: int,
@@ -39,6 +64,7 @@ def choose(
     *,
     symmetric: bool = False,
     overrides: Sequence[Override] = (),
+    one_shot: int | None = None,
 ) -> str:
     """The algorithm for `nbytes` on every rank.
 
@@ -49,6 +75,7 @@ def choose(
         slot_bytes: Size of a slot.
         symmetric: Whether every rank's tensor lies in its arena.
         overrides: The first that fits decides, where its algorithm can run.
+        one_shot: Longest tensor for one_shot; None is `one_shot_bytes`.
 
     """
     if op != "all_reduce":
@@ -59,4 +86,5 @@ def choose(
                 return algorithm
     if symmetric and nbytes > SYMMETRIC_BYTES:
         return "symmetric"
-    return "one_shot" if nbytes <= one_shot_bytes(world, slot_bytes) else "two_shot"
+    limit = one_shot_bytes(world, slot_bytes) if one_shot is None else one_shot
+    return "one_shot" if nbytes <= limit else "two_shot"

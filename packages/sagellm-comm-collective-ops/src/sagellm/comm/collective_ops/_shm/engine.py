@@ -131,6 +131,13 @@ class Engine(ABC):
         """What `run` uses for such a call: equal on all ranks."""
 
     @abstractmethod
+    def tune(self, one_shot_bytes: int) -> None:
+        """Take `one_shot` up to this size, where no override decides.
+
+        Between calls, and between the same ones on all ranks.
+        """
+
+    @abstractmethod
     def totals(self) -> Sequence[EngineTotals]:
         """Counts so far; empty when statistics are off."""
 

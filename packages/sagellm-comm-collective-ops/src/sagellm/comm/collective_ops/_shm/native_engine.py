@@ -108,17 +108,20 @@ class NativeEngine(Engine):
         self._held, self._go = found.held.sage_shm_run, found.held.sage_shm_go
         self._lock = threading.Lock()
         self._words: dict[Word, int] = {}
-        found.free.sage_shm_tune(
-            self._context,
-            one_shot_bytes(layout.world, layout.slot_bytes),
-            SYMMETRIC_BYTES,
-            min(CHUNK_BYTES, layout.slot_bytes),
-            HOLD_NS,
-            HOLD_BYTES,
-        )
+        self.tune(one_shot_bytes(layout.world, layout.slot_bytes))
         for op, low, high, algorithm in algorithms or ():
             number = ALGORITHMS.index(algorithm)
             found.free.sage_shm_override(self._context, _OPS[op], low, high, number)
+
+    def tune(self, one_shot_bytes: int) -> None:
+        self._lib.free.sage_shm_tune(
+            self._context,
+            one_shot_bytes,
+            SYMMETRIC_BYTES,
+            min(CHUNK_BYTES, self._layout.slot_bytes),
+            HOLD_NS,
+            HOLD_BYTES,
+        )
 
     # -- calls ----------------------------------------------------------------------------
 

@@ -66,6 +66,7 @@ class PythonEngine(Engine):
     ) -> None:
         self._layout, self._rank = layout, rank
         self._overrides = tuple(algorithms or ())
+        self._one_shot: int | None = None
         self._flags = Flags(memory, layout, rank, fds, polls=polls)
         self._memory = Memory(memory, layout, rank)
         self._plans = Plans(self._flags, self._memory, rank, layout.world, layout.slot_bytes)
@@ -253,7 +254,13 @@ class PythonEngine(Engine):
             layout.slot_bytes,
             symmetric=symmetric,
             overrides=self._overrides,
+            one_shot=self._one_shot,
         )
+
+    def tune(self, one_shot_bytes: int) -> None:
+        self._one_shot = one_shot_bytes
+        for steps in self._shortcuts:
+            steps.clear()
 
     # -- what is known of them --------------------------------------------------------------
 

@@ -13,8 +13,9 @@ from sagellm.comm.collective_ops.choice import (
     asked_algorithms,
     parse_algorithms,
 )
+from sagellm.comm.collective_ops.settings import wants_calibration
 from sagellm.core.protocols import ConfigError
-from sagellm.core.protocols.observe import OBSERVE_OPTIONS, observe_settings
+from sagellm.core.protocols.observe import check_options, observe_settings
 
 from .choice import Override
 from .engines import ENGINES, available_engines
@@ -48,6 +49,7 @@ class ShmSettings:
         arena_bytes: Address space of a rank's symmetric tensors; memory is taken as they are made.
         statistics: Whether calls are counted and timed; each rank's own.
         algorithms: Overrides such as `all_reduce:0-64k:one_shot`, separated by commas.
+        calibrate: Whether one_shot and two_shot are measured when the group is made.
         algorithms_from: Where those were read, for a person.
 
     """
@@ -57,6 +59,7 @@ class ShmSettings:
     arena_bytes: int = 16 << 30
     statistics: bool = True
     algorithms: str | None = None
+    calibrate: bool = False
     algorithms_from: str = ""
 
     @classmethod
@@ -68,13 +71,10 @@ class ShmSettings:
 
         """
         given = dict(options or {})
-        known = {*cls.__dataclass_fields__, *OBSERVE_OPTIONS} - {"algorithms_from"}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            told = ", ".join(sorted(known))
-            raise ConfigError(f"{name} has no option {', '.join(unknown)}; known: {told}")
+        check_options(name, given, set(cls.__dataclass_fields__) - {"algorithms_from"})
         asked = asked_algorithms(given, KNOWN)
         own = {name: value for name, value in given.items() if name in cls.__dataclass_fields__}
+        own["calibrate"] = wants_calibration(given)
         own["statistics"] = observe_settings(given).statistics
         own["algorithms"] = ",".join(map(str, asked.rules)) or None
         settings = cls(**own, algorithms_from=asked.source)

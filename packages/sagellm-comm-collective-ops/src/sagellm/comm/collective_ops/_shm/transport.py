@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from sagellm.comm.collective_ops.choice import AlgorithmTable
 from sagellm.core.protocols import (
     CommError,
     CommTimeoutError,
@@ -26,6 +27,7 @@ from sagellm.core.protocols.process_group import (
 
 from .arena import Arena
 from .calls import CallQueue, FinishedWork
+from .choice import one_shot_bytes, switch_bytes
 from .engine import CallRecord, Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
 from .failures import Board, explain, late_ranks
@@ -47,6 +49,7 @@ class ShmTransport(Transport):
 
     Attributes:
         engine: Runs collectives in the calling thread.
+        one_shot_bytes: Longest tensor that every rank adds whole.
         forked: Whether this is a forked child's copy, which can do nothing.
         failed: Number of the engine's call that failed; None while none has.
 
@@ -66,6 +69,7 @@ class ShmTransport(Transport):
     ) -> None:
         self.engine = engine
         self.settings = settings
+        self.one_shot_bytes = one_shot_bytes(len(met.claims), settings.slot_bytes)
         self.forked = False
         self.failed: int | None = None
         self.on_change: Callable[[bool], None] = lambda busy: None
@@ -114,6 +118,16 @@ class ShmTransport(Transport):
     def busy(self) -> bool:
         """Whether calls wait in the queue, so that a new one has to go behind them."""
         return self._queue is not None and self._queue.busy
+
+    def use(self, tables: Sequence[AlgorithmTable]) -> None:
+        """Choose by these tables from the next call on; between the same calls on all ranks.
+
+        The engine has the overrides that were asked for since it was made.
+        """
+        found = [table for table in tables if table != self.settings.table]
+        usual = one_shot_bytes(self._size, self.settings.slot_bytes)
+        self.one_shot_bytes = switch_bytes(found, usual)
+        self.engine.tune(self.one_shot_bytes)
 
     def issue(self, call: RawCall) -> RawWork:
         if call.op in ("send", "recv"):
@@ -318,7 +332,7 @@ def form_transport(
         raise _renamed(e, f"shm group {name} of {size} ranks (this is rank {rank})") from e
     polls = polls_for(size, usable_cpus(met.claims))
     try:
-        chosen = agree_engine(settings.engine, [c["engines"] for c in met.claims])
+        chosen = agree_engine(settings.engine, {r: c["engines"] for r, c in enumerate(met.claims)})
         engine = engine_factory(chosen)(
             met.segment.memory,
             met.segment.layout,

@@ -136,7 +136,10 @@ class KVReceive(RawWork):
     synchronize = wait
 
     def done(self) -> bool:
-        return self._stage >= 4 or (not self._lock.locked() and self.wait(0))
+        try:
+            return self._stage >= 4 or (not self._lock.locked() and self.wait(0))
+        except Exception:  # so will `wait`
+            return True
 
     def _step(self, timeout_s: float) -> bool:
         """Wait for the present stage's receives, then post the next ones."""

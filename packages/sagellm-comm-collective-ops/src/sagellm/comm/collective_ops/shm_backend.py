@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -41,10 +41,10 @@ from ._shm.engine import EngineFailure
 from ._shm.engines import ENGINES, missing_engines
 from ._shm.explain import explain_shm
 from ._shm.flight import merge_records
-from ._shm.forks import release_in_children
+from ._shm.forks import FORKED, release_in_children
 from ._shm.hot import HotPath
 from ._shm.settings import ShmSettings
-from ._shm.transport import FORKED, ShmTransport, form_transport
+from ._shm.transport import ShmTransport, form_transport
 from ._specs import SHM
 from .choice import NATIVE
 
@@ -217,13 +217,8 @@ class ShmBackend(OwnBackend[ShmSettings]):
                     return x
                 if hot.all_reduce(x, op):
                     return x
-            except EngineFailure as e:
-                raise self._fast_call_failed("all_reduce", x, e) from e
-            except ConfigError:  # nothing was sent
-                raise
             except BaseException as e:
-                self._interrupted("all_reduce", e)
-                raise
+                self.short_call_failed("all_reduce", x, e)
         return super().all_reduce(x, op, async_op=async_op)
 
     def all_reduce_each(self, xs: Sequence[Tensor], op: str | ReduceOp = "sum") -> None:
@@ -232,11 +227,8 @@ class ShmBackend(OwnBackend[ShmSettings]):
         while i < len(xs):
             try:
                 i = self._hot.all_reduce_each(xs, i, op)
-            except EngineFailure as e:
-                raise self._fast_call_failed("all_reduce", None, e) from e
             except BaseException as e:
-                self._interrupted("all_reduce", e)
-                raise
+                self.short_call_failed("all_reduce", None, e)
             if i < len(xs):
                 super().all_reduce(xs[i], op)
                 i += 1
@@ -248,13 +240,8 @@ class ShmBackend(OwnBackend[ShmSettings]):
             try:
                 if self._hot.pair("all_gather", out, x, ""):
                     return out
-            except EngineFailure as e:
-                raise self._fast_call_failed("all_gather_into_tensor", x, e) from e
-            except ConfigError:  # nothing was sent
-                raise
             except BaseException as e:
-                self._interrupted("all_gather_into_tensor", e)
-                raise
+                self.short_call_failed("all_gather_into_tensor", x, e)
         return super().all_gather_into_tensor(out, x, async_op=async_op)
 
     def reduce_scatter_tensor(
@@ -264,13 +251,8 @@ class ShmBackend(OwnBackend[ShmSettings]):
             try:
                 if self._hot.pair("reduce_scatter", out, x, op):
                     return out
-            except EngineFailure as e:
-                raise self._fast_call_failed("reduce_scatter_tensor", x, e) from e
-            except ConfigError:  # nothing was sent
-                raise
             except BaseException as e:
-                self._interrupted("reduce_scatter_tensor", e)
-                raise
+                self.short_call_failed("reduce_scatter_tensor", x, e)
         return super().reduce_scatter_tensor(out, x, op, async_op=async_op)
 
     def broadcast(self, x: Tensor, src: int, *, async_op: bool = False) -> Tensor | Work[Tensor]:
@@ -278,11 +260,8 @@ class ShmBackend(OwnBackend[ShmSettings]):
             try:
                 if self._hot.broadcast(x, src):
                     return x
-            except EngineFailure as e:
-                raise self._fast_call_failed("broadcast", x, e) from e
             except BaseException as e:
-                self._interrupted("broadcast", e)
-                raise
+                self.short_call_failed("broadcast", x, e)
         return super().broadcast(x, src, async_op=async_op)
 
     def barrier(
@@ -292,28 +271,27 @@ class ShmBackend(OwnBackend[ShmSettings]):
             try:
                 if self._hot.barrier():
                     return None
-            except EngineFailure as e:
-                raise self._fast_call_failed("barrier", None, e) from e
             except BaseException as e:
-                self._interrupted("barrier", e)
-                raise
+                self.short_call_failed("barrier", None, e)
         return super().barrier(timeout_s, async_op=async_op)
 
     @property
     def hot(self) -> HotPath:
-        """The short way, for callers that make its calls themselves; see `hot_call_failed`."""
+        """The short way, for callers that make its calls themselves; see `short_call_failed`."""
         return self._hot
 
-    def hot_call_failed(self, op: str, x: Tensor, error: BaseException) -> BaseException:
-        """What to raise for the error of a shortcut of `hot`."""
-        if isinstance(error, EngineFailure):
-            return self._fast_call_failed(op, x, error)
-        self._interrupted(op, error)
-        return error
-
-    def _fast_call_failed(self, op: str, x: Tensor | None, failure: EngineFailure) -> Exception:
-        """What the general way would raise for a call of the short one."""
+    def short_call_failed(self, op: str, x: Tensor | None, failure: BaseException) -> NoReturn:
+        """Raise what the general way would."""
+        if isinstance(failure, ConfigError):  # nothing was sent
+            raise failure
         self._hot.stop()
+        if isinstance(failure, EngineFailure):
+            raise self._failed_in_engine(op, x, failure) from failure
+        # An interrupt, or a bug, in the middle of a call: the ranks are apart.
+        self.abort(f"{type(failure).__name__} in {op}")
+        raise failure
+
+    def _failed_in_engine(self, op: str, x: Tensor | None, failure: EngineFailure) -> Exception:
         if self._dead is not None or self._closed:
             return self._unusable(op)
         detail = "" if x is None else f", {x.nbytes} bytes {str(x.dtype).removeprefix('torch.')}"
@@ -326,11 +304,6 @@ class ShmBackend(OwnBackend[ShmSettings]):
         fallen.text, fallen.state = text, STARTED
         self._fallen = fallen
         return self._declare_dead(text, failure)
-
-    def _interrupted(self, op: str, error: BaseException) -> None:
-        """An interrupt, or a bug, in the middle of a call: the ranks are apart."""
-        self._hot.stop()
-        self.abort(f"{type(error).__name__} in {op}")
 
     def recv_any_source(self, x: Tensor, tag: int = 0) -> AnySourceReceive:
         """Start to fill `x` from whichever rank sends first with this tag; `source` says which."""
@@ -363,8 +336,9 @@ class ShmBackend(OwnBackend[ShmSettings]):
 
     def after_fork(self) -> None:
         """In a forked child: refuse everything, for the group is the parent's."""
-        self._state = threading.RLock()  # a thread that the child does not have may hold it
-        self._hot.stop()
+        # A thread that the child does not have may hold a lock of the old ones.
+        self._state = threading.RLock()
+        self._hot = HotPath()
         self._dead = ConfigError(FORKED)
 
     # -- memory and steering --------------------------------------------------------------
@@ -412,4 +386,5 @@ class ShmBackend(OwnBackend[ShmSettings]):
             return noted
         entries = self._observing.flight_entries
         now = self._shm.positions().get(self._rank)
-        return merge_records(self, noted.records(), self._shm.records(), entries, now, self._fallen)
+        ran, failed = self._shm.records(), self._shm.failed
+        return merge_records(self, noted.records(), ran, entries, now, self._fallen, failed)

@@ -98,8 +98,7 @@ class CpuGroup(Facade):
             go(x, x)
         except BaseException as e:
             assert isinstance(self._backend, ShmBackend)
-            error = self._backend.hot_call_failed("all_reduce", x, e)
-            raise error from (None if error is e else e)
+            self._backend.short_call_failed("all_reduce", x, e)
         return self._done
 
     def _all_reduce(self, tensors: TorchObject, opts: TorchObject) -> TorchObject:

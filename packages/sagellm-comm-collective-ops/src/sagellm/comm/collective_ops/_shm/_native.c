@@ -40,9 +40,10 @@ enum { RING = 512, HISTOGRAM = 256, BUCKETS = 65, OVERRIDES = 32, YIELDS = 400 }
 
 typedef _Atomic int64_t flag;
 
-/* written by the calling thread, read by any */
+/* written by the calling thread, read by any; a reset, from any thread, only notes where they stood */
 typedef struct {
   flag calls, nbytes, total_ns, wait_ns, histogram[HISTOGRAM];
+  int64_t before[4 + HISTOGRAM];
 } counter;
 
 typedef struct {
@@ -828,24 +829,25 @@ EXPORT int sage_shm_go_at(const prepared *p, char *in, char *out, int64_t n) {
 }
 EXPORT void sage_shm_forget(prepared *p) { free(p); }
 
-EXPORT void sage_shm_failure(const context *c, int64_t *cause_rank_step) {
-  cause_rank_step[0] = c->cause;
-  cause_rank_step[1] = c->bad_rank;
-  cause_rank_step[2] = c->seq;
+EXPORT void sage_shm_failure(const context *c, int64_t *cause_rank_step_call) {
+  cause_rank_step_call[0] = c->cause;
+  cause_rank_step_call[1] = c->bad_rank;
+  cause_rank_step_call[2] = c->seq;
+  cause_rank_step_call[3] = c->number;
 }
 
-/* Rows of op, algorithm, bucket, calls, nbytes, total_ns, wait_ns, histogram; returns how many. */
+/* Rows of op, algorithm, bucket, calls, nbytes, total_ns, wait_ns, histogram; returns how many. Not beside `reset`. */
 EXPORT int64_t sage_shm_totals(const context *c, int64_t *rows, int64_t room) {
   int64_t found = 0;
   for (int op = 0; op < OPS; op++)
     for (int a = 0; a < ALGORITHMS; a++)
       for (int b = 0; b < BUCKETS; b++) {
         const counter *k = atomic_load_explicit(&c->counters[op][a][b], memory_order_acquire);
-        if (!k || !peek(&k->calls)) continue;
+        if (!k || peek(&k->calls) == k->before[0]) continue;
         if (found < room) {
           int64_t *row = rows + found * (7 + HISTOGRAM);
           row[0] = op, row[1] = a, row[2] = b - 1;
-          for (size_t i = 0; i < sizeof(counter) / sizeof(flag); i++) row[3 + i] = peek(&k->calls + i);
+          for (int i = 0; i < 4 + HISTOGRAM; i++) row[3 + i] = peek(&k->calls + i) - k->before[i];
         }
         found++;
       }
@@ -856,7 +858,7 @@ EXPORT void sage_shm_reset(context *c) {
   for (int i = 0; i < OPS * ALGORITHMS * BUCKETS; i++) {
     counter *k = atomic_load_explicit(&(&c->counters[0][0][0])[i], memory_order_acquire);
     if (!k) continue;
-    for (size_t word = 0; word < sizeof(counter) / sizeof(flag); word++) put(&k->calls + word, 0);
+    for (int word = 0; word < 4 + HISTOGRAM; word++) k->before[word] = peek(&k->calls + word);
   }
 }
 

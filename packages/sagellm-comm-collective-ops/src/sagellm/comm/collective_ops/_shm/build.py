@@ -14,7 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["FLAGS", "SOURCE", "TARGET", "compile_library", "compiler", "is_current", "mark_current"]
+__all__ = [
+    "FLAGS",
+    "PORTABLE",
+    "SOURCE",
+    "TARGET",
+    "compile_library",
+    "compiler",
+    "is_current",
+    "mark_current",
+]
 
 SOURCE = Path(__file__).with_name("_native.c")
 TARGET = Path(__file__).with_name("_sage_shm.so")
@@ -30,6 +39,8 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-trapping-math"),
 )
 """No contraction: sums must have the same bits on every machine."""
+PORTABLE = ("-DSAGE_PORTABLE",)
+"""For a compiler or C library without function variants per processor (`target_clones`)."""
 
 
 def compiler() -> list[str] | None:
@@ -49,22 +60,25 @@ def compile_library(target: Path = TARGET) -> str | None:
     if command is None:
         return "no C compiler: set CC, or install gcc or clang"
     made = target.with_name(f"{target.name}.{os.getpid()}")
+    wrong: str | None = None
     try:
-        done = subprocess.run(
-            [*command, *FLAGS, "-shared", "-o", str(made), str(SOURCE)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        if done.returncode:
-            return f"{shlex.join(command)} failed: {done.stderr.strip()[-2000:]}"
-        made.replace(target)
+        for variant in ((), PORTABLE):
+            done = subprocess.run(
+                [*command, *FLAGS, *variant, "-shared", "-o", str(made), str(SOURCE)],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            if not done.returncode:
+                made.replace(target)
+                return None
+            wrong = f"{shlex.join(command)} failed: {done.stderr.strip()[-2000:]}"
     except (OSError, subprocess.TimeoutExpired) as e:
-        return f"{shlex.join(command)} could not run: {e}"
+        wrong = f"{shlex.join(command)} could not run: {e}"
     finally:
         made.unlink(missing_ok=True)
-    return None
+    return wrong
 
 
 def _digest(target: Path) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from sagellm.core.protocols import ConfigError
 from sagellm.core.protocols.process_group import RawCall, RawWork
+
+from .forks import FORKED
 
 __all__ = ["CallQueue", "FinishedWork", "QueuedWork"]
 
@@ -33,8 +36,9 @@ class FinishedWork(RawWork):
 class QueuedWork(RawWork):
     """A call that a thread will run, or has run."""
 
-    def __init__(self, call: RawCall) -> None:
+    def __init__(self, queue: CallQueue, call: RawCall) -> None:
         self.call: RawCall | None = call
+        self._queue = queue
         self.inference = torch.is_inference_mode_enabled()
         self._over = threading.Event()
         self._error: Exception | None = None
@@ -46,8 +50,11 @@ class QueuedWork(RawWork):
         self._over.set()
 
     def wait(self, timeout_s: float) -> bool:
-        if not self._over.is_set() and not self._over.wait(max(0.0, timeout_s)):
-            return False
+        if not self._over.is_set():
+            if self._queue.forked:
+                raise ConfigError(FORKED)
+            if not self._over.wait(max(0.0, timeout_s)):
+                return False
         if self._error is not None:
             raise self._error
         return True
@@ -55,7 +62,7 @@ class QueuedWork(RawWork):
     synchronize = wait
 
     def done(self) -> bool:
-        return self._over.is_set()
+        return self._over.is_set() or self._queue.forked
 
 
 class CallQueue:
@@ -67,12 +74,16 @@ class CallQueue:
         on_change: Told True when calls begin to wait here, False when none do any more. Called
             under the queue's lock.
 
+    Attributes:
+        busy: Whether calls wait here, or one runs.
+        forked: Whether this is a forked child's copy, which has no thread.
+
     """
 
     def __init__(
         self, run: Callable[[RawCall], None], name: str, on_change: Callable[[bool], None]
     ) -> None:
-        self.busy = False
+        self.busy = self.forked = False
         self._run = run
         self._name = name
         self._on_change = on_change
@@ -83,7 +94,7 @@ class CallQueue:
 
     def put(self, call: RawCall) -> QueuedWork:
         """Have a call run after all the others."""
-        work = QueuedWork(call)
+        work = QueuedWork(self, call)
         with self._changed:
             self._works.append(work)
             if not self.busy:
@@ -94,6 +105,10 @@ class CallQueue:
                 self._thread.start()
             self._changed.notify()
         return work
+
+    def after_fork(self) -> None:
+        """In a child: nothing that waits here will ever run."""
+        self.forked = True
 
     def close(self, timeout_s: float) -> bool:
         """Run what is there and end the thread; whether it ended in time."""

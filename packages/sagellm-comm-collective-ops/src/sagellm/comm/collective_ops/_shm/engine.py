@@ -22,12 +22,13 @@ class EngineFailure(Exception):  # noqa: N818 - no error of the tree: one is mad
         cause: A word of `layout.CAUSES`.
         rank: The rank that is late, lost or whose call differs; for poison the one that wrote it.
         step: Step at which this rank stood.
+        call: Number of the collective on this rank, from 0; None for a message.
 
     """
 
-    def __init__(self, cause: str, rank: int, step: int) -> None:
+    def __init__(self, cause: str, rank: int, step: int, call: int | None = None) -> None:
         super().__init__(f"{cause} at step {step}: rank {rank}")
-        self.cause, self.rank, self.step = cause, rank, step
+        self.cause, self.rank, self.step, self.call = cause, rank, step, call
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ def merge_records(
     entries: int,
     now: Position | None,
     fallen: Record | None = None,
+    failed: int | None = None,
 ) -> FlightRecorder:
     """The calls of both, by time, each once, numbered as the engine numbers collectives.
 
@@ -55,6 +56,7 @@ def merge_records(
         ran: Calls of the engine, oldest first.
         entries: How many to keep.
         fallen: The engine's call that failed: the engine may not remember it.
+        failed: Number of the engine's call that failed, whichever way it came.
         now: Where the segment says this rank is; counts where the engine remembers nothing.
 
     """
@@ -78,12 +80,15 @@ def merge_records(
                 number += 1  # it is queued, or was never begun
         elif collective:
             number += 1
+            if failed is not None and not record.ended_ns:
+                number = max(number, failed + 1)
         mine.collective = number
         found.append(mine)
     found += [_record(owner, call) for call in rest]
     if fallen is not None and not (rest and not rest[-1].ended_ns):
         last = copy(fallen)
-        last.collective = max((r.collective for r in found), default=0) + 1
+        before = max((r.collective for r in found), default=0)
+        last.collective = before + 1 if failed is None else failed + 1
         found.append(last)
     merged = FlightRecorder(entries)
     first = found[0].collective - 1 if found else 0

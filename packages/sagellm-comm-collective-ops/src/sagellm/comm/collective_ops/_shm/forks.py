@@ -7,7 +7,12 @@ import threading
 import weakref
 from typing import Protocol
 
-__all__ = ["Forkable", "release_in_children"]
+__all__ = ["FORKED", "Forkable", "release_in_children"]
+
+FORKED = (
+    "this process is a forked child: a group belongs to the process that made it; "
+    "make a new one here, or start the child with spawn"
+)
 
 
 class Forkable(Protocol):

@@ -6,6 +6,7 @@ its tensors are plain, dense and contiguous. Everything here answers "done" or "
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,10 +84,11 @@ class HotPath:
         self._transport = transport
         self._size = size
         self._timeout_s = timeout_s
-        self._allowed = transport is not None
+        self._allowed = True
         self._shortcuts: dict[tuple[str, str, int], dict[torch.dtype, Shortcut]] = {}
         self.sums: Mapping[torch.dtype, Shortcut | None] = {}
         self._hot = False
+        self._changing = threading.Lock()  # a thread that drains the queue makes calls hot, too
         self._barrier = RawCall("barrier", timeout_s=timeout_s)
         if transport is not None:
             transport.on_change = self._update
@@ -94,36 +96,38 @@ class HotPath:
 
     def retime(self, timeout_s: float) -> None:
         """Make calls from now on with another deadline."""
-        self._timeout_s = timeout_s
-        self._barrier.timeout_s = timeout_s
-        self._shortcuts.clear()
-        self._pairs.clear()
-        self._prepared.clear()
-        for x, _ in self._kept.values():
-            self._prepare(x)
+        with self._changing:
+            self._timeout_s = timeout_s
+            self._barrier.timeout_s = timeout_s
+            self._shortcuts.clear()
+            self._pairs.clear()
+            self._prepared.clear()
+            for x, _ in self._kept.values():
+                self._prepare(x)
         self._update()
 
     # -- whether ----------------------------------------------------------------------------
 
     def allow(self, allowed: bool) -> None:
         """Say whether calls may be hot at all."""
-        self._allowed = allowed and self._transport is not None
+        self._allowed = allowed
         self._update()
 
     def stop(self) -> None:
         """No call is hot any more."""
         self._transport = None
-        self.allow(False)
+        self._update()
 
     def _update(self, busy: bool | None = None) -> None:
-        transport = self._transport
-        self._hot = (
-            transport is not None
-            and self._allowed
-            and not (transport.busy if busy is None else busy)
-        )
-        self.ready = self._prepared if self._hot else {}
-        self.sums = self._kind("all_reduce", "sum") if self._hot else {}
+        with self._changing:
+            transport = self._transport
+            self._hot = (
+                transport is not None
+                and self._allowed
+                and not (transport.busy if busy is None else busy)
+            )
+            self.ready = self._prepared if self._hot else {}
+            self.sums = self._kind("all_reduce", "sum") if self._hot else {}
 
     def _kind(self, op: str, reduction: str = "", root: int = -1) -> dict[torch.dtype, Shortcut]:
         """Shortcuts of one operation by element type: a dictionary that fills itself."""

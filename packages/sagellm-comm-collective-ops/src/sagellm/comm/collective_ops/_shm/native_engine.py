@@ -184,10 +184,10 @@ class NativeEngine(Engine):
         while rc and rc != _FAILED:
             rc = resume(self._context)
         if rc:
-            told = (ctypes.c_int64 * 3)()
+            told = (ctypes.c_int64 * 4)()
             self._lib.free.sage_shm_failure(self._context, told)
-            cause, rank, step = told
-            raise EngineFailure(CAUSES[cause] if cause < len(CAUSES) else "error", rank, step)
+            cause, *where = told
+            raise EngineFailure(CAUSES[cause] if cause < len(CAUSES) else "error", *where)
         return True
 
     def _word(self, key: Word) -> int:

@@ -181,25 +181,46 @@ class Messages:
 
         Raises whatever `health` does once a peer is gone or the group dead.
         """
-        self._move()
+        found = self._arrived_from(tag)
+        if found is None:
+            try:
+                for rank in tuple(self._peers):
+                    self._health(rank)
+            except Exception:
+                found = self._arrived_from(tag)  # what a peer sent before it left still counts
+                if found is None:
+                    raise
+        return found
+
+    def _arrived_from(self, tag: int) -> int | None:
         with self._lock:
-            for rank, peer in self._peers.items():
-                if peer.arrived.get(tag):
-                    return rank
-            peers = tuple(self._peers)
-        for rank in peers:
-            self._health(rank)
-        return None
+            self._move_all()
+            return next((r for r, peer in self._peers.items() if peer.arrived.get(tag)), None)
 
     def _healthy(self, work: _Message) -> bool:
+        """False once `work` is over, because its peer is gone if for nothing else."""
         try:
             self._health(work.peer)
         except Exception as e:  # becomes the work's error
-            self._move()  # what the peer sent before it left still counts
-            if not work.over:
-                work.end(e)
+            if not self._lock.acquire(timeout=_LONGEST_NAP_S):
+                return True  # whoever holds it may be taking the message: ask again
+            try:
+                self._move_all()  # what the peer sent before it left still counts
+                if not work.over:
+                    work.end(e)
+            finally:
+                self._lock.release()
             return False
         return True
+
+    def after_fork(self) -> None:
+        """In a child: forget the rings, whose memory it does not have, and the threads."""
+        self._peers = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Condition()
+        self._pending = []
+        self._closed = True
+        self._thread = None
 
     def close(self) -> None:
         """End the thread and let go of the rings."""
@@ -220,14 +241,17 @@ class Messages:
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            moved = False
-            with torch.inference_mode():
-                for peer in self._peers.values():
-                    moved |= self._pull(peer)
-                    moved |= self._push(peer)
-            return moved
+            return self._move_all()
         finally:
             self._lock.release()
+
+    def _move_all(self) -> bool:
+        moved = False
+        with torch.inference_mode():
+            for peer in self._peers.values():
+                moved |= self._pull(peer)
+                moved |= self._push(peer)
+        return moved
 
     def _pull(self, peer: _Peer) -> bool:
         moved = False

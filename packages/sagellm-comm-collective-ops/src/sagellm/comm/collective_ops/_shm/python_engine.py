@@ -97,10 +97,12 @@ class PythonEngine(Engine):
         records = self._records
         if records is None:
             self._perform(call, nbytes, uneven, offset)
+            self._flags.calls += 1
             return
         started, waited = clock(), self._flags.wait_ns
         records.running = (word, nbytes, started)
         algorithm = self._perform(call, nbytes, uneven, offset)
+        self._flags.calls += 1
         waited = self._flags.wait_ns - waited
         records.write(tag_of(word, algorithm), nbytes, started, clock(), waited)
 

@@ -36,7 +36,7 @@ class Flags:
 
     Attributes:
         step: The step this rank is in.
-        calls: Calls opened so far.
+        calls: Calls that have ended well so far, which is the number of the next.
         wait_ns: Time spent waiting, of all calls.
         timeout_ns: Longest time of the call.
         deadline_ns: When it ends by `clock`; 0 to count from the first long wait.
@@ -100,7 +100,6 @@ class Flags:
         self._signature = (packed, nbytes, self.calls)
         self._offsets = offsets
         self._opening = True
-        self.calls += 1
 
     def begin(self) -> int:
         """Go to the next step; this rank's slot of its parity may now be written."""
@@ -213,7 +212,7 @@ class Flags:
             if self.words[self.control[rank]] >= step:
                 self._poller.unregister(fd)  # it has done its part and left
             elif event & select.POLLNVAL:
-                raise EngineFailure("closed", self.rank, self.step)
+                raise self._failure("closed", self.rank)
             elif self._poisoner() != rank:
                 return rank
         return None
@@ -226,13 +225,12 @@ class Flags:
     def check_poison(self) -> None:
         """Raise if any rank has poisoned the group."""
         if self._closed:
-            raise EngineFailure("closed", self.rank, self.step)
+            raise self._failure("closed", self.rank)
         word = self.words[POISON]
         if word:
             cause = word >> 32
-            raise EngineFailure(
-                CAUSES[cause] if 0 < cause < len(CAUSES) else "error", self._poisoner(), self.step
-            )
+            known = 0 < cause < len(CAUSES)
+            raise self._failure(CAUSES[cause] if known else "error", self._poisoner())
 
     def poison(self, cause: str, reason: str) -> None:
         """Write cause and reason where all ranks see them, unless there are such already."""
@@ -245,7 +243,10 @@ class Flags:
 
     def _report(self, cause: str, rank: int, reason: str) -> EngineFailure:
         self.poison(cause, reason)
-        return EngineFailure(cause, rank, self.step)
+        return self._failure(cause, rank)
+
+    def _failure(self, cause: str, rank: int) -> EngineFailure:
+        return EngineFailure(cause, rank, self.step, self.calls)
 
     def mismatch(self, peer: int) -> EngineFailure:
         """The failure of a call that `peer` made differently, told to every rank."""

@@ -202,7 +202,6 @@ def _step(
         words[at] = word
         words[at + 1] = nbytes
         words[at + 2] = flags.calls
-        flags.calls += 1
         words[offsets[parity]] = 0
         words[mine] = step
         for at in theirs:
@@ -212,6 +211,7 @@ def _step(
             if words[at] != word or words[at + 1] != nbytes:
                 raise flags.mismatch(peer)
         take(parity, x, out)
+        flags.calls += 1
         if records is not None:
             records.write(tag, nbytes, started, clock(), flags.wait_ns - waited)
 

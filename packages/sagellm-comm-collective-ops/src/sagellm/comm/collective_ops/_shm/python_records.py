@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,7 @@ class Records:
         self._rows = np.frombuffer(self._ring, np.int64).reshape(RING, _COLUMNS)
         self._pack_into = struct.Struct(f"={_COLUMNS}q").pack_into
         self._counted = 0
+        self._counting = threading.Lock()
         self._counts: dict[int, np.ndarray] = {}
         """By op, algorithm and size: calls, bytes, time and waiting, then the histogram."""
 
@@ -67,10 +69,11 @@ class Records:
         self.running = None
         self.number = number = number + 1
         if not number % _HALF:
-            self._count()
+            with self._counting:
+                self._count()
 
     def _count(self) -> None:
-        """Add the rows since the last time to the totals."""
+        """Add the rows since the last time to the totals; with the lock held."""
         first, end = self._counted, self.number
         self._counted = end
         if first == end:
@@ -98,12 +101,14 @@ class Records:
 
     def totals(self) -> Sequence[EngineTotals]:
         """Counts of all calls that have ended, by op, algorithm and size."""
-        self._count()
+        with self._counting:
+            self._count()
+            rows = [(kind, counts.tolist()) for kind, counts in self._counts.items()]
         found = []
-        for kind, counts in list(self._counts.items()):
+        for kind, counts in rows:
             rest, size = divmod(kind, _SIZES)
             algorithm, op = divmod(rest, len(OPS))
-            calls, nbytes, total_ns, wait_ns, *histogram = counts.tolist()
+            calls, nbytes, total_ns, wait_ns, *histogram = counts
             while not histogram[-1]:
                 histogram.pop()
             found.append(
@@ -122,8 +127,9 @@ class Records:
 
     def reset(self) -> None:
         """Start the counts anew; the ring stays."""
-        self._count()
-        self._counts.clear()
+        with self._counting:
+            self._count()
+            self._counts.clear()
 
     def last(self) -> Sequence[CallRecord]:
         """The calls of the ring, oldest first, the running one last."""

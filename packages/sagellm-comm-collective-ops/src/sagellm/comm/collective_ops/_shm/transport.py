@@ -32,7 +32,7 @@ from .engine import CallRecord, Engine, EngineFailure, EngineTotals
 from .engines import agree_engine, engine_factory
 from .failures import Board, explain, late_ranks
 from .flight import positions
-from .forks import release_in_children
+from .forks import FORKED, release_in_children
 from .identity import polls_for, usable_cpus
 from .meeting import Met, meet
 from .p2p import Messages
@@ -42,10 +42,6 @@ from .settings import ShmSettings, facts_of, plan_layout
 __all__ = ["ShmTransport", "form_transport"]
 
 _CLOSE_S = 5.0
-FORKED = (
-    "this process is a forked child: a group belongs to the process that made it; "
-    "make a new one here, or start the child with spawn"
-)
 
 
 class ShmTransport(Transport):
@@ -54,7 +50,8 @@ class ShmTransport(Transport):
     Attributes:
         engine: Runs collectives in the calling thread.
         one_shot_bytes: Longest tensor that every rank adds whole.
-        closed_by_fork: Whether this is a forked child's copy, which can do nothing.
+        forked: Whether this is a forked child's copy, which can do nothing.
+        failed: Number of the engine's call that failed; None while none has.
 
     """
 
@@ -74,6 +71,7 @@ class ShmTransport(Transport):
         self.settings = settings
         self.one_shot_bytes = one_shot_bytes(len(met.claims), settings.slot_bytes)
         self.forked = False
+        self.failed: int | None = None
         self.on_change: Callable[[bool], None] = lambda busy: None
         self._met = met
         self._rank, self._size = rank, len(met.claims)
@@ -133,6 +131,7 @@ class ShmTransport(Transport):
 
     def issue(self, call: RawCall) -> RawWork:
         if call.op in ("send", "recv"):
+            self._require_open()
             return self._messages.issue([call])[0]
         if call.background or self.busy:
             return self._in_background(call)
@@ -143,10 +142,12 @@ class ShmTransport(Transport):
         return FinishedWork()
 
     def issue_batch(self, calls: Sequence[RawCall]) -> list[RawWork]:
+        self._require_open()
         return self._messages.issue(calls)
 
     def sender_of(self, tag: int) -> int | None:
         """A peer that has sent a message with this tag for which no receive was posted."""
+        self._require_open()
         return self._messages.sender_of(tag)
 
     def run(self, call: RawCall) -> None:
@@ -192,10 +193,13 @@ class ShmTransport(Transport):
     def _changed(self, busy: bool) -> None:
         self.on_change(busy)
 
-    def _health(self, peer: int) -> None:
-        """Raise what a message to or from `peer` fails with, if it cannot arrive any more."""
+    def _require_open(self) -> None:
         if self._closed or self.forked:
             raise ConfigError(FORKED if self.forked else f"group {self._name} is closed")
+
+    def _health(self, peer: int) -> None:
+        """Raise what a message to or from `peer` fails with, if it cannot arrive any more."""
+        self._require_open()
         poison = self._board.poison()
         if poison is not None:
             raise EngineFailure(*poison, self._board.step(self._rank))
@@ -221,6 +225,7 @@ class ShmTransport(Transport):
                 named = CommTimeoutError(f"{describe}: no sign of rank {who}: {error}")
             self.engine.poison(_cause_of(error), str(named if late else error))
             return named
+        self.failed = error.call
         told = explain(self._board, describe, error, self.gone)
         self.engine.poison(error.cause, _short(self._board, error))
         return told
@@ -281,10 +286,16 @@ class ShmTransport(Transport):
         )
 
     def after_fork(self) -> None:
-        """In a child: close the connections, whose ends of file must mean the parent's."""
+        """In a child: close the connections, whose ends of file must mean the parent's.
+
+        What the parent waits for fails here: the child has neither its memory nor its threads.
+        """
         self.forked = True
         self._lock = threading.Lock()
         self.arena.close()
+        self._messages.after_fork()
+        if self._queue is not None:
+            self._queue.after_fork()
         for link in self._met.links.values():
             link.close()
 

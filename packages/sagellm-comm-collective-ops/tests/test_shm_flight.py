@@ -12,13 +12,11 @@ from sagellm.comm.collective_ops._shm.layout import pack
 from sagellm.core.protocols import CommTimeoutError
 from sagellm.core.protocols.flight import read_dumps
 from sagellm.core.protocols.process_group import COMPLETED, Position, Record
-from sagellm.core.protocols.testing import RankPool
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(2) as made:
-        yield made
+@pytest.fixture
+def pool(rank_pools):
+    return rank_pools(2)
 
 
 @pytest.fixture(params=engines())

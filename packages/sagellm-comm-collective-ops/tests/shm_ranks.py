@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ from sagellm.comm.collective_ops import ShmBackend
 from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols import CommError
 
+SLACK_S = 2 + os.getloadavg()[0] / (os.cpu_count() or 1)
+"""Two seconds to learn of a lost rank, and what a busy machine adds before a process runs again."""
 CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
 
 
@@ -112,6 +115,7 @@ def may_unshare(flags):
 
 def leftovers():
     """What a group could leave behind in this process: descriptors, mappings, threads."""
+    gc.collect()
     fds = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

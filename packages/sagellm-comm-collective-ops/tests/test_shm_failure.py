@@ -1,6 +1,5 @@
 """A rank that dies, stops, or gives up: every other rank is told, in time, and whom."""
 
-import gc
 import os
 import signal
 import threading
@@ -8,11 +7,12 @@ import time
 
 import pytest
 import torch
-from shm_ranks import await_mark, ended, engines, failure, forked, join, leftovers, mark
+from shm_ranks import SLACK_S, await_mark, ended, engines, failure, forked, join, leftovers, mark
 
 from sagellm.comm.collective_ops._shm import meeting, transport
 
-DEADLINE_S = 0.7
+DEADLINE_S = 1.0
+MEETING_S = 2.0  # long enough for two ranks to find each other on a busy machine
 SIZE = 3
 
 
@@ -77,11 +77,12 @@ def survive(phase, rank, size, meet, timeout_s):
     if phase == "meeting":
         return failure(lambda: join(rank, size, meet, timeout_s=timeout_s))
     b = join(rank, size, meet)
-    b.timeout_s = timeout_s
     b.barrier()
     x, small = torch.ones(1 << 20), torch.ones(4)
     if phase == "idle":
         b.all_reduce(small)
+    b.timeout_s = timeout_s
+    if phase == "idle":
         found = failure(lambda: b.all_reduce(small))
     elif phase == "small":
         found = failure(lambda: again_and_again(lambda: b.all_reduce(small)))
@@ -118,9 +119,8 @@ def a_rank_goes(rank, size, meet, phase, how, timeout_s):
         return fate
     found = survive(phase, rank, size, meet, timeout_s)
     mark(meet, f"told.{rank}")
-    gc.collect()
     seconds = found[0] - float(await_mark(meet, "dying"))
-    return seconds, *found[1:4], leftovers() == before
+    return seconds, *found[1:4], before, leftovers()
 
 
 PHASES = [
@@ -142,12 +142,12 @@ def test_killed_rank_is_named_to_the_others_at_once_and_nothing_is_left(pool, me
     first, fate, last = pool.run(a_rank_goes, meet, phase, signal.SIGKILL, 20.0)
 
     assert fate == -signal.SIGKILL
-    for seconds, kind, text, lost, clean in (first, last):
+    for seconds, kind, text, lost, before, after in (first, last):
         assert kind == "PeerLostError", text
-        assert seconds < 2, text
+        assert seconds < SLACK_S, text
         assert "rank 1" in text
         assert lost == 1, text
-        assert clean
+        assert after == before
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -155,11 +155,11 @@ def test_stopped_rank_is_named_to_the_others_at_the_deadline(pool, meet, phase):
     first, fate, last = pool.run(a_rank_goes, meet, phase, signal.SIGSTOP, DEADLINE_S)
 
     assert fate == "stopped"
-    for seconds, kind, text, _, clean in (first, last):
+    for seconds, kind, text, _, before, after in (first, last):
         assert kind == "CommTimeoutError", text
-        assert seconds < DEADLINE_S + 2, text
+        assert seconds < DEADLINE_S + SLACK_S, text
         assert "rank 1" in text
-        assert clean
+        assert after == before
 
 
 def the_second_aborts(rank, size, meet):
@@ -234,10 +234,13 @@ def test_rank_that_closed_is_lost_to_the_others(pool, meet):
 
 
 def late_rank(rank, size, meet):
+    """Rank 1 comes to nobody; each of the others is alone when its time is over, or both are."""
     if rank == 1:
         await_mark(meet, "told.0", "told.2")
         return None
-    found = failure(lambda: join(rank, size, meet, timeout_s=0.4))
+    mark(meet, f"here.{rank}")
+    await_mark(meet, "here.0", "here.2")  # so that both wait at the same time
+    found = failure(lambda: join(rank, size, meet, timeout_s=MEETING_S))
     mark(meet, f"told.{rank}")
     return found[1:3]
 
@@ -247,7 +250,7 @@ def test_rank_that_never_comes_is_named(pool):
 
     for kind, text in (first, third):
         assert kind == "CommTimeoutError"
-        assert "no sign of rank 1 of 3 within 0.4 s" in text
+        assert f"no sign of rank 1 of 3 within {MEETING_S:g} s" in text
 
 
 def a_bug_in_a_call(rank, size, meet):

@@ -177,6 +177,32 @@ def test_ranks_in_other_pid_namespaces_meet(pool):
     assert answers[0].endswith(", 1]")  # the first process of its namespace
 
 
+def dies_in_a_pid_namespace(rank, size, meet):
+    def work():
+        join(rank, size, meet).barrier()
+        os._exit(7)  # as a first process of a namespace it cannot kill itself
+
+    def inside():
+        assert unshare(CLONE_NEWPID)
+        assert ended(forked(work)) == 7
+
+    if rank == 2:
+        assert ended(forked(inside)) == 0
+        return None
+    b = join(rank, size, meet)
+    b.barrier()
+    found = failure(b.barrier)
+    b.close()
+    return found[1], found[3]
+
+
+@needs_namespaces
+def test_rank_that_dies_in_another_pid_namespace_is_lost(pool):
+    first, second, _ = pool.run(dies_in_a_pid_namespace, pool.store_path())
+
+    assert first == second == ("PeerLostError", 2)
+
+
 def keys_are_removed(rank, size, meet):
     store = dist.FileStore(meet, size)
     first = store.num_keys()

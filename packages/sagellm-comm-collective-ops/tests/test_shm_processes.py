@@ -1,6 +1,5 @@
 """Groups of shm side by side, forks, spawned processes, and more ranks than cores."""
 
-import gc
 import multiprocessing
 
 import pytest
@@ -52,7 +51,6 @@ def test_groups_side_by_side_leave_nothing_behind(pool, meet):
 
 
 def leftovers_of(rank, size):
-    gc.collect()
     return leftovers()
 
 

@@ -12,8 +12,6 @@ from sagellm.core.protocols.testing.rank_pool import RankPool
 
 LAYERS, PROMPT, NEW_TOKENS = 2, [[3, 141, 59, 26, 5, 35, 89, 79]], 6
 
-records = []  # in a rank: what its groups were asked for
-
 
 def write_model(folder):
     import torch
@@ -55,6 +53,7 @@ def tensor_parallel(rank, size, store, folder):
 
     from sagellm.comm.collective_ops import register_c10d_backend
 
+    records = []
     register_c10d_backend(record=records)
     dist.init_process_group(
         "sagellm",
@@ -76,29 +75,17 @@ def tensor_parallel(rank, size, store, folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """Ranks for both sizes: each imports transformers once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with RankPool(4) as made:
-            yield made
-
-
-@pytest.fixture(scope="module")
-def alone(pool, tmp_path_factory):
-    """The model's folder, and what one process makes of it."""
-    folder = str(tmp_path_factory.mktemp("model"))
-    return folder, pool.submit(one_process, folder, ranks=1).wait(120)[0]
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("size", [2, 4])
-def test_tp_plan_auto_runs_unchanged(pool, alone, size):
+def test_tp_plan_auto_runs_unchanged(tmp_path, size, monkeypatch):
     import torch
 
-    folder, (logits, tokens) = alone
-    found = pool.submit(tensor_parallel, pool.store_path(), folder, ranks=size).wait(120)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with RankPool(size) as pool:
+        folder = str(tmp_path / "model")
+        job = pool.submit(one_process, folder, ranks=1)
+        ((logits, tokens),) = job.wait(120)
+        found = pool.run(tensor_parallel, pool.store_path(), folder, timeout_s=120)
 
     for got, got_tokens, counts in found:
         difference = (torch.tensor(got) - torch.tensor(logits)).abs().max().item()

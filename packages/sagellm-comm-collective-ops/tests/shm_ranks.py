@@ -125,3 +125,11 @@ def leftovers():
     maps = [line for line in lines if any(word in line for word in shared)]
     threads = [t.name for t in threading.enumerate() if t.name.startswith("sagellm-comm-shm")]
     return sorted(f for f in fds if f == "socket" or any(w in f for w in shared)), maps, threads
+
+
+def settled(before, timeout_s=5.0):
+    """`leftovers` once they are as before; what they are still after a while."""
+    deadline = time.monotonic() + timeout_s
+    while (found := leftovers()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found

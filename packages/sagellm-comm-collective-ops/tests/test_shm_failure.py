@@ -7,7 +7,18 @@ import time
 
 import pytest
 import torch
-from shm_ranks import SLACK_S, await_mark, ended, engines, failure, forked, join, leftovers, mark
+from shm_ranks import (
+    SLACK_S,
+    await_mark,
+    ended,
+    engines,
+    failure,
+    forked,
+    join,
+    leftovers,
+    mark,
+    settled,
+)
 
 from sagellm.comm.collective_ops._shm import meeting, transport
 
@@ -120,7 +131,7 @@ def a_rank_goes(rank, size, meet, phase, how, timeout_s):
     found = survive(phase, rank, size, meet, timeout_s)
     mark(meet, f"told.{rank}")
     seconds = found[0] - float(await_mark(meet, "dying"))
-    return seconds, *found[1:4], before, leftovers()
+    return seconds, *found[1:4], before, settled(before)
 
 
 PHASES = [

@@ -3,10 +3,11 @@
 `python -m …_rank KIND WORLD FOLDER [RANK]`; MPI's ranks know their number themselves. Requests and
 answers are lines of JSON. Only the contender under test runs: the others are blocked in a read.
 
-A timed call is one of two kinds. `each`: all ranks meet in a spin barrier of our own before every
-call, and the call's time is the longest among ranks; this gives medians and percentiles. Or a
-`batch`: one barrier, then all calls back to back, for more ranks than cores, where a barrier would
-mostly measure the scheduler.
+A timed call is one of two kinds. `each`: every rank writes its tensor anew, as any program does
+between calls (see `_contenders.TOUCHED_BYTES`), all meet in a spin barrier of our own, and the
+call's time is the longest among ranks; this gives medians and percentiles. Or a `batch`: one
+barrier, then all calls back to back, for more ranks than cores, where a barrier would mostly
+measure the scheduler, and for differences of less than a clock's reading.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,35 @@ from sagellm.core.protocols import BackendUnavailableError
 from ._barrier import Barrier
 from ._contenders import Contender, Prepared, make
 from ._lost import lose
+from ._pairs import differences
 
 ESTIMATE_CALLS = 5
+
+
+class BusyThread:
+    """Runs Python and never waits, under the policy of the thread that made it.
+
+    Attributes:
+        turns: Thousands of additions so far.
+
+    """
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self._end = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end:
+            n = 0
+            for _ in range(1000):
+                n += 1
+            self.turns += 1
+
+    def end(self) -> None:
+        self._end = True
+        self._thread.join()
 
 
 class Rank:
@@ -40,7 +68,8 @@ class Rank:
         self._contender = contender
         self._barrier = barrier
         self._prepared: dict[str, Prepared] = {}
-        self._stop_busy: Callable[[], None] | None = None
+        self._uses_left: dict[str, int] = {}
+        self._busy: BusyThread | None = None
 
     def prepare(self, case: dict[str, Any], variants: list[str]) -> dict[str, Any]:
         """Buffers and calls of each variant, proven right; seconds of a call, or why not."""
@@ -56,65 +85,71 @@ class Rank:
                 found[variant] = {"wrong": wrong}
                 continue
             self._prepared[variant] = prepared
-            found[variant] = {"seconds": min(self.sample(variant, ESTIMATE_CALLS, True))}
+            self._uses_left[variant] = 0
+            times = self.sample(variant, ESTIMATE_CALLS, True)["times"]
+            found[variant] = {"seconds": min(times)}
         return found
 
-    def sample(self, variant: str, calls: int, each: bool) -> list[float]:
-        """Seconds of each call, or of the batch's mean call."""
+    def sample(self, variant: str, calls: int, each: bool) -> dict[str, Any]:
+        """Seconds of each call, or of the batch's mean call; turns of the busy thread meanwhile."""
+        with _no_garbage():
+            busy = self._busy
+            turns = busy.turns if busy else 0
+            times = self._each(variant, calls) if each else [self._batch(variant, calls)]
+            return {"times": times, "turns": busy.turns - turns if busy else None}
+
+    def _each(self, variant: str, calls: int) -> list[float]:
         prepared = self._prepared[variant]
-        runs, count = prepared.runs, len(prepared.runs)
+        runs, touches, count = prepared.runs, prepared.touches, len(prepared.runs)
         meet, now = self._barrier.wait, time.perf_counter
-        limit = prepared.uses * count or calls
-        times: list[float] = []
-        gc.collect()
-        gc.disable()
-        try:
-            for start in range(0, calls, limit):
-                stop = min(calls, start + limit)
-                prepared.fill()
-                if each:
-                    for i in range(start, stop):
-                        run = runs[i % count]
-                        meet()
-                        started = now()
-                        run()
-                        times.append(now() - started)
-                else:
-                    order = [runs[i % count] for i in range(start, stop)]
-                    meet()
-                    started = now()
-                    for run in order:
-                        run()
-                    times.append((now() - started) / len(order))
-                    meet()
-        finally:
-            gc.enable()
+        times = []
+        for i in range(calls):
+            if i % count == 0:
+                self._use(variant)
+            run = runs[i % count]
+            if touches:
+                touches[i % count]()
+            meet()
+            started = now()
+            run()
+            times.append(now() - started)
         return times
 
+    def _batch(self, variant: str, calls: int) -> float:
+        runs = self._prepared[variant].runs
+        order = [runs[i % len(runs)] for i in range(calls)]
+        for _ in range(0, calls, len(runs)):
+            self._use(variant)
+        self._barrier.wait()
+        started = time.perf_counter()
+        for run in order:
+            run()
+        took = time.perf_counter() - started
+        self._barrier.wait()
+        return took / calls
+
+    def _use(self, variant: str) -> None:
+        """Before one more call of each buffer: fill them where their contents would overflow."""
+        prepared = self._prepared[variant]
+        if prepared.uses and not self._uses_left[variant]:
+            prepared.fill()
+            self._uses_left[variant] = prepared.uses
+        self._uses_left[variant] -= 1
+
+    def differences(self, on: str, off: str, calls: int, pairs: int) -> list[float]:
+        """How much longer a call of one variant takes than one of another, of each pair."""
+        with _no_garbage():
+            return differences(
+                lambda: self._batch(on, calls), lambda: self._batch(off, calls), pairs
+            )
+
     def busy(self, on: bool) -> None:
-        """Start or stop a thread of normal scheduling that runs Python and never waits."""
-        if self._stop_busy:
-            self._stop_busy()
-            self._stop_busy = None
+        """Start or stop the thread that is the load."""
+        if self._busy:
+            self._busy.end()
+            self._busy = None
         if on:
-            stop = threading.Event()
-
-            def count() -> None:
-                # load, not a contender: among real-time threads it would keep a core for 100 ms
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-                n = 0
-                while not stop.is_set():
-                    for _ in range(1000):
-                        n += 1
-
-            thread = threading.Thread(target=count, daemon=True)
-            thread.start()
-
-            def end() -> None:
-                stop.set()
-                thread.join()
-
-            self._stop_busy = end
+            self._busy = BusyThread()
 
     def forget(self) -> None:
         self._prepared.clear()
@@ -127,6 +162,10 @@ class Rank:
                 return self.prepare(request["case"], request["variants"])
             case "sample":
                 return self.sample(request["variant"], request["calls"], request["each"])
+            case "differences":
+                return self.differences(
+                    request["on"], request["off"], request["calls"], request["pairs"]
+                )
             case "schedule":
                 return schedule(request["policy"])
             case "busy":
@@ -136,6 +175,16 @@ class Rank:
             case other:
                 raise ValueError(f"unknown request {other!r}")
         return None
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def schedule(policy: str) -> str:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing as mp
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["RankProcesses", "serve"]
+from sagellm.core.protocols.bench import Contenders, Missing
+
+from ._rank import schedule
+
+__all__ = ["RankProcesses", "Timed", "serve"]
 
 _READY_S = 240.0
 _ANSWER_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One contender in one case, on one rank.
+
+    Attributes:
+        run: The call.
+        fill: Writes this rank's inputs, before each time that is taken.
+        wrong: What is wrong with the results of one call after `fill`; empty if nothing.
+        rounds: Calls back to back whose mean is a time.
+
+    """
+
+    run: Callable[[], object]
+    fill: Callable[[], object]
+    wrong: Callable[[], str]
+    rounds: int = 1
 
 
 class RankProcesses:
@@ -37,11 +61,29 @@ class RankProcesses:
             self._processes.append(process)
         self._answers(_READY_S)
 
+    def measured(self, names: Sequence[str], case: Mapping[str, Any]) -> Contenders:
+        """Contenders of a case, each proven right, under the case's `scheduling` if it has one.
+
+        Raises:
+            RuntimeError: The results of one are wrong.
+
+        """
+        if "scheduling" in case:
+            refused = [why for why in self._ask("schedule", "", case) if why]
+            if refused:
+                return dict.fromkeys(names, Missing(refused[0]))
+        for name in names:
+            self._ask("prove", name, case)
+        return {name: functools.partial(self.time, name, case) for name in names}
+
     def time(self, name: str, case: Mapping[str, Any]) -> float:  # Any: plain JSON values
         """Seconds of one call of a contender, of the rank that took longest."""
+        return float(max(self._ask("time", name, case)))
+
+    def _ask(self, do: str, name: str, case: Mapping[str, Any]) -> list[Any]:
         for pipe in self._pipes:
-            pipe.send((name, dict(case)))
-        return float(max(self._answers(_ANSWER_S)))
+            pipe.send((do, name, dict(case)))
+        return self._answers(_ANSWER_S)
 
     def close(self) -> None:
         """End the processes."""
@@ -60,31 +102,43 @@ class RankProcesses:
             if not pipe.poll(max(0.0, end - time.monotonic())):
                 raise TimeoutError(f"rank {rank} gave no answer within {timeout_s:g} s")
         found = [pipe.recv() for pipe in self._pipes]
-        failed = [answer for answer in found if isinstance(answer, str) and answer != "ready"]
+        failed = [error for error, _ in found if error]
         if failed:
             raise RuntimeError(failed[0])
-        return found
+        return [answer for _, answer in found]
 
 
 def serve(
     pipe: Connection,
     barrier: Callable[[], object],
-    call_for: Callable[[str, Mapping[str, Any]], tuple[Callable[[], object], int]],
+    timed_for: Callable[[str, Mapping[str, Any]], Timed],
 ) -> None:
-    """Answer until the pipe ends; `call_for` gives a call and how often to make it."""
-    pipe.send("ready")
+    """Answer until the pipe ends."""
+    pipe.send(("", None))
     while True:
         try:
-            name, case = pipe.recv()
+            do, name, case = pipe.recv()
         except EOFError:
             return
         try:
-            call, rounds = call_for(name, case)
+            if do == "schedule":
+                pipe.send(("", schedule(str(case["scheduling"]))))
+                continue
+            timed = timed_for(name, case)
+            timed.fill()
             barrier()
+            if do == "prove":
+                timed.run()
+                wrong = timed.wrong()
+                barrier()
+                if wrong:
+                    raise ArithmeticError(wrong)
+                pipe.send(("", None))
+                continue
             start = time.perf_counter()
-            for _ in range(rounds):
-                call()
-            pipe.send((time.perf_counter() - start) / rounds)
+            for _ in range(timed.rounds):
+                timed.run()
+            pipe.send(("", (time.perf_counter() - start) / timed.rounds))
         except Exception as e:  # told to the process that measures, which then fails
-            pipe.send(f"{name} in {case}: {type(e).__name__}: {e}")
+            pipe.send((f"{name} in {case}: {type(e).__name__}: {e}", None))
             return

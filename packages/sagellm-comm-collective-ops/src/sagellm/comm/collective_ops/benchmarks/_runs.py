@@ -19,6 +19,7 @@ SAMPLE_S = 0.02
 CALLS = (3, 500)
 P99_CALLS = 500
 P99_S = 1.0
+PAIRS, PAIR_CALLS = 200, 20
 KiB, MiB = 1 << 10, 1 << 20
 
 Contender = Callable[[], float] | Missing
@@ -84,37 +85,89 @@ def _seconds(variant: str, answers: Sequence[Mapping[str, Any]]) -> float | Miss
     return float(max(answer["seconds"] for answer in answers))
 
 
-def sampler(
-    case: Case, variant: str, seconds: float, *, calls: int = 0, each: bool = True
-) -> Callable[[], float]:
+def sampler(case: Case, variant: str, seconds: float, *, each: bool = True) -> Callable[[], float]:
     """A call that measures many calls and returns their median; of batches, the mean."""
     low, high = CALLS
-    count = calls or max(low, min(high, int(SAMPLE_S / max(seconds, 1e-7))))
+    count = max(low, min(high, int(SAMPLE_S / max(seconds, 1e-7))))
 
     def sample() -> float:
-        return statistics.median(_sample(case, variant, count, each))
+        return statistics.median(_sample(case, variant, count, each)[0])
 
     return sample
 
 
-def tail_sampler(case: Case, variant: str) -> Callable[[], float]:
-    """A call that returns the 99th percentile of `P99_CALLS` calls; of less where it is slow."""
+def difference_sampler(case: Case, on: str, off: str) -> Callable[[], float]:
+    """A call that measures by how much a call of `on` takes longer than one of `off`."""
 
     def sample() -> float:
+        answers = ranks_of(kind_of(on), int(case["ranks"])).ask(
+            "differences", on=on, off=off, calls=PAIR_CALLS, pairs=PAIRS
+        )
+        return statistics.median(statistics.fmean(same) for same in zip(*answers, strict=True))
+
+    return sample
+
+
+class Tail:
+    """99th percentiles of `P99_CALLS` calls, of less where it is slow.
+
+    Attributes:
+        turn_s: Seconds of the last sample over turns of its busy thread; None before there is one.
+
+    """
+
+    def __init__(self, case: Case, variant: str) -> None:
+        self._case, self._variant = case, variant
+        self._ranks = ranks_of(kind_of(variant), int(case["ranks"]))
+        self.turn_s: float | None = None
+
+    def idle(self) -> float:
+        """Nothing else runs."""
+        return self._sample()[0]
+
+    def busy(self) -> float:
+        """A thread of the last rank's process computes in Python meanwhile.
+
+        Raises:
+            DistributedRuntimeError: It did not get to run.
+
+        """
+        self._ranks.ask("busy", rank=int(self._case["ranks"]) - 1)
+        started = time.monotonic()
+        try:
+            p99, turns = self._sample()
+        finally:
+            self._ranks.ask("busy", rank=None)
+        if not turns:
+            raise DistributedRuntimeError(f"{self._variant}: the busy thread was never busy")
+        self.turn_s = (time.monotonic() - started) / turns
+        return p99
+
+    def busy_turn(self) -> float:
+        """How long the busy thread took for a turn, which is to say that it ran, and how much."""
+        if self.turn_s is None:
+            self.busy()
+        assert self.turn_s is not None
+        return self.turn_s
+
+    def _sample(self) -> tuple[float, int]:
         times: list[float] = []
+        turns = 0
         end = time.monotonic() + P99_S
         while len(times) < P99_CALLS and (not times or time.monotonic() < end):
-            times += _sample(case, variant, P99_CALLS // 50, each=True)
-        return sorted(times)[len(times) * 99 // 100]
+            found, more = _sample(self._case, self._variant, P99_CALLS // 10, each=True)
+            times += found
+            turns += more
+        return sorted(times)[len(times) * 99 // 100], turns
 
-    return sample
 
-
-def _sample(case: Case, variant: str, calls: int, each: bool) -> list[float]:
+def _sample(case: Case, variant: str, calls: int, each: bool) -> tuple[list[float], int]:
+    """Seconds of each call, and turns of busy threads in their time."""
     answers = ranks_of(kind_of(variant), int(case["ranks"])).ask(
         "sample", variant=variant, calls=calls, each=each
     )
-    return [max(same) for same in zip(*answers, strict=True)]
+    times = [max(same) for same in zip(*(a["times"] for a in answers), strict=True)]
+    return times, sum(a["turns"] or 0 for a in answers)
 
 
 @contextmanager
@@ -150,9 +203,9 @@ def over(
     return Ratio(f"{peer}/{ours}", case, value, goal)
 
 
-def judged(case: Case, goal: float | None) -> float | None:
-    """The goal where it is judged: under real-time scheduling."""
-    return goal if case["scheduling"] == "rr" else None
+def judged(case: Case, goal: float | None, scheduling: str = "rr") -> float | None:
+    """The goal where it is judged: under real-time scheduling, unless said otherwise."""
+    return goal if case["scheduling"] == scheduling else None
 
 
 def of_engine(engine: str, figures: tuple[float | None, float | None]) -> float | None:

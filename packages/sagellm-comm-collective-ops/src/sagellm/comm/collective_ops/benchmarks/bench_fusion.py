@@ -5,10 +5,14 @@ can do at best: all of them concatenated, reduced in one call, and copied back. 
 `fused_all_reduce` of the list, `gloo_added` the same tensors queued one by one in a
 `FusedAllReduce`, `gloo_in_bucket` tensors that live in its buckets. Over shared memory
 `shm-ENGINE_fused` must not lose against `shm-ENGINE_per_tensor`; `added` is reported.
+
+Each contender's results are compared once a case. `scheduling` is `rr` (SCHED_RR for all alike:
+goals are judged there) or `normal`; a quick run has one of them, `rr` if `--priority` was given.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -20,12 +24,18 @@ from typing import Any
 from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Missing, Ratio, Row
 
-from ._ranks import RankProcesses, serve
+from ._ranks import RankProcesses, Timed, serve
+from ._runs import distinct, judged, medians, over, schedulings
 
 TENSORS = 200
 GLOO = ("gloo_per_tensor", "gloo_one_cat", "gloo_fused", "gloo_added", "gloo_in_bucket")
 WAYS = ("per_tensor", "fused", "added")
 SHM = tuple(f"shm-{engine}_{way}" for engine in ENGINES for way in WAYS)
+
+
+def cases(quick: bool) -> Sequence[dict[str, Any]]:
+    shape = {"tensors": TENSORS, "kib": "4-64", "ranks": 2}
+    return [{**shape, "scheduling": scheduling} for scheduling in schedulings(quick)]
 
 
 def rank_process(rank: int, folder: str, pipe: Connection, engines: Sequence[str]) -> None:
@@ -83,50 +93,62 @@ def rank_process(rank: int, folder: str, pipe: Connection, engines: Sequence[str
         calls[f"shm-{engine}_fused"] = functools.partial(fused_all_reduce, shm, tensors)
         calls[f"shm-{engine}_added"] = functools.partial(all_of, FusedAllReduce(shm), tensors)
 
-    def call_for(name: str, case: Mapping[str, Any]) -> tuple[Callable[[], object], int]:
-        return calls[name], 5 if name.startswith("shm") else 1
+    def timed_for(name: str, case: Mapping[str, Any]) -> Timed:
+        xs = homes if name == "gloo_in_bucket" else tensors
 
-    serve(pipe, dist.barrier, call_for)
+        def fill() -> None:
+            for i, x in enumerate(xs):
+                x.fill_((i + 1) * (rank + 1))
+
+        def wrong() -> str:
+            for i, x in enumerate(xs):
+                if not bool((x == 3 * (i + 1)).all()):
+                    return f"tensor {i} is {x[x != 3 * (i + 1)][0].item()!r}, not {3 * (i + 1)}"
+            return ""
+
+        return Timed(calls[name], fill, wrong, 5 if name.startswith("shm") else 1)
+
+    serve(pipe, dist.barrier, timed_for)
+
+
+@functools.cache
+def _ranks() -> tuple[RankProcesses, list[str]]:
+    engines = [engine for engine in ENGINES if engine in available_engines()]
+    ranks = RankProcesses(2, rank_process, engines)
+    atexit.register(ranks.close)
+    return ranks, [*GLOO, *(f"shm-{engine}_{way}" for engine in engines for way in WAYS)]
 
 
 @contextlib.contextmanager
 def contenders(case: Case) -> Iterator[Contenders]:
-    engines = [engine for engine in ENGINES if engine in available_engines()]
-    ranks = RankProcesses(2, rank_process, engines)
-    there = (*GLOO, *(f"shm-{engine}_{way}" for engine in engines for way in WAYS))
-    try:
-        yield {
-            name: functools.partial(ranks.time, name, case)
-            if name in there
-            else Missing("this engine of shm does not work here")
-            for name in (*GLOO, *SHM)
-        }
-    finally:
-        ranks.close()
+    ranks, there = _ranks()
+    absent = Missing("this engine of shm does not work here")
+    yield {**dict.fromkeys((*GLOO, *SHM), absent), **ranks.measured(there, case)}
 
 
 def ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
-    times = {row.contender: row.median or 0.0 for row in rows}
     shm = [
         (f"shm-{e}_per_tensor", f"shm-{e}_{way}", goal)
         for e in ENGINES
         for way, goal in (("fused", 1.0), ("added", None))
     ]
-    for peer, ours, goal in (
-        ("gloo_per_tensor", "gloo_fused", 4.5),
-        ("gloo_per_tensor", "gloo_added", None),
-        ("gloo_per_tensor", "gloo_in_bucket", None),
-        ("gloo_one_cat", "gloo_fused", None),
-        *shm,
-    ):
-        value = times[peer] / times[ours] if times[peer] and times[ours] else None
-        yield Ratio(f"{peer}/{ours}", rows[0].case, value, goal)
+    for case in distinct(rows):
+        times = medians(rows, case)
+        for peer, ours, goal in (
+            ("gloo_per_tensor", "gloo_fused", 4.5),
+            ("gloo_per_tensor", "gloo_added", None),
+            ("gloo_per_tensor", "gloo_in_bucket", None),
+            ("gloo_one_cat", "gloo_fused", None),
+            ("gloo_one_cat", "gloo_in_bucket", None),
+            *shm,
+        ):
+            yield over(case, times, peer, ours, judged(case, goal))
 
 
 main = Benchmark(
     "fusion",
     contenders,
-    cases=[{"tensors": TENSORS, "kib": "4-64", "ranks": 2}],
+    cases=cases,
     ratios=ratios,
     repeats=9,
     distributions=("torch", "sagellm-comm-collective-ops"),

@@ -126,7 +126,7 @@ def test_without_a_descriptor_guests_wait_and_the_deadline_says_why(listener, gu
     with no_descriptor_left():
         assert listener.serve(0, claims, {1}) == {}
         began = time.process_time()
-        with pytest.raises(CommTimeoutError, match="rank 1 .*Too many open files"):
+        with pytest.raises(CommTimeoutError, match=r"rank 1 .*Too many open files"):
             crowd._link(claims)
         assert time.process_time() - began < 0.15  # it does not spin
     assert come(listener, claims) == [1]

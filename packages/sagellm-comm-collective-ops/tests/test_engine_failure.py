@@ -9,7 +9,7 @@ import torch
 from shm_harness import BARRIER, ENGINES, LONG_S, engine_of, fails, poison_word, until
 from shm_ranks import SLACK_S
 
-from sagellm.comm.collective_ops._shm.layout import CAUSES, REASON
+from sagellm.comm.collective_ops._shm.layout import CAUSES, REASON, SEQUENCE
 from sagellm.core.protocols.process_group import RawCall
 
 engines = pytest.mark.parametrize("name", ENGINES)
@@ -126,6 +126,35 @@ def test_a_lost_peer_is_named_long_before_the_deadline(gloo_pools, folder, name,
 
     assert {found[0][0], found[2][0]} == {"lost"}
     assert 1 in (found[0][1], found[2][1])
+
+
+def come_late(backend, folder, name):
+    """Rank 1 takes its step of a barrier and leaves; rank 0 waits on for rank 2."""
+    with engine_of(backend, folder, name) as engine:
+        if backend.rank == 1:
+            at = engine.meeting.layout.control(1) + 8 * SEQUENCE  # the signature is all zeros
+            engine.meeting.memory[at : at + 8] = (1).to_bytes(8, "little")
+            for peer in engine.meeting.sockets.values():
+                peer.shutdown(2)
+        backend.barrier()
+        ends = []
+        thread = threading.Thread(target=lambda: ends.append(engine.run(BARRIER)), daemon=True)
+        if backend.rank == 0:
+            thread.start()
+            until(engine.records)
+            since = time.monotonic()
+            until(lambda: time.monotonic() - since > 0.2)  # it looks at sockets by now
+        backend.barrier()
+        if backend.rank == 2:
+            engine.run(BARRIER)
+        if backend.rank == 0:
+            thread.join(LONG_S)
+            assert ends == [None]
+
+
+@engines
+def test_a_peer_that_left_after_its_last_step_is_not_lost(gloo_pools, folder, name):
+    gloo_pools(3).run(come_late, folder(), name)
 
 
 def use_closed(backend, folder, name):

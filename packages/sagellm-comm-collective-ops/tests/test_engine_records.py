@@ -32,8 +32,10 @@ def count_calls(backend, folder, name):
         assert (reduced.calls, reduced.nbytes) == (ring + 10, 400 * (ring + 10))
         assert sum(reduced.histogram) == reduced.calls
         assert 0 <= reduced.wait_ns <= reduced.total_ns
-        middle = np.repeat(np.arange(len(reduced.histogram)), reduced.histogram)
-        assert 0.5 < (2 ** (middle / 8) * 10).sum() / reduced.total_ns < 1.05
+        buckets = np.repeat(np.arange(len(reduced.histogram)), reduced.histogram)
+        shortest, longest = (10 * 2 ** ((buckets + i) / 8) for i in (0, 1))
+        assert shortest.sum() <= 1.001 * reduced.total_ns
+        assert reduced.total_ns <= 1.001 * longest.sum() + 10 * reduced.calls
         assert (waited.op, waited.bucket, waited.calls) == ("barrier", -1, 1)
 
         records = engine.records()

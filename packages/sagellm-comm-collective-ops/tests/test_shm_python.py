@@ -1,12 +1,11 @@
 """What only the Python engine has: flags of its own, cached views, and numpy beneath."""
 
-import select
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from shm_harness import BARRIER, ENGINES, LONG_S, engine_of, fails
+from shm_harness import ENGINES, LONG_S, engine_of, fails
 
 from sagellm.comm.collective_ops._shm.python_memory import CACHED_VIEWS
 from sagellm.core.protocols.process_group import RawCall
@@ -38,28 +37,6 @@ def use_many_sizes(backend, folder):
 
 def test_views_of_many_sizes_are_not_all_kept(gloo_pools, folder):
     assert gloo_pools(2).run(use_many_sizes, folder()) == [CACHED_VIEWS] * 2
-
-
-def come_last(backend, folder):
-    """Every rank but 0 takes its last step and leaves; rank 0 comes when they have left."""
-    with engine_of(backend, folder, "python") as engine:
-        flags = engine._flags
-        if backend.rank:
-            flags.open(0, 0, LONG_S)
-            flags.begin()
-            flags.publish()
-            for peer in engine.meeting.sockets.values():
-                peer.shutdown(2)
-            return
-        for peer in engine.meeting.sockets.values():
-            poller = select.poll()
-            poller.register(peer.fileno(), select.POLLRDHUP)
-            assert poller.poll(LONG_S * 1000)
-        engine.run(BARRIER)
-
-
-def test_a_peer_that_left_after_its_last_step_is_not_lost(gloo_pools, folder):
-    gloo_pools(3).run(come_last, folder())
 
 
 def fail_inside(backend, folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.core.protocols.testing.rank_pool import RankFailedError, RankPool
+from sagellm.core.protocols.testing.rank_pool import RankPool
 
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests; workers inherit it
 
@@ -38,11 +38,12 @@ def on_shm(rank, size, store, engine, fn, *args):
 
     from sagellm.comm.collective_ops import ShmBackend
 
-    if engine not in _state:
-        _state[engine] = ShmBackend.over_store(
+    key = engine, size
+    if key not in _state:
+        _state[key] = ShmBackend.over_store(
             dist.FileStore(store, size), rank, size, timeout_s=20, options={"engine": engine}
         )
-    return fn(_state[engine], *args)
+    return fn(_state[key], *args)
 
 
 def on_hier(rank, size, store, hosts, fn, *args):
@@ -58,39 +59,85 @@ def on_hier(rank, size, store, hosts, fn, *args):
     return on_backend(rank, size, store, make)
 
 
-class World:
-    """A pool of ranks that meet at one store; after a failure both are made anew.
+class Ranks:
+    """Rank processes that worlds of their size and below share, and the stores that these meet at.
 
-    A rank that was killed is replaced, but the others still have the old group, and the store its
-    keys: without new ones every later test of this world would fail too.
+    After a failure all is made anew: a rank that was killed would be replaced, but the others
+    would still have their old groups, and the stores their keys.
     """
 
     def __init__(self, size):
-        self._size = size
-        self._renew()
+        self.size = size
+        self._pool = None
+        self._stores = {}
 
-    def _renew(self):
-        self._pool = RankPool(self._size)
-        self._store = self._pool.store_path()
+    @property
+    def pool(self):
+        if self._pool is None:
+            self._pool = RankPool(self.size)
+        return self._pool
 
-    def _call(self, on, *args, timeout_s):
+    def store(self, kind):
+        if kind not in self._stores:
+            self._stores[kind] = self.pool.store_path()
+        return self._stores[kind]
+
+    def run(self, size, fn, *args, timeout_s):
         try:
-            return self._pool.run(on, self._store, *args, timeout_s=timeout_s)
-        except RankFailedError:
-            self._pool.close()
-            self._renew()
+            return self.pool.submit(fn, *args, ranks=size).wait(timeout_s)
+        except BaseException:  # pytest's own time limit, too
+            self.close()
             raise
 
     def close(self):
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
+        self._pool, self._stores = None, {}
+
+
+class Part:
+    """The first so many of shared ranks, for tests that make their own groups."""
+
+    def __init__(self, ranks, size):
+        self._ranks, self._size = ranks, size
+
+    def run(self, fn, *args, timeout_s=30.0):
+        return self._ranks.run(self._size, fn, *args, timeout_s=timeout_s)
+
+    def store_path(self):
+        return self._ranks.pool.store_path()
+
+
+class World:
+    """Ranks that have met in a group, which later jobs find again."""
+
+    kind = "gloo"
+
+    def __init__(self, size, ranks=None):
+        self._size = size
+        self._ranks = ranks or Ranks(size)
+
+    @property
+    def _pool(self):
+        return self._ranks.pool
+
+    @property
+    def _store(self):
+        return self._ranks.store(self.kind)
+
+    def _call(self, on, *args, timeout_s):
+        return self._ranks.run(self._size, on, self._store, *args, timeout_s=timeout_s)
+
+    def close(self):
+        self._ranks.close()
 
 
 class HierWorld(World):
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
-    def __init__(self, hosts):
+    def __init__(self, hosts, ranks):
         self._hosts = hosts
-        super().__init__(sum(len(host) for host in hosts))
+        super().__init__(ranks.size, ranks)
 
     def run(self, fn, *args, timeout_s=60.0):
         return self._call(on_hier, self._hosts, fn, *args, timeout_s=timeout_s)
@@ -99,16 +146,13 @@ class HierWorld(World):
 class ShmWorld(World):
     """`run` calls a test file's function in every rank as `fn(backend, *args)`."""
 
-    def __init__(self, size, engine="auto"):
+    def __init__(self, size, engine, ranks):
         self._engine = engine
-        super().__init__(size)
+        self.kind = f"{engine} {size}"
+        super().__init__(size, ranks)
 
     def run(self, fn, *args, timeout_s=60.0):
         return self._call(on_shm, self._engine, fn, *args, timeout_s=timeout_s)
-
-    def outcomes(self, fn, *args, timeout_s=60.0):
-        job = self._pool.submit(on_shm, self._store, self._engine, fn, *args)
-        return job.outcomes(timeout_s)
 
 
 def on_c10d(rank, size, store, hosts, fn, *args):
@@ -137,6 +181,8 @@ def on_c10d(rank, size, store, hosts, fn, *args):
 
 class C10dWorld(World):
     """`run` calls a test file's function in every rank as `fn(groups by backend name, *args)`."""
+
+    kind = "c10d"
 
     def __init__(self, size, hosts=None):
         self._hosts = hosts
@@ -169,47 +215,36 @@ def loopback():
 
 
 @pytest.fixture(scope="session")
-def gloo_pools(loopback):
-    """Worlds by size, started when first asked for."""
-    worlds = {}
+def gloo_ranks(loopback):
+    """Ranks by size whose default group is gloo's, started when first asked for."""
+    found = {}
 
     def get(size):
-        if size not in worlds:
-            worlds[size] = GlooWorld(size)
-        return worlds[size]
+        return found.setdefault(size, Ranks(size))
 
     yield get
-    for world in worlds.values():
-        world.close()
+    for ranks in found.values():
+        ranks.close()
 
 
 @pytest.fixture(scope="session")
-def shm_pools(loopback):
-    """Worlds by size and engine, started when first asked for."""
-    worlds = {}
-
-    def get(size, engine="auto"):
-        if (size, engine) not in worlds:
-            worlds[size, engine] = ShmWorld(size, engine)
-        return worlds[size, engine]
-
-    yield get
-    for world in worlds.values():
-        world.close()
+def rank_pools(loopback):
+    """Ranks without any group: those of a smaller world are the first ones of the largest."""
+    ranks = Ranks(4)
+    yield lambda size: Part(ranks, size)
+    ranks.close()
 
 
-@pytest.fixture
-def fresh_shm(loopback):
-    """Makes a world over shared memory that a test may break."""
-    worlds = []
+@pytest.fixture(scope="session")
+def gloo_pools(gloo_ranks):
+    """Worlds by size, started when first asked for."""
+    return lambda size: GlooWorld(size, gloo_ranks(size))
 
-    def make(size, engine="auto"):
-        worlds.append(ShmWorld(size, engine))
-        return worlds[-1]
 
-    yield make
-    for world in worlds:
-        world.close()
+@pytest.fixture(scope="session")
+def shm_pools(rank_pools):
+    """Worlds by size and engine."""
+    return lambda size, engine="auto": ShmWorld(size, engine, rank_pools(size)._ranks)
 
 
 @pytest.fixture(scope="session")
@@ -243,19 +278,9 @@ def fresh_c10d(loopback):
 
 
 @pytest.fixture(scope="session")
-def hier_pools(loopback):
-    """Worlds over pretended hosts, started when first asked for."""
-    worlds = {}
-
-    def get(hosts):
-        key = str(hosts)
-        if key not in worlds:
-            worlds[key] = HierWorld(hosts)
-        return worlds[key]
-
-    yield get
-    for world in worlds.values():
-        world.close()
+def hier_pools(gloo_ranks):
+    """Worlds over pretended hosts, in the ranks of `gloo_pools`."""
+    return lambda hosts: HierWorld(hosts, gloo_ranks(sum(len(host) for host in hosts)))
 
 
 @pytest.fixture

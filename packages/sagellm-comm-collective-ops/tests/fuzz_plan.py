@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLOT_BYTES = 4096
+SMALL_SLOT, DEFAULT_SLOT = 4096, 262144
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 MOVED = (torch.complex64, torch.float8_e4m3fn)
@@ -48,8 +48,8 @@ class Step:
         return [[rng.choice((0, 1, 2, 5, self.shape[0])) for _ in range(size)] for _ in range(size)]
 
 
-def draw(rng, number, sizes, p2p):
-    """A random call; `sizes` are the sizes of the groups."""
+def draw(rng, number, sizes, slots, p2p):
+    """A random call; `sizes` and `slots` are those of the groups: ranks, and bytes of a slot."""
     group = rng.randrange(len(sizes))
     op = rng.choice(OPS)
     while op in ("send", "batch_p2p") and (not p2p or sizes[group] < 2):
@@ -63,24 +63,12 @@ def draw(rng, number, sizes, p2p):
             reduction = rng.choice(("band", "bor", "bxor"))
     elif rng.random() < 0.1:
         dtype = rng.choice(MOVED)
-    per_slot = SLOT_BYTES // dtype.itemsize
-    kind = rng.random()
-    if kind < 0.05:
-        n = 0
-    elif kind < 0.6:
-        n = rng.randint(1, 300)
-    elif kind < 0.9:
-        n = rng.choice((per_slot, per_slot // sizes[group])) * rng.randint(1, 3)
-        n = max(1, n + rng.choice((-1, 0, 1, rng.randint(-9, 9))))
-    elif kind < 0.96:
-        n = rng.randint(1, 8 * per_slot)
-    else:
-        n = (65536 + rng.randint(-70, 40000)) // dtype.itemsize
+    n = elements(rng, dtype.itemsize, slots[group], sizes[group])
     shape = (n,)
     if n and rng.random() < 0.3:
         shape = (max(1, n // 3), rng.choice((1, 3)))
     if op == "uneven":
-        shape = (min(n, 2 * per_slot) // 3 + 1, rng.choice((1, 3)))
+        shape = (min(n, 2 * slots[group] // dtype.itemsize) // 3 + 1, rng.choice((1, 3)))
     style = rng.choices(("sync", "async", "registered"), (6, 3, 1))[0]
     form = rng.choices(("plain", "strided", "offset", "symmetric"), (5, 1, 2, 3))[0]
     peer = rng.randrange(sizes[group])
@@ -91,6 +79,24 @@ def draw(rng, number, sizes, p2p):
         number, op, group, dtype, reduction, shape, root, peer, rng.randint(0, 3), style, form,
         rng.random() < 0.1, f"{rng.random()}",
     )  # fmt: skip
+
+
+def elements(rng, itemsize, slot, size):
+    """None, few, about so many as a slot or a rank's part of it holds, or several slots full."""
+    per_slot, kind = slot // itemsize, rng.random()
+    large = slot > SMALL_SLOT  # to fill such slots takes long: mostly they are not filled
+    if kind < 0.05:
+        return 0
+    if kind < 0.6:
+        return rng.randint(1, 300)
+    if large and kind < 0.92:
+        return rng.randint(1, 32768 // itemsize)
+    if kind < (0.98 if large else 0.9):
+        n = rng.choice((per_slot, per_slot // size)) * rng.randint(1, 3)
+        return max(1, n + rng.choice((-1, 0, 1, rng.randint(-9, 9))))
+    if large or kind < 0.96:
+        return rng.randint(1, (4 if large else 8) * per_slot)
+    return (65536 + rng.randint(-70, 40000)) // itemsize
 
 
 def values(step, rank, shape, salt=""):
@@ -135,6 +141,13 @@ def folded(step, xs):
     return total.to(step.dtype)
 
 
+def operands(step, rank, size):
+    """What is reduced into a rank's result, by rank."""
+    if step.op in ("all_reduce", "reduce"):
+        return [values(step, r, step.shape) for r in range(size)]
+    return [values(step, r, (size, *step.shape))[rank] for r in range(size)]
+
+
 def expected(step, rank, size):
     """Results on `rank`, from the inputs of all."""
     op, shape = step.op, step.shape
@@ -142,12 +155,12 @@ def expected(step, rank, size):
         return []
     if op in ("send", "batch_p2p"):
         return [values(step, step.root, shape)] if rank == step.peer else []
-    if op in ("all_reduce", "reduce"):
-        if op == "reduce" and rank != step.root:
-            return []
-        return [folded(step, [values(step, r, shape) for r in range(size)])]
-    if op in ("reduce_scatter_tensor", "reduce_scatter"):
-        return [folded(step, [values(step, r, (size, *shape))[rank] for r in range(size)])]
+    if op in REDUCING:
+        return (
+            []
+            if op == "reduce" and rank != step.root
+            else [folded(step, operands(step, rank, size))]
+        )
     if op == "all_gather_into_tensor":
         return [torch.stack([values(step, r, shape) for r in range(size)])]
     if op == "all_gather" or (op == "gather" and rank == step.root):
@@ -170,18 +183,36 @@ def expected(step, rank, size):
     return [values(step, r, shape, f"to{rank}") for r in range(size)]  # all_to_all
 
 
-def same(step, x, y):
-    """Equal bit for bit, but for the payload of a NaN, and which zero of two is the larger."""
+def same(x, y):
+    """Equal bit for bit, but for the payload of a NaN."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
-    if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if x.dtype in FLOATS:
         nan = x.isnan()
         if not torch.equal(nan, y.isnan()):
             return False
         x, y = x.masked_fill(nan, 0), y.masked_fill(nan, 0)
-        if step.op in REDUCING and step.reduction in ("min", "max"):
-            return torch.equal(x, y)
     return torch.equal(bits(x), bits(y))
+
+
+def right(step, got, want, rank, size):
+    """Whether a result is what it should be.
+
+    Of two zeros of different signs either is the smaller, and the larger: a minimum or maximum
+    is equal to the expected one, and has the bits of one of the operands.
+    """
+    if step.op not in REDUCING or step.reduction not in ("min", "max"):
+        return same(got, want)
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if same(got, want):
+        return True
+    if not torch.equal(got.nan_to_num(7), want.nan_to_num(7)):
+        return False
+    found = got.isnan() & want.isnan()
+    for x in operands(step, rank, size):
+        found |= (got == x) & (got.signbit() == x.signbit())
+    return bool(found.all())
 
 
 def bits(x):

@@ -6,12 +6,15 @@ All ranks draw the same plan from the seed. A batch of calls runs back to back, 
 once and with random delays, so that ranks are apart as they are in programs; only then are
 results compared: all with a local computation from every rank's inputs (bit for bit, NaN for
 NaN), exact ones also with gloo, and those that all ranks share by checksum between ranks.
+
+It says every 10 s how far it is. Where no call ends for a minute, every rank's stacks are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import random
 import sys
@@ -21,15 +24,33 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from fuzz_plan import MOVED, REDUCING, SLOT_BYTES, Step, bits, draw, expected, same, values
+from fuzz_plan import (
+    DEFAULT_SLOT,
+    MOVED,
+    REDUCING,
+    SMALL_SLOT,
+    Step,
+    bits,
+    draw,
+    expected,
+    right,
+    values,
+)
 
 from sagellm.core.protocols import P2POp
 from sagellm.core.protocols.testing.rank_pool import RankPool
 
-ARENA_BYTES = 4 << 20
+ARENA_BYTES = 256 << 20
 BATCH = 100
 EPOCH = 8  # batches with the same groups
-ASK_GLOO = 4  # of so many calls one is made on gloo too, which is slow
+STALL_S = 60.0
+TIMEOUT_S = 90.0  # of a call: longer than a stall, so that stacks are printed first
+REPORT_S = 10.0
+SLOTS = {  # of the first group and the second, and of those split from them
+    "small": (SMALL_SLOT, SMALL_SLOT),
+    "default": (DEFAULT_SLOT, DEFAULT_SLOT),
+    "both": (SMALL_SLOT, DEFAULT_SLOT),
+}
 ALGORITHMS = (
     None,
     "all_reduce:0-3k:two_shot,all_reduce:3k-1g:one_shot",
@@ -48,7 +69,8 @@ class Done:
 
     def finish(self):
         for work in self.works:
-            result = work.wait(60)
+            result = work.wait(TIMEOUT_S)
+            call_ended()
             if self.results is None:
                 self.results = as_list(result)
         for registration in self.registrations:
@@ -60,6 +82,18 @@ def as_list(result):
     if result is None:
         return []
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+_armed = 0.0
+
+
+def call_ended():
+    """Start the time anew after which this process prints its stacks."""
+    global _armed
+    now = time.monotonic()
+    if now - _armed > 1:
+        faulthandler.dump_traceback_later(STALL_S, repeat=True)
+        _armed = now
 
 
 # -- a call -----------------------------------------------------------------------------------
@@ -158,6 +192,7 @@ def start(step, backend, plain=False):
         else:
             keep(backend.recv(x, step.root, tag=step.tag, **later), x)
         done.results = [x]
+    call_ended()
     return done
 
 
@@ -188,16 +223,18 @@ def delay(rng):
 class Groups:
     """The groups of an epoch: shm backends, None where this rank is no member; gloo beside."""
 
-    def __init__(self, world, second, gloo, epoch, seed):
+    def __init__(self, world, second, slots, gloo, epoch, seed):
         rng = random.Random(f"{seed}/{epoch}/groups")
         size = world.size
         ranks = rng.sample(range(size), size)
         cut = rng.randint(1, size)
         self.members = [list(range(size)), list(range(size)), ranks[:cut]]
         self.shm = [world, second, world.split(ranks[:cut])]
+        self.slots = [*slots, slots[0]]
         if cut < size:
             self.members.append(ranks[cut:])
             self.shm.append(second.split(ranks[cut:]))
+            self.slots.append(slots[1])
         self.gloo = [gloo if m == list(range(size)) else None for m in self.members]
         self.sizes = [len(m) for m in self.members]
 
@@ -211,45 +248,51 @@ def exact(step):
     """Whether gloo gives the same bits."""
     if step.op not in REDUCING:
         return step.dtype not in MOVED
-    return (
-        step.reduction in ("min", "max") and not step.special
-    ) or not step.dtype.is_floating_point
+    chosen = step.reduction in ("min", "max") and not step.special
+    return chosen or not step.dtype.is_floating_point
 
 
-def run_rank(rank, size, ops, engine, seed, p2p=True, report=False):
+def run_rank(rank, size, ops, engine, seed, slots="both", p2p=True, report=False):
     """Fuzz on this rank, whose default group is gloo; returns counts by operation."""
     from sagellm.comm.collective_ops import GlooBackend
     from sagellm.comm.collective_ops.shm_backend import ShmBackend
 
     torch.set_num_threads(1)
-    gloo = GlooBackend(timeout_s=60)
+    gloo = GlooBackend(timeout_s=TIMEOUT_S)
+    first, other = SLOTS[slots]
     options = {
         "engine": engine,
-        "slot_bytes": SLOT_BYTES,
+        "slot_bytes": first,
         "arena_bytes": ARENA_BYTES,
         "algorithms": ALGORITHMS[seed % len(ALGORITHMS)],
     }
-    world = ShmBackend(timeout_s=60, options=options)
-    second = ShmBackend(timeout_s=60, options=options | {"algorithms": None})
+    world = ShmBackend(timeout_s=TIMEOUT_S, options=options)
+    options |= {"algorithms": None, "slot_bytes": other}
+    second = ShmBackend(timeout_s=TIMEOUT_S, options=options)
     assert engine in ("auto", world.engine), f"{world.engine} runs instead of {engine}"
     counts, number, batch = {}, 0, 0
     groups = None
     apart = random.Random(f"{seed}/{rank}/delays")
+    started = told = time.monotonic()
+    call_ended()
     try:
         while number < ops:
             if batch % EPOCH == 0:
                 if groups is not None:
                     groups.close()
-                groups = Groups(world, second, gloo, batch // EPOCH, seed)
+                groups = Groups(world, second, (first, other), gloo, batch // EPOCH, seed)
             rng = random.Random(f"{seed}/{batch}")
-            steps = [draw(rng, number + i, groups.sizes, p2p) for i in range(BATCH)]
+            steps = [draw(rng, number + i, groups.sizes, groups.slots, p2p) for i in range(BATCH)]
             run_batch(rank, steps, groups, apart, rng)
             for step in steps:
                 counts[step.op] = counts.get(step.op, 0) + 1
             number, batch = number + BATCH, batch + 1
-            if report and rank == 0 and batch % 5 == 0:
-                print(f"{number} calls", flush=True)
+            now = time.monotonic()
+            if report and rank == 0 and now - told > REPORT_S:
+                told, speed = now, number / (now - started)
+                print(f"{now - started:.0f} s: {number} calls, {speed:.0f} a second", flush=True)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         if groups is not None:
             groups.close()
         world.close()
@@ -278,7 +321,9 @@ def run_batch(rank, steps, groups, apart, rng):
         wanted = expected(step, me, groups.sizes[step.group])
         assert len(call.results) == len(wanted), where
         for got, want in zip(call.results, wanted, strict=True):
-            assert same(step, got, want), f"{where}\ngot {got}\nwant {want}"
+            assert right(step, got, want, me, groups.sizes[step.group]), (
+                f"{where}\ngot {got}\nwant {want}"
+            )
         if step.op in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor"):
             checks[step.number - steps[0].number] = sum(
                 zlib.crc32(bits(x).numpy()) for x in call.results
@@ -297,18 +342,20 @@ def compare_checksums(steps, groups, checks):
 def compare_with_gloo(calls, groups):
     for call in calls:
         step, gloo = call.step, groups.gloo[call.step.group]
-        if gloo is None or step.number % ASK_GLOO or not exact(step) or step.op == "batch_p2p":
+        if gloo is None or not exact(step) or step.op == "batch_p2p":
             continue
         theirs = start(step, gloo, plain=True)
         theirs.finish()
         for got, want in zip(call.results, theirs.results, strict=True):
-            assert same(step, got, want), f"unlike gloo: {step}\ngot {got}\ngloo {want}"
+            assert right(step, got, want, gloo.rank, gloo.size), (
+                f"unlike gloo: {step}\ngot {got}\ngloo {want}"
+            )
 
 
 # -- a program ------------------------------------------------------------------------------
 
 
-def rank_of_program(rank, size, store, ops, engine, seed, p2p):
+def rank_of_program(rank, size, store, *plan):
     from datetime import timedelta
 
     if not dist.is_initialized():
@@ -319,7 +366,7 @@ def rank_of_program(rank, size, store, ops, engine, seed, p2p):
             world_size=size,
             timeout=timedelta(seconds=120),
         )
-    return run_rank(rank, size, ops, engine, seed, p2p, report=True)
+    return run_rank(rank, size, *plan, report=True)
 
 
 def main():
@@ -328,6 +375,7 @@ def main():
     parser.add_argument("--ops", type=int, default=50000)
     parser.add_argument("--engine", default="auto", choices=("auto", "native", "python"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slots", default="both", choices=SLOTS, help="both: group by group")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for all of it")
     parser.add_argument("--no-p2p", action="store_true", help="leave out send and receive")
     args = parser.parse_args()
@@ -336,11 +384,14 @@ def main():
     started = time.monotonic()
     with RankPool(args.ranks) as pool, contextlib.suppress(KeyboardInterrupt):
         counts = pool.run(
-            rank_of_program, pool.store_path(), args.ops, args.engine, args.seed, not args.no_p2p,
-            timeout_s=args.timeout,
+            rank_of_program, pool.store_path(), args.ops, args.engine, args.seed, args.slots,
+            not args.no_p2p, timeout_s=args.timeout,
         )[0]  # fmt: skip
-        print(f"{sum(counts.values())} calls agree on {args.ranks} ranks, {args.engine}, "
-              f"seed {args.seed}, {time.monotonic() - started:.0f} s: {counts}")  # fmt: skip
+        took = time.monotonic() - started
+        print(
+            f"{sum(counts.values())} calls agree on {args.ranks} ranks, {args.engine}, "
+            f"{args.slots} slots, seed {args.seed}, {took:.0f} s: {counts}"
+        )
         return 0
     return 1
 

@@ -6,10 +6,14 @@ import os
 import socket
 import time
 
+import pytest
 import torch
 
-from sagellm.comm.collective_ops._shm.layout import DTYPES, Layout
-from sagellm.comm.collective_ops._shm.python_engine import PythonEngine
+from sagellm.comm.collective_ops._shm import native_engine
+from sagellm.comm.collective_ops._shm.engine import EngineFailure
+from sagellm.comm.collective_ops._shm.engines import available_engines, engine_factory
+from sagellm.comm.collective_ops._shm.layout import DTYPES, H_POISON, Layout
+from sagellm.core.protocols.process_group import RawCall
 
 TYPES = [getattr(torch, name) for name in DTYPES]
 _COMBINE = {
@@ -26,6 +30,12 @@ _COMBINE = {
 LONG_S = 20.0
 SLOT = 4096
 ARENA = 1 << 20
+SIZES = (3, 1100, 5003)  # elements: within a slot, above one for most types, several
+BARRIER = RawCall("barrier", timeout_s=LONG_S)
+
+ENGINES = list(available_engines())
+VARIANTS = [*ENGINES, *(["native-resumed"] if "native" in ENGINES else [])]
+"""The engines of this machine; a resumed one gives up every wait at once, to go on later."""
 
 
 class Meeting:
@@ -109,11 +119,37 @@ def reductions(dtype):
 
 
 @contextlib.contextmanager
-def engine_of(backend, folder, slot=SLOT, **options):
-    """A Python engine on its own segment; the sockets stay open until all ranks are done."""
-    with Meeting(folder, backend.rank, Layout(backend.size, slot, ARENA)) as meeting:
-        engine = meeting.engine(PythonEngine, **options)
-        engine.meeting = meeting
-        yield engine
-        backend.barrier()
-        engine.close()
+def engine_of(backend, folder, variant, **options):
+    """An engine on its own segment; the sockets stay open until all ranks are done."""
+    name, _, resumed = variant.partition("-")
+    before = native_engine.HOLD_NS
+    native_engine.HOLD_NS = 1 if resumed else before
+    layout = Layout(backend.size, SLOT, ARENA)
+    try:
+        with Meeting(f"{folder}{name}", backend.rank, layout) as meeting:
+            engine = meeting.engine(engine_factory(name), **options)
+            engine.meeting = meeting
+            yield engine
+            backend.barrier()
+            engine.close()
+    finally:
+        native_engine.HOLD_NS = before
+
+
+def fails(run):
+    """Why a call failed, and the rank that it names."""
+    with pytest.raises(EngineFailure) as failed:
+        run()
+    return failed.value.cause, failed.value.rank
+
+
+def poison_word(engine):
+    return int.from_bytes(engine.meeting.memory[H_POISON : H_POISON + 8], "little")
+
+
+def until(condition, timeout_s=LONG_S):
+    """Poll `condition`, which another process or thread brings about."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.001)

@@ -1,17 +1,23 @@
 """Ranks of shm groups for tests: a long-lived pool, and forked processes that may be broken."""
 
+import contextlib
 import ctypes
+import gc
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from sagellm.comm.collective_ops import ShmBackend
 from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols import CommError
 
+SLACK_S = 2 + os.getloadavg()[0] / (os.cpu_count() or 1)
+"""Two seconds to learn of a lost rank, and what a busy machine adds before a process runs again."""
 CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
 
 
@@ -28,6 +34,12 @@ def join(rank, size, meet, *, timeout_s=30.0, name="shm", **options):
 def engines():
     """The engines to test here: those that exist."""
     return list(available_engines())
+
+
+def same(got, wanted):
+    """Equal in type and value."""
+    assert got.dtype == wanted.dtype
+    assert torch.equal(got, wanted), (got, wanted)
 
 
 def forked(body):
@@ -103,14 +115,21 @@ def may_unshare(flags):
 
 def leftovers():
     """What a group could leave behind in this process: descriptors, mappings, threads."""
-    import threading
-
+    gc.collect()
     fds = []
     for fd in os.listdir("/proc/self/fd"):
-        try:
-            fds.append(os.readlink(f"/proc/self/fd/{fd}").split(":")[0])
-        except OSError:
-            continue
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in line]
+        with contextlib.suppress(OSError):
+            fds.append(os.readlink(f"/proc/self/fd/{fd}").split(":[")[0])
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    shared = ("memfd:", "/dev/shm/")
+    maps = [line for line in lines if any(word in line for word in shared)]
     threads = [t.name for t in threading.enumerate() if t.name.startswith("sagellm-comm-shm")]
-    return sorted(f for f in fds if f in ("socket",) or "memfd" in f), maps, threads
+    return sorted(f for f in fds if f == "socket" or any(w in f for w in shared)), maps, threads
+
+
+def settled(before, timeout_s=5.0):
+    """`leftovers` once they are as before; what they are still after a while."""
+    deadline = time.monotonic() + timeout_s
+    while (found := leftovers()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found

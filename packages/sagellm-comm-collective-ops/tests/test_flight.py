@@ -38,11 +38,12 @@ def third_rank_hangs(b, folder):
     """Ranks 0 and 1 time out in their third call; rank 2 blocks in another group's call."""
     inner = b.split(range(b.size))
     group = GlooBackend(
-        process_group=inner.process_group, timeout_s=1.0, options={"flight_folder": folder}
+        process_group=inner.process_group, timeout_s=20, options={"flight_folder": folder}
     )
     pids = b.all_gather(torch.tensor(os.getpid()))
     for _ in range(2):
         group.all_reduce(torch.ones(4))
+    group.timeout_s = 1.0
     if b.rank == 2:
         undo = dump_on_signal(signal.SIGUSR2, folder)
         b.barrier()  # until the others have their dumps, and this rank's

@@ -12,13 +12,11 @@ from sagellm.comm.collective_ops._shm.layout import pack
 from sagellm.core.protocols import CommTimeoutError
 from sagellm.core.protocols.flight import read_dumps
 from sagellm.core.protocols.process_group import COMPLETED, Position, Record
-from sagellm.core.protocols.testing import RankPool
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(2) as made:
-        yield made
+@pytest.fixture
+def pool(rank_pools):
+    return rank_pools(2)
 
 
 @pytest.fixture(params=engines())
@@ -109,9 +107,10 @@ def test_calls_of_every_way_are_in_the_record(pool, meet):
 
 def second_rank_stays_away(rank, size, meet, folder, statistics):
     options = {"flight_folder": folder, "statistics": statistics}
-    with join(rank, size, meet, timeout_s=1.0, **options) as b:
+    with join(rank, size, meet, **options) as b:
         x = torch.ones(4)
         b.all_reduce(x)
+        b.timeout_s = 0.5
         if rank == 1:
             await_mark(f"{folder}/m", "over")
             return None

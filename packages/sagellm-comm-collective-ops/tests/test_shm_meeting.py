@@ -25,7 +25,6 @@ from sagellm.comm.collective_ops._shm.exchange import Exchange
 from sagellm.comm.collective_ops._shm.handshake import Listener, connect, take_replies
 from sagellm.comm.collective_ops._shm.hosts import Hosts, prove_hosts
 from sagellm.core.protocols import CommTimeoutError, PeerLostError
-from sagellm.core.protocols.testing.rank_pool import RankPool
 
 SIZE = 3
 needs_namespaces = pytest.mark.skipif(
@@ -33,10 +32,9 @@ needs_namespaces = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(SIZE) as made:
-        yield made
+@pytest.fixture
+def pool(rank_pools):
+    return rank_pools(SIZE)
 
 
 def told(meet, rank, answer):
@@ -179,6 +177,32 @@ def test_ranks_in_other_pid_namespaces_meet(pool):
     assert answers[0].endswith(", 1]")  # the first process of its namespace
 
 
+def dies_in_a_pid_namespace(rank, size, meet):
+    def work():
+        join(rank, size, meet).barrier()
+        os._exit(7)  # as a first process of a namespace it cannot kill itself
+
+    def inside():
+        assert unshare(CLONE_NEWPID)
+        assert ended(forked(work)) == 7
+
+    if rank == 2:
+        assert ended(forked(inside)) == 0
+        return None
+    b = join(rank, size, meet)
+    b.barrier()
+    found = failure(b.barrier)
+    b.close()
+    return found[1], found[3]
+
+
+@needs_namespaces
+def test_rank_that_dies_in_another_pid_namespace_is_lost(pool):
+    first, second, _ = pool.run(dies_in_a_pid_namespace, pool.store_path())
+
+    assert first == second == ("PeerLostError", 2)
+
+
 def keys_are_removed(rank, size, meet):
     store = dist.FileStore(meet, size)
     first = store.num_keys()
@@ -198,19 +222,19 @@ def test_keys_of_a_meeting_are_removed(pool):
 
 
 def meets_again(rank, size, meet):
-    found = []
+    found, before = [], leftovers()
     for _ in range(3):
         b = join(rank, size, meet)
         found.append(b.all_reduce(__import__("torch").ones(1)).item())
         b.barrier()
         b.close()
-    return found, leftovers()
+    return found, before, leftovers()
 
 
 def test_group_can_be_made_again_under_its_name(pool):
-    for found, left in pool.run(meets_again, pool.store_path()):
+    for found, before, after in pool.run(meets_again, pool.store_path()):
         assert found == [3.0] * 3
-        assert left[1:] == ([], [])
+        assert after == before
 
 
 # -- the handshake --------------------------------------------------------------------------

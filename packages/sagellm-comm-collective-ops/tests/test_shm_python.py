@@ -1,196 +1,20 @@
-"""The Python engine on a bare segment: results, bit for bit, of every operation and type."""
+"""What only the Python engine has: flags of its own, cached views, and numpy beneath."""
 
-import itertools
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from shm_harness import LONG_S, TYPES, engine_of, in_order, reductions, values
+from shm_harness import ENGINES, LONG_S, engine_of, fails
 
-from sagellm.comm.collective_ops._shm.choice import SYMMETRIC_BYTES
-from sagellm.comm.collective_ops._shm.engine import EngineFailure
-from sagellm.core.protocols import ReduceOp
+from sagellm.comm.collective_ops._shm.python_memory import CACHED_VIEWS
 from sagellm.core.protocols.process_group import RawCall
 
-SIZES = (3, 1100, 5003)  # elements: within a slot, above one for most types, several
-
-
-def drawn(ops):
-    """The first with every size, the others with one each."""
-    first, *others = ops
-    return [*((first, n) for n in SIZES), *zip(others, itertools.cycle(SIZES))]
-
-
-def reduce_everything(backend, folder, algorithm):
-    rank, size = backend.rank, backend.size
-    overrides = algorithm and [("all_reduce", 0, 1 << 40, algorithm)]
-    with engine_of(backend, folder, algorithms=overrides) as engine:
-        for dtype in TYPES:
-            for op, n in drawn(reductions(dtype)):
-                xs = [values(r, n * size, dtype, n) for r in range(size)]
-                want = in_order(xs, op)
-
-                x = xs[rank].clone()
-                engine.run(RawCall("all_reduce", [], [x], reduce_op=op))
-                assert torch.equal(x, want), (dtype, op, n)
-
-                x, root = xs[rank].clone(), n % size
-                engine.run(RawCall("reduce", [], [x], reduce_op=op, peer=root))
-                assert torch.equal(x, want if rank == root else xs[rank]), (dtype, op, n)
-
-                out = torch.empty(n, dtype=dtype)
-                engine.run(RawCall("reduce_scatter", [xs[rank]], [out], reduce_op=op))
-                assert torch.equal(out, want[rank * n : rank * n + n]), (dtype, op, n)
-
-
-@pytest.mark.parametrize("algorithm", [None, "two_shot"])
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_reductions_equal_those_in_rank_order_bit_for_bit(gloo_pools, folder, size, algorithm):
-    gloo_pools(size).run(reduce_everything, folder(), algorithm)
-
-
-def move_everything(backend, folder):
-    rank, size = backend.rank, backend.size
-    with engine_of(backend, folder) as engine:
-        for dtype, n in itertools.product([*TYPES, torch.complex128], (1, 1100)):
-            kind = torch.float64 if dtype.is_complex else dtype
-            xs = [values(r, n, kind, n).to(dtype) for r in range(size)]
-            wide = [values(r, n * size, kind, n).to(dtype) for r in range(size)]
-            root = n % size
-
-            out = torch.empty(n * size, dtype=dtype)
-            engine.run(RawCall("all_gather", [xs[rank]], [out]))
-            assert torch.equal(out, torch.cat(xs))
-
-            x = xs[rank].clone()
-            engine.run(RawCall("broadcast", [], [x], peer=root))
-            assert torch.equal(x, xs[root])
-
-            outs = [torch.empty(n, dtype=dtype) for _ in xs] if rank == root else []
-            engine.run(RawCall("gather", [xs[rank]], outs, peer=root))
-            assert all(map(torch.equal, outs, xs if rank == root else []))
-
-            out = torch.empty(n, dtype=dtype)
-            engine.run(RawCall("scatter", xs if rank == root else [], [out], peer=root))
-            assert torch.equal(out, xs[rank])
-
-            out = torch.empty(n * size, dtype=dtype)
-            engine.run(RawCall("all_to_all", [wide[rank]], [out]))
-            assert torch.equal(out, torch.cat([w.chunk(size)[rank] for w in wide]))
-
-            gives = [[(n + a + 2 * b) % (n + 2) for b in range(size)] for a in range(size)]
-            sent = [values(r, sum(gives[r]), kind, n).to(dtype) for r in range(size)]
-            takes = [gives[r][rank] for r in range(size)]
-            out = torch.empty(sum(takes), dtype=dtype)
-            call = RawCall(
-                "all_to_all", [sent[rank]], [out], in_splits=gives[rank], out_splits=takes
-            )
-            engine.run(call)
-            assert torch.equal(
-                out, torch.cat([s.split(g)[rank] for s, g in zip(sent, gives, strict=True)])
-            )
-
-            engine.run(RawCall("barrier"))
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_moves_carry_any_type_of_any_length(gloo_pools, folder, size):
-    gloo_pools(size).run(move_everything, folder())
-
-
-def reduce_in_arenas(backend, folder):
-    rank, size = backend.rank, backend.size
-    with engine_of(backend, folder) as engine:
-        for n, dtype in itertools.product((20000, 70001), (torch.float32, torch.bfloat16)):
-            xs = [values(r, n, dtype, n) for r in range(size)]
-            arena = torch.frombuffer(
-                engine.meeting.memory,
-                dtype=dtype,
-                count=n,
-                offset=engine.meeting.layout.arena(rank) + 64 * rank,
-            )
-            for elsewhere in (None, 0, size - 1):
-                x = torch.empty(n, dtype=dtype) if rank == elsewhere else arena
-                x.copy_(xs[rank])
-                engine.run(RawCall("all_reduce", [], [x], reduce_op="sum"))
-                assert torch.equal(x, in_order(xs, "sum")), (n, dtype, elsewhere)
-                used = engine.records()[-1].algorithm
-                assert (used == "symmetric") == (elsewhere is None and x.nbytes > SYMMETRIC_BYTES)
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_symmetric_tensors_are_reduced_in_place_if_all_ranks_have_one(gloo_pools, folder, size):
-    gloo_pools(size).run(reduce_in_arenas, folder())
-
-
-def prepared_again_and_again(backend, folder, statistics):
-    rank, size = backend.rank, backend.size
-    with engine_of(backend, folder, statistics=statistics) as engine:
-        for n, dtype in itertools.product((5, 300, 5003), (torch.float32, torch.bfloat16)):
-            xs = [values(r, n * size, dtype, n) for r in range(size)]
-            want = in_order(xs, "sum")
-            x, out, whole = xs[rank].clone(), torch.empty(n, dtype=dtype), torch.empty_like(xs[0])
-            part = torch.empty(n, dtype=dtype)
-            reduce = engine.prepare("all_reduce", x, x, "sum", LONG_S)
-            scatter = engine.prepare("reduce_scatter", xs[rank], out, "sum", LONG_S)
-            gather = engine.prepare("all_gather", part, whole, "none", LONG_S)
-            for turn in range(3):
-                x.copy_(xs[rank])
-                reduce()
-                assert torch.equal(x, want)
-                scatter()
-                assert torch.equal(out, want[rank * n : rank * n + n])
-                part.copy_(xs[rank][turn : turn + n])
-                gather()
-                assert torch.equal(whole, torch.cat([y[turn : turn + n] for y in xs]))
-                engine.run(RawCall("broadcast", [], [part], peer=turn % size))
-
-
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("statistics", [True, False])
-def test_prepared_calls_see_the_contents_of_the_moment(gloo_pools, folder, size, statistics):
-    gloo_pools(size).run(prepared_again_and_again, folder(), statistics)
-
-
-def take_shortcuts(backend, folder):
-    rank, size = backend.rank, backend.size
-    with engine_of(backend, folder) as engine:
-        for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64):
-            adds = not dtype.is_complex
-            kind = dtype if adds else torch.float64
-            cast = engine.shortcut("broadcast", dtype, root=size - 1, timeout_s=LONG_S)
-            gather = engine.shortcut("all_gather", dtype, timeout_s=LONG_S)
-            options = {"reduce_op": ReduceOp.SUM, "timeout_s": LONG_S}
-            reduce = engine.shortcut("all_reduce", dtype, **options) if adds else None
-            scatter = engine.shortcut("reduce_scatter", dtype, **options) if adds else None
-            for n in (4, 300, 5002, 4):
-                xs = [values(r, n * size, kind, n).to(dtype) for r in range(size)]
-                x, out = xs[rank].view(2, -1).clone(), torch.empty(n * size * size, dtype=dtype)
-                gather(x, out)
-                assert torch.equal(out, torch.cat(xs))
-                if adds:
-                    part, want = torch.empty(n, dtype=dtype), in_order(xs, "sum")
-                    scatter(x, part)
-                    assert torch.equal(part, want[rank * n : rank * n + n])
-                    reduce(x, x)
-                    assert torch.equal(x.view(-1), want)
-                    x.copy_(xs[rank].view(2, -1))
-                cast(x, x)
-                assert torch.equal(x.view(-1), xs[-1])
-        backend.barrier()
-        engine.close()
-        with pytest.raises(EngineFailure, match="closed"):
-            cast(x, x)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_shortcuts_serve_plain_tensors_of_any_size(gloo_pools, folder, size):
-    gloo_pools(size).run(take_shortcuts, folder())
+pytestmark = pytest.mark.skipif("python" not in ENGINES, reason="no Python engine on this machine")
 
 
 def overflow_quietly(backend, folder):
-    with engine_of(backend, folder) as engine, warnings.catch_warnings():
+    with engine_of(backend, folder, "python") as engine, warnings.catch_warnings():
         warnings.simplefilter("error")
         with np.errstate(all="raise"):
             x = torch.full((8,), 3e38)
@@ -202,3 +26,28 @@ def overflow_quietly(backend, folder):
 
 def test_overflow_is_infinity_whatever_numpy_is_told_to_do_of_it(gloo_pools, folder):
     gloo_pools(2).run(overflow_quietly, folder())
+
+
+def use_many_sizes(backend, folder):
+    with engine_of(backend, folder, "python") as engine:
+        for n in range(1, 2 * CACHED_VIEWS + 2):
+            engine.run(RawCall("all_reduce", [], [torch.ones(n)], reduce_op="sum"))
+        return engine._memory.views.cache_info().currsize
+
+
+def test_views_of_many_sizes_are_not_all_kept(gloo_pools, folder):
+    assert gloo_pools(2).run(use_many_sizes, folder()) == [CACHED_VIEWS] * 2
+
+
+def fail_inside(backend, folder):
+    with engine_of(backend, folder, "python") as engine:
+        x = torch.zeros(4)
+        if backend.rank == 0:
+            with pytest.raises(KeyError):
+                engine.run(RawCall("all_reduce", [], [x], reduce_op="no such"))
+        call = RawCall("all_reduce", [], [x], reduce_op="sum", timeout_s=LONG_S)
+        return fails(lambda: engine.run(call))
+
+
+def test_an_error_in_a_call_reaches_the_peers(gloo_pools, folder):
+    assert gloo_pools(2).run(fail_inside, folder()) == [("error", 0)] * 2

@@ -59,14 +59,51 @@ def test_another_segment_is_refused(segment, layout, nonce):
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
-def test_limit_of_file_size_is_told_with_figures():
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE, limit[1]))
-    try:
-        with pytest.raises(ResourceError, match=r"\d+ bytes for the shared segment .*ulimit -f"):
-            Segment.create(Layout(2, PAGE, 0, PAGE), NONCE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+@pytest.fixture
+def file_size_limit():
+    """Files of this process may have so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_limit_of_file_size_is_told_with_figures(file_size_limit):
+    """As near to a full /dev/shm as can be had.
+
+    A memfd lies in the kernel's own tmpfs: the size of the mount at /dev/shm does not count for
+    it, and no mount can stand in for it. What can be full is a limit of the process, here, or
+    the memory of the machine or of a cgroup, below.
+    """
+    layout = Layout(2, PAGE, 0, PAGE)
+    file_size_limit(PAGE)
+    with pytest.raises(ResourceError) as failed:
+        Segment.create(layout, NONCE)
+    for words in (f"{layout.arena_offset} bytes for the shared segment", "slot_bytes", "ulimit -f"):
+        assert words in str(failed.value)
+
+
+def test_no_room_for_a_symmetric_tensor_is_told_and_leaves_the_arena_whole(
+    segment, arena, monkeypatch
+):
+    base = reserved(segment)
+    monkeypatch.setattr(segments, "room_bytes", lambda: PAGE)
+    with pytest.raises(ResourceError, match=r"1048576 bytes for a symmetric .*: 4096 bytes"):
+        arena.empty((1 << 20,), torch.uint8)
+    assert (reserved(segment), arena.used_bytes) == (base, 0)
+    arena.empty((PAGE,), torch.uint8).fill_(1)
+
+
+def test_memory_of_a_cgroup_counts_less_what_its_page_cache_gives_back(tmp_path, monkeypatch):
+    for name, text in (
+        ("memory.max", "1000000"),
+        ("memory.current", "950000"),
+        ("memory.stat", "anon 900000\nactive_file 10000\ninactive_file 20000\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(segments, "cgroup_folders", lambda: [tmp_path])
+    assert segments.room_bytes() == 80000
+    with pytest.raises(ResourceError, match="80000 bytes are available here; free memory"):
+        Segment.create(Layout(2, 1 << 16, 0, PAGE), NONCE)
 
 
 def test_more_than_the_machine_has_is_refused_before_it_is_touched(segment):

@@ -1,6 +1,7 @@
 /* Ranks as threads over one buffer, for tools that watch one process: ThreadSanitizer, an emulator.
  *
  *     threads WORLD ROUNDS
+ *     threads folds          every type and reduction on its own, see folds.h
  *
  * Calls of every operation follow one another in an order that all ranks draw from one seed, on
  * slots so small that most take several steps. Every result is compared with one that is computed
@@ -11,6 +12,9 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <sys/socket.h>
+
+#include "reference.h"
+#include "folds.h"
 
 enum { SLOT = 4096, ARENA = 256 << 10, MOST = 3, LONGEST = 5000, TIMEOUT_S = 60 };
 enum { KINDS = 13 };
@@ -176,6 +180,7 @@ static void end_badly(void) {
 }
 
 int main(int argc, char **argv) {
+  if (argc > 1 && !strcmp(argv[1], "folds")) return folds();
   world = argc > 1 ? atoi(argv[1]) : 2;
   rounds = argc > 2 ? atoi(argv[2]) : 100;
   if (world < 2 || world > MOST) return 2;

@@ -111,14 +111,14 @@ class ShmWorld(World):
         return job.outcomes(timeout_s)
 
 
-def on_c10d(rank, size, store, fn, *args):
+def on_c10d(rank, size, store, hosts, fn, *args):
     """In a worker: `fn(*args)` in a process whose default group is ours."""
     import torch.distributed as dist
 
     from sagellm.comm.collective_ops import register_c10d_backend
 
     if "c10d" not in _state:
-        register_c10d_backend()
+        register_c10d_backend(options={} if hosts is None else {"hosts": hosts})
         register_c10d_backend("sagellm_gloo", backend="gloo")
         dist.init_process_group(
             "sagellm",
@@ -138,8 +138,15 @@ def on_c10d(rank, size, store, fn, *args):
 class C10dWorld(World):
     """`run` calls a test file's function in every rank as `fn(groups by backend name, *args)`."""
 
+    def __init__(self, size, hosts=None):
+        self._hosts = hosts
+        super().__init__(size)
+
     def run(self, fn, *args, timeout_s=60.0):
-        return self._call(on_c10d, fn, *args, timeout_s=timeout_s)
+        return self._call(on_c10d, self._hosts, fn, *args, timeout_s=timeout_s)
+
+    def outcomes(self, fn, *args, timeout_s=60.0):
+        return self._pool.submit(on_c10d, self._store, self._hosts, fn, *args).outcomes(timeout_s)
 
 
 class GlooWorld(World):
@@ -207,16 +214,31 @@ def fresh_shm(loopback):
 
 @pytest.fixture(scope="session")
 def c10d_worlds(loopback):
-    """Worlds whose default torch group is ours, by size, started when first asked for."""
+    """Worlds whose default torch group is ours, by size and pretended hosts."""
     worlds = {}
 
-    def get(size):
-        if size not in worlds:
-            worlds[size] = C10dWorld(size)
-        return worlds[size]
+    def get(size, hosts=None):
+        key = size, str(hosts)
+        if key not in worlds:
+            worlds[key] = C10dWorld(size, hosts)
+        return worlds[key]
 
     yield get
     for world in worlds.values():
+        world.close()
+
+
+@pytest.fixture
+def fresh_c10d(loopback):
+    """Makes a world whose default torch group is ours, and which a test may break."""
+    worlds = []
+
+    def make(size, hosts=None):
+        worlds.append(C10dWorld(size, hosts))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
         world.close()
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 OURS = ("sagellm", "sagellm_gloo")
+HOSTS = [[0, 2], [1, 3]]
 
 
 def mine(n=6, dtype=torch.float32, salt=0):
@@ -221,6 +222,11 @@ def compare(groups, ours, name):
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_call_gives_what_gloo_gives(c10d_worlds, size, name, ours):
     c10d_worlds(size).run(compare, ours, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_gives_what_gloo_gives_on_several_hosts(c10d_worlds, name):
+    c10d_worlds(4, HOSTS).run(compare, "sagellm", name)
 
 
 # -- what gloo lacks ------------------------------------------------------------------------

@@ -4,8 +4,9 @@ Shape suffixes: N = elements of one rank's buffer, R = ranks of the group.
 
 `src`, `dst` and `peer` are ranks *of this group*; `global_ranks` maps them to the job's.
 Order of calls on the caller's current stream is the order of operations. Non-contiguous
-inputs are copied and counted in the statistics, empty tensors return at once, a group of one
-is the identity. After an error the group is dead: buffers are undefined, and `abort` with
+inputs are copied and counted in the statistics, and so is an input that shares memory with the
+output elsewhere than where this rank's own part of it belongs. Empty tensors return at once, a
+group of one is the identity. After an error the group is dead: buffers are undefined, and `abort` with
 `split`, or a new backend, is the way on.
 """
 

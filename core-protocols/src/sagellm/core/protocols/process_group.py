@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ._process_group.agree import CheckedTransport, fingerprint, mismatch
+from ._process_group.buffers import tangled
 from ._process_group.cost_table import table_by_broadcast, table_by_store
 from ._process_group.ops import TensorBackend
 from ._process_group.recorder import (
@@ -65,6 +66,7 @@ __all__ = [
     "mismatch",
     "table_by_broadcast",
     "table_by_store",
+    "tangled",
 ]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sagellm.core.protocols.comm_types import KVBlock
 from sagellm.core.protocols.errors import ConfigError, IntegrityError, ResourceError
 
+from .buffers import plain
 from .shim import dtype_name
 from .transport import RawCall, RawWork, Transport, WorkReport
 
@@ -93,7 +94,7 @@ def _to_device(data: bytes, device: torch.device) -> Tensor:
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
+    return plain(x).as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 class KVReceive(RawWork):

@@ -12,12 +12,12 @@ from torch import Tensor
 from sagellm.core.protocols.errors import ConfigError, IntegrityError
 from sagellm.core.protocols.work import Work
 
+from .buffers import is_plain, plain, tangled
 from .checks import check_rank, check_same, check_splits, check_tensor
 from .core import Started
 from .p2p import PointToPointOps
 from .part_shapes import MAX_PART_DIMS, part_row, read_part_rows
 from .reduce import ReducingOps
-from .shim import as_contiguous
 from .transport import RawCall
 
 __all__ = ["TensorBackend"]
@@ -62,11 +62,12 @@ class TensorBackend(ReducingOps, PointToPointOps):
         self._check_move(x)
         lowered = self._offered(method)
         alone = self._size == 1 or x.numel() == 0
-        copies = 0 if alone else (not x.is_contiguous()) + (not out.is_contiguous())
+        copied = not is_plain(x) or tangled(x, out, self._rank * x.nbytes)
+        direct = is_plain(out)
 
         def start(text: str) -> Started:
-            source, _ = as_contiguous(x)
-            target = out if out.is_contiguous() else self._scratch(out.shape, out.dtype)
+            source = plain(x, copied=copied)
+            target = out if direct else self._scratch(out.shape, out.dtype)
             call = RawCall(
                 "all_gather",
                 [source.view(-1)],
@@ -91,7 +92,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
             async_op=async_op,
             local=(lambda: out.copy_(x.reshape(out.shape))) if alone else None,
             wire_bytes=x.nbytes * self._size,
-            copies=copies,
+            copies=0 if alone else copied + (not direct),
             lowered=lowered,
             in_place=in_place,
         )
@@ -122,10 +123,12 @@ class TensorBackend(ReducingOps, PointToPointOps):
             )
         lowered = self._offered(method)
         alone = self._size == 1 or (even and x.numel() == 0)
+        copied = not is_plain(x) or tangled(x, out)
+        direct = is_plain(out)
 
         def start(text: str) -> Started:
-            source, _ = as_contiguous(x)
-            target = out if out.is_contiguous() else self._scratch(out.shape, out.dtype)
+            source = plain(x, copied=copied)
+            target = out if direct else self._scratch(out.shape, out.dtype)
             call = RawCall(
                 "all_to_all",
                 [source],
@@ -151,7 +154,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
             lambda: out,
             async_op=async_op,
             local=(lambda: out.copy_(x.reshape(out.shape))) if alone else None,
-            copies=0 if alone else (not x.is_contiguous()) + (not out.is_contiguous()),
+            copies=0 if alone else copied + (not direct),
             lowered=lowered,
             in_place=True,
         )
@@ -244,7 +247,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
         alone = self._size == 1 or x.numel() == 0
 
         def start(text: str) -> Started:
-            buffer, copied = as_contiguous(x)
+            buffer = plain(x)
             call = RawCall(
                 "broadcast", outputs=[buffer], peer=src, timeout_s=self.timeout_s, describe=text
             )
@@ -252,7 +255,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
 
             def done() -> None:
                 after()
-                if copied and self._rank != src:
+                if buffer is not x and self._rank != src:
                     x.copy_(buffer)
 
             return raws, done
@@ -265,7 +268,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
             async_op=async_op,
             local=_nothing if alone else None,
             peer=src,
-            copies=0 if alone or x.is_contiguous() else 1,
+            copies=0 if alone or is_plain(x) else 1,
             lowered=lowered,
             in_place=True,
         )
@@ -282,9 +285,8 @@ class TensorBackend(ReducingOps, PointToPointOps):
         outs = [self._scratch(x.shape, x.dtype) for _ in range(self._size)] if root else []
 
         def start(text: str) -> Started:
-            source, _ = as_contiguous(x)
             call = RawCall(
-                "gather", [source], outs, peer=dst, timeout_s=self.timeout_s, describe=text
+                "gather", [plain(x)], outs, peer=dst, timeout_s=self.timeout_s, describe=text
             )
             return self._issue("gather", call)
 
@@ -304,7 +306,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
             local=local if alone else None,
             wire_bytes=x.nbytes * self._size,
             peer=dst,
-            copies=0 if alone or x.is_contiguous() else 1,
+            copies=0 if alone or is_plain(x) else 1,
             lowered=lowered,
         )
 
@@ -322,11 +324,13 @@ class TensorBackend(ReducingOps, PointToPointOps):
             check_same("xs[0]", parts[0], out, numel=out.numel())
         lowered = self._offered("scatter")
         alone = self._size == 1 or out.numel() == 0
-        strided = sum(not p.is_contiguous() for p in parts)
+        strided = sum(not is_plain(p) for p in parts)
+        own = [0 if r == self._rank else None for r in range(len(parts))]
+        direct = is_plain(out) and not any(map(tangled, parts, [out] * len(parts), own))
 
         def start(text: str) -> Started:
-            target = out if out.is_contiguous() else self._scratch(out.shape, out.dtype)
-            sources = [as_contiguous(p)[0].view(target.shape) for p in parts]
+            target = out if direct else self._scratch(out.shape, out.dtype)
+            sources = [plain(p).view(target.shape) for p in parts]
             call = RawCall(
                 "scatter", sources, [target], peer=src, timeout_s=self.timeout_s, describe=text
             )
@@ -350,7 +354,7 @@ class TensorBackend(ReducingOps, PointToPointOps):
             else None,
             wire_bytes=out.nbytes * self._size,
             peer=src,
-            copies=0 if alone else strided + (not out.is_contiguous()),
+            copies=0 if alone else strided + (not direct),
             lowered=lowered,
             in_place=True,
         )

@@ -10,10 +10,10 @@ from sagellm.core.protocols.comm_types import KVBlock, P2POp
 from sagellm.core.protocols.errors import ConfigError
 from sagellm.core.protocols.work import Work
 
+from .buffers import is_plain, plain
 from .checks import check_peer, check_tensor
 from .core import BackendCore, Started
 from .kv import KV_TAG, KVReceive, send_calls
-from .shim import as_contiguous
 from .transport import RawCall, RawWork
 
 __all__ = ["PointToPointOps"]
@@ -55,7 +55,7 @@ class PointToPointOps(BackendCore):
             async_op=async_op,
             local=_nothing if x.numel() == 0 else None,
             peer=peer,
-            copies=0 if x.is_contiguous() else 1,
+            copies=0 if is_plain(x) else 1,
         )
 
     def _p2p_call(
@@ -69,9 +69,9 @@ class PointToPointOps(BackendCore):
             raise ConfigError(f"tag {tag} is not in 0..{_MAX_TAG - 1}, or is {KV_TAG}, kept for KV")
         receiving = method == "recv"
         if receiving:
-            buffer = x if x.is_contiguous() else self._scratch(x.shape, x.dtype)
+            buffer = x if is_plain(x) else self._scratch(x.shape, x.dtype)
         else:
-            buffer, _ = as_contiguous(x)
+            buffer = plain(x)
         call = RawCall(
             method,
             [] if receiving else [buffer],
@@ -116,7 +116,7 @@ class PointToPointOps(BackendCore):
                 async_op=True,
                 local=_nothing if op.tensor.numel() == 0 else None,
                 peer=op.peer,
-                copies=0 if op.tensor.is_contiguous() else 1,
+                copies=0 if is_plain(op.tensor) else 1,
             )
             assert not isinstance(work, Tensor)
             works.append(work)
@@ -147,7 +147,7 @@ class PointToPointOps(BackendCore):
             async_op=async_op,
             nbytes=sum(b.tensor.nbytes for b in wrapped),
             peer=dst,
-            copies=sum(not b.tensor.is_contiguous() for b in wrapped),
+            copies=sum(not is_plain(b.tensor) for b in wrapped),
         )
 
     def recv_kv_blocks(

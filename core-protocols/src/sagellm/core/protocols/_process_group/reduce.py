@@ -10,9 +10,9 @@ from torch import Tensor
 from sagellm.core.protocols.comm_types import ReduceOp
 from sagellm.core.protocols.work import Work
 
+from .buffers import is_plain, plain, tangled
 from .checks import check_rank, check_same, check_tensor
 from .core import BackendCore, Started
-from .shim import as_contiguous
 from .transport import RawCall
 
 __all__ = ["ReducingOps"]
@@ -44,10 +44,10 @@ class ReducingOps(BackendCore):
         plan = self._reductions.plan(reduction, x.dtype)
         lowered = plan.lowered + self._offered(method)
         alone = self._size == 1 or x.numel() == 0
-        copies = 0 if alone or x.is_contiguous() else 1
+        copies = 0 if alone or is_plain(x) else 1
 
         def start(text: str) -> Started:
-            buffer, _ = as_contiguous(x)
+            buffer = plain(x)
             if buffer.dtype != plan.dtype:
                 buffer = buffer.to(plan.dtype)
             call = RawCall(
@@ -113,13 +113,13 @@ class ReducingOps(BackendCore):
         plan = self._reductions.plan(reduction, x.dtype)
         lowered = plan.lowered + self._offered(method)
         alone = self._size == 1 or x.numel() == 0
-        copies += 0 if alone else (not x.is_contiguous()) + (not out.is_contiguous())
+        direct = is_plain(out) and not tangled(out, x, self._rank * out.nbytes)
+        copies += 0 if alone else (not is_plain(x)) + (not direct)
 
         def start(text: str) -> Started:
-            source, _ = as_contiguous(x)
-            source = source.to(plan.dtype)
-            direct = out.is_contiguous() and plan.dtype == out.dtype
-            target = out if direct else self._scratch(out.shape, plan.dtype)
+            source = plain(x).to(plan.dtype)
+            fits = direct and plan.dtype == out.dtype
+            target = out if fits else self._scratch(out.shape, plan.dtype)
             call = RawCall(
                 "reduce_scatter",
                 [source.view(-1)],

@@ -26,7 +26,6 @@ from .transport import RawCall, TorchObject
 
 __all__ = [
     "abort_group",
-    "as_contiguous",
     "dtype_name",
     "group_facts",
     "group_libraries",
@@ -262,10 +261,3 @@ def group_libraries(group: TorchObject | None) -> dict[str, str]:
         return {str(d.type): str(group.name()) for d in group._device_types}
     pairs = (part.partition(":") for part in config.split(","))
     return {device: library for device, _, library in pairs if library}
-
-
-def as_contiguous(x: Tensor) -> tuple[Tensor, bool]:
-    """A contiguous tensor with `x`'s elements in memory as they read, and whether it is a copy."""
-    if x.is_contiguous() and not x.is_neg() and not x.is_conj():
-        return x, False
-    return x.resolve_conj().resolve_neg().contiguous(), True

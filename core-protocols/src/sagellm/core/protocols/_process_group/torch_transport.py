@@ -172,7 +172,9 @@ class TorchTransport(Transport):
             self._owned = False
             torch.distributed.destroy_process_group(self.group)
 
-    def split(self, ranks: Sequence[int], name: str, timeout_s: float) -> Transport | None:
+    def split(
+        self, ranks: Sequence[int], name: str, timeout_s: float, *, reports: bool = True
+    ) -> TorchTransport | None:
         if not world_is_initialized():
             raise UnsupportedOperationError(
                 f"group {self._name} is outside torch.distributed's default world; call "
@@ -189,4 +191,4 @@ class TorchTransport(Transport):
             members = [self._global_ranks[rank] for rank in ranks]
             text = f"group {name!r} of global ranks {members} not formed in {timeout_s} s: {e}"
             raise CommTimeoutError(text) from e
-        return TorchTransport(group, self._device, timeout_s, owned=True)
+        return TorchTransport(group, self._device, timeout_s, owned=True, reports=reports)

@@ -97,21 +97,51 @@ class HierBackend(TensorBackend):
             raise ConfigError(f"{facts.name} serves cpu, not {device}")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s must be above 0, got {timeout_s}")
-        given = dict(options or {})
-        unknown = sorted(set(given) - set(facts.options))
-        if unknown:
-            known = ", ".join(sorted(facts.options))
-            raise ConfigError(f"{facts.name} has no option {', '.join(unknown)}; known: {known}")
-        hosts = given.pop("hosts", None)
-        intra = given.pop("intra", "auto")
-        self._settings = Settings.of(given)
+        given = self._take(facts, options)
         source = find_source(process_group, timeout_s)
         transport: Transport = SoloTransport(where)
         if source.size > 1:
             group, owned = group_for(GLOO, source, where, timeout_s)
             flat = TorchTransport(group, where, timeout_s, owned=owned)
-            transport = self._form(flat, hosts, intra, timeout_s)
+            transport = self._form(flat, *given, timeout_s)
         self._start(facts, transport, timeout_s, topology_manager, cost_model, None)
+
+    @classmethod
+    def over_transport(
+        cls,
+        flat: TorchTransport,
+        *,
+        timeout_s: float = 30.0,
+        options: Mapping[str, Any] | None = None,  # Any: each option has its own type
+    ) -> Self:
+        """A group over the ranks of a gloo transport, which it owns; every rank makes this call.
+
+        Torch's default group need not be there yet, if the transport can be split without.
+
+        Args:
+            flat: All ranks.
+            timeout_s: As of the constructor.
+            options: As of the constructor.
+
+        """
+        backend = cls.__new__(cls)
+        given = backend._take(HIER, options)
+        transport = backend._form(flat, *given, timeout_s) if flat.size > 1 else flat
+        backend._start(HIER, transport, timeout_s, None, None, None)
+        return backend
+
+    def _take(
+        self, facts: BackendSpec, options: Mapping[str, Any] | None
+    ) -> tuple[Sequence[Sequence[int]] | None, str | MakeIntra]:
+        """Check the options; `hosts` and `intra` of them."""
+        given = dict(options or {})
+        unknown = sorted(set(given) - set(facts.options))
+        if unknown:
+            known = ", ".join(sorted(facts.options))
+            raise ConfigError(f"{facts.name} has no option {', '.join(unknown)}; known: {known}")
+        hosts, intra = given.pop("hosts", None), given.pop("intra", "auto")
+        self._settings = Settings.of(given)
+        return hosts, intra
 
     def _form(
         self,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sagellm.comm.collective_ops._hier.partition import HostMap
 from sagellm.comm.collective_ops._shm.engines import agree_engine, available_engines
 from sagellm.comm.collective_ops._shm.exchange import Exchange
-from sagellm.comm.collective_ops._shm.hosts import prove_hosts
+from sagellm.comm.collective_ops._shm.hosts import Hosts, prove_hosts
+from sagellm.comm.collective_ops._specs import GLOO, HIER, SHM
 from sagellm.comm.collective_ops.gloo_backend import GlooBackend
+from sagellm.comm.collective_ops.hier_backend import HierBackend
 from sagellm.comm.collective_ops.shm_backend import ShmBackend
 from sagellm.core.protocols import BackendUnavailableError, CommBackendProtocol, ConfigError
 from sagellm.core.protocols.process_group import TorchObject
@@ -17,16 +20,18 @@ from sagellm.core.protocols.process_group import TorchObject
 from .cpu import CpuGroup
 from .devices import DeviceGroup
 from .libraries import GroupPlan, device_types, forget_group, library_group
+from .private import PrivateTransport
 
 __all__ = ["make_group"]
 
 logger = logging.getLogger(__name__)
 
 _TORCH = "torch:"
-_KNOWN = ("auto", "gloo", "shm")
+_SPECS = {spec.name: spec for spec in (SHM, HIER, GLOO)}
 _PROOF_S = 300.0
 
 Release = Callable[[], None]
+Partition = Sequence[Sequence[int]]
 
 
 def make_group(
@@ -41,7 +46,7 @@ def make_group(
         plan: What torch wants.
         library: Name that the group has in torch.
         backend: As in `register_c10d_backend`.
-        options: The backend's own.
+        options: As in `register_c10d_backend`.
 
     Raises:
         ConfigError: No such backend.
@@ -63,45 +68,105 @@ def _cpu_backend(
     options: Mapping[str, Any],  # Any: each option has its own type
 ) -> tuple[CommBackendProtocol, Release]:
     """The backend for CPU tensors, and what ends it. Every rank decides alike."""
-    if name not in _KNOWN:
-        raise ConfigError(f"backend {name!r} is not one of {', '.join(_KNOWN)}, torch:LIBRARY")
+    given = dict(options)
+    hosts = _hosts_of(plan, given.pop("hosts", None))
     chosen, why = name, "asked for"
     if name == "auto":
-        chosen, why = _choose(plan)
+        unknown = given.keys() - {o for spec in _SPECS.values() for o in spec.options}
+        if unknown:
+            raise ConfigError(f"no backend of auto has option {', '.join(sorted(unknown))}")
+        chosen, why, hosts = _choose(plan, hosts)
+        given = {k: v for k, v in given.items() if k in _SPECS[chosen].options}
+    elif name not in _SPECS:
+        raise ConfigError(
+            f"backend {name!r} is not one of auto, {', '.join(_SPECS)}, {_TORCH}LIBRARY"
+        )
     log = logger.info if plan.rank == 0 else logger.debug
     log("c10d group %s of %d ranks runs on %s: %s", plan.name, plan.size, chosen, why)
     if chosen == "shm":
-        backend = ShmBackend.over_store(
-            plan.store,
-            plan.rank,
-            plan.size,
-            name=plan.name,
-            global_ranks=plan.global_ranks,
-            timeout_s=plan.timeout_s,
-            options=options,
-        )
-        return backend, backend.close
-    return _gloo(plan, options)
+        return _shm(plan, given)
+    if chosen == "hier":
+        return _hier(plan, given if hosts is None else given | {"hosts": hosts})
+    return _gloo(plan, given)
 
 
-def _choose(plan: GroupPlan) -> tuple[str, str]:
-    """The best backend for where the ranks are, and why."""
+def _hosts_of(plan: GroupPlan, hosts: Partition | None) -> Partition | None:
+    """The members of a group by the hosts that options give for the whole job."""
+    if hosts is None:
+        return None
+    members = plan.global_ranks
+    return HostMap.of(hosts, members[plan.rank]).restricted(members)
+
+
+def _choose(plan: GroupPlan, hosts: Partition | None) -> tuple[str, str, Partition | None]:
+    """The best backend for where the ranks are, why, and where they are."""
     if plan.size == 1:
-        return "gloo", "one rank"
-    hosts = prove_hosts(
-        plan.store, plan.rank, plan.size, min(plan.timeout_s, _PROOF_S), label=plan.name
-    )
-    if len(hosts.partition) > 1:
-        return "gloo", hosts.explain()
-    # An engine that some rank lacks is lacking for all.
-    exchange = Exchange(plan.store, plan.rank, plan.size, "engines", plan.timeout_s)
+        return "gloo", "one rank", hosts
+    limit_s = min(plan.timeout_s, _PROOF_S)
+    if hosts is None:
+        found = prove_hosts(plan.store, plan.rank, plan.size, limit_s, label=plan.name)
+    else:
+        found = Hosts(tuple(tuple(host) for host in hosts))
+    partition, where = found.partition, found.explain()
+    lacking = "; ".join(f"rank {r}: {why}" for r, why in sorted(found.reasons.items()))
+    engines = ""
+    if len(partition) < plan.size:
+        try:
+            engines = _engines(plan, partition, limit_s)
+        except BackendUnavailableError as e:
+            lacking = str(e)
+    if lacking:
+        _warn_once(plan, lacking)
+    if not engines:
+        return "gloo", lacking or where, partition
+    if len(partition) == 1:
+        return "shm", f"all ranks share a host, engine {engines}", partition
+    return "hier", f"{where}; engine {engines}", partition
+
+
+def _engines(plan: GroupPlan, partition: Partition, timeout_s: float) -> str:
+    """The engines of the hosts. An engine that some rank of a host lacks is lacking there.
+
+    Raises:
+        BackendUnavailableError: The ranks of some host share none.
+
+    """
+    exchange = Exchange(plan.store, plan.rank, plan.size, "engines", timeout_s)
     try:
-        engine = agree_engine("auto", exchange.all("engines", available_engines()))
-    except BackendUnavailableError as e:
-        return "gloo", str(e)
+        offers = exchange.all("engines", available_engines())
     finally:
         exchange.leave()
-    return "shm", f"all ranks share a host, engine {engine}"
+    shared = [h for h in partition if len(h) > 1]
+    return ", ".join(sorted({agree_engine("auto", {r: offers[r] for r in h}) for h in shared}))
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(plan: GroupPlan, why: str) -> None:
+    """Say, on one rank, which ranks cannot share the memory of their host."""
+    if plan.rank == 0 and why not in _warned:
+        _warned.add(why)
+        logger.warning("group %s does without shared memory: %s", plan.name, why)
+
+
+def _shm(plan: GroupPlan, options: Mapping[str, Any]) -> tuple[CommBackendProtocol, Release]:
+    backend = ShmBackend.over_store(
+        plan.store,
+        plan.rank,
+        plan.size,
+        name=plan.name,
+        global_ranks=plan.global_ranks,
+        timeout_s=plan.timeout_s,
+        options=options,
+    )
+    return backend, backend.close
+
+
+def _hier(plan: GroupPlan, options: Mapping[str, Any]) -> tuple[CommBackendProtocol, Release]:
+    flat = PrivateTransport(plan)
+    backend = HierBackend.over_transport(flat, timeout_s=plan.timeout_s, options=options)
+    return backend, backend.close
 
 
 def _gloo(plan: GroupPlan, options: Mapping[str, Any]) -> tuple[CommBackendProtocol, Release]:

@@ -105,9 +105,8 @@ def build_stages(
     def part(ranks: Sequence[int], name: str) -> CommBackendProtocol | None:
         if flat.rank not in ranks or len(ranks) == 1:
             return None
-        made = flat.split(ranks, f"{flat.group_name}/{name}", timeout_s)
-        assert isinstance(made, TorchTransport)
-        quiet = TorchTransport(made.group, flat.device, timeout_s, owned=True, reports=False)
+        quiet = flat.split(ranks, f"{flat.group_name}/{name}", timeout_s, reports=False)
+        assert quiet is not None
         return PartBackend(spec, quiet, timeout_s=timeout_s)
 
     intra: CommBackendProtocol | None = None

@@ -138,7 +138,6 @@ class HierTransport(Transport):
         flat = self._flat.split(ranks, name, timeout_s)
         if flat is None:
             return None
-        assert isinstance(flat, TorchTransport)
         return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
 
 

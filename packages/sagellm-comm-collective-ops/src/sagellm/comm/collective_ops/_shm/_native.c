@@ -20,7 +20,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-#define ABI 2
+#define ABI 3
 
 enum { PAGE = 4096, CONTROL = PAGE, CONTROL_BYTES = 256, POISON = 128, REASON = 128, MAX_RANKS = 64 };
 enum { SEQUENCE = 0, SIGNATURE = 1, SIGNATURE_WORDS = 3, SYMMETRIC = 8, SYMMETRIC_WORDS = 2 };
@@ -29,7 +29,7 @@ enum { U8, I8, I16, I32, I64, F16, BF16, F32, F64, BOOL, DTYPES };
 enum { NONE, SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR, BXOR, REDUCTIONS };
 enum { DIRECT, ONE_SHOT, TWO_SHOT, SYMMETRIC_IN_PLACE, ALGORITHMS };
 enum { CAUSE_NONE, ABORTED, MISMATCH, TIMEOUT, LOST, ERROR, CLOSED };
-enum { OK = 0, AGAIN = 1, FAILED = 2, INTERRUPTED = 3 };
+enum { OK = 0, AGAIN = 1, FAILED = 2, INTERRUPTED = 3, TANGLED = 4 };
 enum { F_UNEVEN = 2 };
 enum { RING = 512, HISTOGRAM = 256, BUCKETS = 65, OVERRIDES = 32, YIELDS = 400 };
 #define FIRST_NAP_NS 20000
@@ -813,8 +813,17 @@ EXPORT prepared *sage_shm_prepare(context *c, int64_t word, int64_t n, char *in,
   return p;
 }
 EXPORT int sage_shm_go(prepared *p) { return sage_shm_run(p->c, p->word, p->n, p->in, p->out, 0, p->timeout_ns); }
-/* The same kind of call on other memory. */
+/* Whether the smaller tensor of an all_gather or reduce_scatter lies in the larger one, and not where this
+ * rank's part of it is: it would be written over while it is read. */
+static int tangled(const context *c, int op, const char *in, const char *out, int64_t n) {
+  if (op != ALL_GATHER && op != REDUCE_SCATTER) return 0;
+  int64_t part = op == ALL_GATHER ? n : n / c->world;
+  const char *small = op == ALL_GATHER ? in : out, *large = op == ALL_GATHER ? out : in;
+  return small < large + part * c->world && large < small + part && small != large + part * c->rank;
+}
+/* The same kind of call on other memory; TANGLED if somebody has to copy first. */
 EXPORT int sage_shm_go_at(const prepared *p, char *in, char *out, int64_t n) {
+  if (tangled(p->c, p->word & 0xff, in, out, n)) return TANGLED;
   return sage_shm_run(p->c, p->word, n, in, out, 0, p->timeout_ns);
 }
 EXPORT void sage_shm_forget(prepared *p) { free(p); }

@@ -109,6 +109,7 @@ class Engine(ABC):
         may change, their storage may not; the callable keeps them alive.
         """
 
+    @abstractmethod
     def shortcut(
         self,
         op: str,
@@ -123,15 +124,6 @@ class Engine(ABC):
         Like `run` it trusts its caller. `op` is all_reduce, broadcast (both in place, with the
         tensor given twice), all_gather or reduce_scatter.
         """
-        call = RawCall(op, reduce_op=reduce_op, peer=root, timeout_s=timeout_s)
-        in_place = op in ("all_reduce", "broadcast")
-
-        def go(x: Tensor, out: Tensor) -> None:
-            call.inputs, call.outputs = [] if in_place else [x], [out]
-            self.run(call)
-            call.inputs, call.outputs = [], []
-
-        return go
 
     @abstractmethod
     def algorithm(self, op: str, nbytes: int, *, symmetric: bool = False) -> str:
@@ -158,8 +150,9 @@ class Engine(ABC):
         """Let go of the segment. Not while a call runs."""
 
 
-Shortcut = Callable[[Tensor, Tensor], None]
-"""`call(x, out)`; plain contiguous tensors of one type."""
+Shortcut = Callable[[Tensor, Tensor], bool]
+"""`call(x, out)`, plain tensors of one type: whether it ran. Nothing was sent where they are
+`tangled`, so that somebody has to copy first."""
 
 EngineFactory = Callable[..., Engine]
 """`(memory, layout, rank, sockets, spin=…, statistics=…)`: see `segment.Segment`."""

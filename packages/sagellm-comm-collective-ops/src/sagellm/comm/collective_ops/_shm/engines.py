@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import BackendUnavailableError, ConfigError
@@ -32,12 +32,12 @@ def available_engines() -> dict[str, str]:
     return found
 
 
-def agree_engine(wanted: str, offers: Sequence[Mapping[str, Any]]) -> str:
+def agree_engine(wanted: str, offers: Mapping[int, Mapping[str, Any]]) -> str:
     """The engine of a group: `wanted`, or the best one that every rank has alike.
 
     Args:
         wanted: `auto`, `native` or `python`.
-        offers: Every rank's `available_engines`.
+        offers: `available_engines` by rank.
 
     Raises:
         BackendUnavailableError: Some rank lacks it; it is named.
@@ -45,7 +45,7 @@ def agree_engine(wanted: str, offers: Sequence[Mapping[str, Any]]) -> str:
     """
     lacking: dict[str, str] = {}
     for name in ENGINES if wanted == "auto" else (wanted,):
-        versions = {r: offer.get(name) for r, offer in enumerate(offers)}
+        versions = {r: offer.get(name) for r, offer in offers.items()}
         if None not in versions.values() and len(set(versions.values())) == 1:
             return name
         told = ", ".join(f"rank {r} {v or 'has none'}" for r, v in versions.items())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import secrets
 import select
 import socket
 import struct
 import time
+from collections import deque
 
 from sagellm.core.protocols import AuthenticationError, CommTimeoutError, PeerLostError
 
@@ -24,33 +26,44 @@ _HELLO = struct.Struct("<8sI16s16s")
 _MAGIC = b"sageshm1"
 _PEERCRED = struct.Struct("3i")
 _MAX_MESSAGE = 4096
+_TRANSIENT = frozenset({errno.ECONNABORTED, errno.EINTR, errno.EPERM, errno.EPROTO})
+"""Errors of `accept` that concern one guest: the next one may be accepted."""
 
 Claims = dict[int, bytes]
 """Nonce of each rank, as the store has them."""
 
 
 class Listener:
-    """This rank's abstract socket, from before it is published until everyone has come."""
+    """This rank's abstract socket, from before it is published until everyone has come.
+
+    Args:
+        backlog: Guests that may wait to be accepted, and that may be here and silent: beyond, the
+            oldest is sent away. A multiple of the ranks leaves room for all of them.
+
+    Attributes:
+        trouble: Why no guest can be accepted now, such as a lack of descriptors; empty if they can.
+
+    """
 
     def __init__(self, backlog: int) -> None:
         self.address = f"sagellm-{secrets.token_hex(16)}"
         self.nonce = secrets.token_bytes(16)
+        self.trouble = ""
+        self._backlog = backlog
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(b"\0" + self.address.encode())
         self._socket.listen(backlog)
         self._socket.setblocking(False)
-        self._guests: list[socket.socket] = []  # accepted, and silent so far
+        self._guests: deque[socket.socket] = deque()  # accepted, and silent so far
 
     def serve(self, rank: int, claims: Claims, wanted: set[int]) -> dict[int, socket.socket]:
         """Those of `wanted` who have come and proven themselves by now; never blocks.
 
         Strangers, and ranks nobody waits for, are sent away.
         """
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                guest, _ = self._socket.accept()
-                guest.setblocking(False)
-                self._guests.append(guest)
+        for _ in range(self._backlog):
+            if not self._accept():
+                break
         came: dict[int, socket.socket] = {}
         for guest in list(self._guests):
             try:
@@ -69,8 +82,30 @@ class Listener:
             came[peer] = guest
         return came
 
+    def _accept(self) -> bool:
+        """Take one guest in; whether there may be another."""
+        try:
+            guest, _ = self._socket.accept()
+        except BlockingIOError:
+            self.trouble = ""
+            return False
+        except OSError as e:
+            if e.errno in _TRANSIENT:
+                return True
+            self.trouble = f"no connection can be accepted: {e.strerror}"
+            return False
+        self.trouble = ""
+        if _uid(guest) != os.getuid():
+            guest.close()
+            return True
+        guest.setblocking(False)
+        self._guests.append(guest)
+        if len(self._guests) > self._backlog:
+            self._guests.popleft().close()
+        return True
+
     def _judge(self, guest: socket.socket, hello: bytes, claims: Claims) -> int:
-        if len(hello) != _HELLO.size or _uid(guest) != os.getuid():
+        if len(hello) != _HELLO.size:
             return -1
         magic, peer, theirs, ours = _HELLO.unpack(hello)
         known = claims.get(peer, b"")

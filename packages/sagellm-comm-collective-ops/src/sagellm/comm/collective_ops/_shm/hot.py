@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sagellm.core.protocols import ConfigError, ReduceOp
-from sagellm.core.protocols.process_group import RawCall
+from sagellm.core.protocols.process_group import RawCall, tangled
 
 from .engine import Shortcut
 from .layout import DTYPES
@@ -208,8 +208,7 @@ class HotPath:
         go = self._kind(op, reduction)[x.dtype]
         if go is None:
             return False
-        go(x, out)
-        return True
+        return go(x, out)
 
     def barrier(self) -> bool:
         """Run it if it is hot."""
@@ -261,6 +260,8 @@ class HotPath:
         if op == "reduce_scatter" and ("sum", x.dtype) not in _REDUCTIONS:
             return None
         assert self._transport is not None
+        if tangled(small, large, self._transport.rank * small.nbytes):
+            return None
         reduction = "none" if op == "all_gather" else "sum"
         ready = self._transport.engine.prepare(op, x, out, reduction, self._timeout_s)
         self._pairs[op, id(out), id(x)] = ready

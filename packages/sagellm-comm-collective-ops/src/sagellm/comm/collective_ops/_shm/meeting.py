@@ -182,15 +182,18 @@ class _Crowd:
             now = time.monotonic()
             missing = sorted({*self.pending, *wanted})
             if missing and now >= exchange.deadline:
+                trouble = f"; {self.listener.trouble}" if self.listener.trouble else ""
                 raise CommTimeoutError(
-                    f"rank {', '.join(map(str, missing))} came and did not connect in time"
+                    f"rank {', '.join(map(str, missing))} came and did not connect in time{trouble}"
                 )
             if missing and now >= probe_at:
                 probe_at = now + _PROBE_S
                 for peer in missing:
                     if self._left(peer):
                         raise PeerLostError(f"rank {peer} left while the ranks met", rank=peer)
-            if missing:
+            if missing and self.listener.trouble:
+                time.sleep(0.002)  # the listener stays readable
+            elif missing:
                 poller.poll(2)
 
     def _left(self, peer: int) -> bool:
@@ -200,7 +203,11 @@ class _Crowd:
             poller = select.poll()
             poller.register(link.fileno(), select.POLLRDHUP)
             return bool(poller.poll(0))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:  # no descriptor is left to ask with
+            return False
+        with made as probe:
             probe.setblocking(False)
             try:
                 probe.connect(b"\0" + str(self.claims[peer]["address"]).encode())

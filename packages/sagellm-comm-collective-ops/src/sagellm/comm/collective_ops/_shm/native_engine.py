@@ -41,7 +41,7 @@ HOLD_BYTES = 1 << 20
 CHUNK_BYTES = 128 * 1024
 """Piece in which one_shot takes longer tensors: two slots, and the tensor's, stay in the cache."""
 
-_AGAIN, _FAILED = 1, 2
+_FAILED, _TANGLED = 2, 4
 _HISTOGRAM, _RING = 256, 512
 _REASON_BYTES = CONTROL_BYTES - REASON - 1
 _OPS = {name: i for i, name in enumerate(OPS)}
@@ -170,8 +170,13 @@ class NativeEngine(Engine):
         if rc:
             self._go_on(rc)
 
-    def _go_on(self, rc: int) -> None:
-        """Wait on with the interpreter's lock released; signal handlers run between turns."""
+    def _go_on(self, rc: int) -> bool:
+        """Wait on with the interpreter's lock released; signal handlers run between turns.
+
+        False where the call was not begun: its tensors are tangled.
+        """
+        if rc == _TANGLED:
+            return False
         resume = self._lib.free.sage_shm_resume
         while rc and rc != _FAILED:
             rc = resume(self._context)
@@ -180,6 +185,7 @@ class NativeEngine(Engine):
             self._lib.free.sage_shm_failure(self._context, told)
             cause, rank, step = told
             raise EngineFailure(CAUSES[cause] if cause < len(CAUSES) else "error", rank, step)
+        return True
 
     def _word(self, key: Word) -> int:
         op, dtype, reduction, root, uneven = key
@@ -244,11 +250,10 @@ class NativeEngine(Engine):
             raise MemoryError("no memory for a prepared call")
         run, go_on, pointer = self._lib.held.sage_shm_go_at, self._go_on, ctypes.c_void_p(handle)
 
-        def go(x: Tensor, out: Tensor) -> None:
+        def go(x: Tensor, out: Tensor) -> bool:
             at = x.data_ptr()
             rc = run(pointer, at, at if out is x else out.data_ptr(), x.nbytes)
-            if rc:
-                go_on(rc)
+            return not rc or go_on(rc)
 
         end = weakref.finalize(go, _forget, self._lib.free.sage_shm_forget, pointer, None)
         end.atexit = False

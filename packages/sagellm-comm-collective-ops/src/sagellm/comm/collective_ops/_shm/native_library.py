@@ -31,7 +31,7 @@ __all__ = ["ABI", "LIBRARY", "NativeLibrary", "library", "load"]
 
 logger = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 """What `sage_shm_abi` must answer."""
 LIBRARY = Path(__file__).parent / "_sage_shm.so"
 """Where the wheel's build hook puts the library."""

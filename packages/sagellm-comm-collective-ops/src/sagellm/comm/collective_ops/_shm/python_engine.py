@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sagellm.core.protocols import ReduceOp
-from sagellm.core.protocols.process_group import RawCall
+from sagellm.core.protocols.process_group import RawCall, tangled
 
 from .choice import Override, choose
 from .engine import CallRecord, Engine, EngineFailure, EngineTotals, Shortcut
@@ -187,13 +187,19 @@ class PythonEngine(Engine):
         *,
         timeout_s: float,
     ) -> Shortcut:
-        general = super().shortcut(op, dtype, reduce_op, root, timeout_s=timeout_s)
         call = RawCall(op, reduce_op=reduce_op, peer=root, timeout_s=timeout_s)
         array = typed if reduce_op else moved
         steps: dict[int, OneStep | None] = {}
         self._shortcuts.append(steps)
 
-        def go(x: Tensor, out: Tensor) -> None:
+        def general(x: Tensor, out: Tensor) -> None:
+            call.inputs, call.outputs = [] if out is x else [x], [out]
+            self.run(call)
+            call.inputs, call.outputs = [], []
+
+        def go(x: Tensor, out: Tensor) -> bool:
+            if out is not x and self._tangled(op, x, out):
+                return False
             nbytes = x.nbytes
             try:
                 step = steps[nbytes]
@@ -209,8 +215,13 @@ class PythonEngine(Engine):
                 step(elements, elements)
             else:
                 step(array(x), array(out))
+            return True
 
         return go
+
+    def _tangled(self, op: str, x: Tensor, out: Tensor) -> bool:
+        part, whole = (x, out) if op == "all_gather" else (out, x)
+        return tangled(part, whole, self._rank * part.nbytes)
 
     def _step(self, call: RawCall, dtype: torch.dtype, nbytes: int) -> OneStep | None:
         """The whole of a call as one step, None if it takes more or may be symmetric."""

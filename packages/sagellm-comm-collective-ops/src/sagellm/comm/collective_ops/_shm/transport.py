@@ -307,7 +307,7 @@ def form_transport(
         raise _renamed(e, f"shm group {name} of {size} ranks (this is rank {rank})") from e
     polls = polls_for(size, usable_cpus(met.claims))
     try:
-        chosen = agree_engine(settings.engine, [c["engines"] for c in met.claims])
+        chosen = agree_engine(settings.engine, {r: c["engines"] for r, c in enumerate(met.claims)})
         engine = engine_factory(chosen)(
             met.segment.memory,
             met.segment.layout,

@@ -51,7 +51,9 @@ class PrivateTransport(TorchTransport):
             )
             return PrivateTransport(part, reports=reports)
         except RuntimeError as e:  # a rank that never came, or the store
-            text = f"group {name!r} of global ranks {list(members)} not formed in {timeout_s} s: {e}"
+            text = (
+                f"group {name!r} of global ranks {list(members)} not formed in {timeout_s} s: {e}"
+            )
             raise CommTimeoutError(text) from e
 
     def close(self) -> None:

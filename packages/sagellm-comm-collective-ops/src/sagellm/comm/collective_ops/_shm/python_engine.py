@@ -98,7 +98,7 @@ class PythonEngine(Engine):
             self._perform(call, nbytes, uneven, offset)
             return
         started, waited = clock(), self._flags.wait_ns
-        records.running = (word, nbytes, started)
+        records.running = (word, nbytes), started
         algorithm = self._perform(call, nbytes, uneven, offset)
         waited = self._flags.wait_ns - waited
         records.write(tag_of(word, algorithm), nbytes, started, clock(), waited)

@@ -10,6 +10,7 @@ from shm_harness import BARRIER, ENGINES, LONG_S, engine_of, until
 
 from sagellm.comm.collective_ops._shm.choice import ONE_SHOT_BYTES, SYMMETRIC_BYTES, choose
 from sagellm.comm.collective_ops._shm.python_records import RING as PYTHON_RING
+from sagellm.comm.collective_ops._shm.python_records import Records, tag_of
 from sagellm.core.protocols.process_group import RawCall
 
 RING = {"native": 512, "python": PYTHON_RING}
@@ -87,6 +88,34 @@ def without_statistics(backend, folder, name):
     with engine_of(backend, folder, name, statistics=False) as engine:
         engine.run(BARRIER)
         return len(engine.totals()) + len(engine.records())
+
+
+def test_records_are_whole_for_a_thread_that_reads_while_another_writes():
+    records, tag = Records(), tag_of(0, "one_shot")
+    calls, wrong = 20 * PYTHON_RING, []
+    ended = threading.Event()
+
+    def read():
+        before = 0
+        while not ended.is_set():
+            numbers = [r.number for r in records.last()]
+            counted = sum(t.calls for t in records.totals())
+            if counted < before or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+                wrong.append((before, counted, numbers))
+            before = counted
+
+    records.write(tag, 8, 0, 1, 0)
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(1, calls):
+        records.write(tag, 8, i, i + 1, 0)
+    ended.set()
+    reader.join(60)
+
+    assert not wrong
+    assert [(t.calls, t.nbytes, t.total_ns) for t in records.totals()] == [
+        (calls, 8 * calls, calls)
+    ]
 
 
 @engines

@@ -100,7 +100,7 @@ class PythonEngine(Engine):
             self._flags.calls += 1
             return
         started, waited = clock(), self._flags.wait_ns
-        records.running = (word, nbytes, started)
+        records.running = (word, nbytes), started
         algorithm = self._perform(call, nbytes, uneven, offset)
         self._flags.calls += 1
         waited = self._flags.wait_ns - waited

@@ -19,7 +19,7 @@ from .python_arithmetic import NUMPY_TYPES, Array, Fold
 from .python_flags import POISON, Flags, clock
 from .python_memory import Memory
 from .python_plans import packed
-from .python_records import Records, tag_of
+from .python_records import FULL, Records, tag_of
 
 __all__ = ["OneStep", "one_step"]
 
@@ -178,6 +178,9 @@ def _step(
         tuple((p, flags.control[p] + SIGNATURE[parity]) for p in flags.peers) for parity in (0, 1)
     )
     check_poison, wait_for = flags.check_poison, flags.wait_for
+    now, begun = clock, (word, nbytes)
+    rows = [] if records is None else records.rows
+    remember = rows.append
 
     def run(x: Array, out: Array) -> None:
         try:
@@ -188,8 +191,9 @@ def _step(
             check_poison()
         started = waited = 0
         if records is not None:
-            started, waited = clock(), flags.wait_ns
-            records.running = (word, nbytes, started)
+            waited = flags.wait_ns
+            started = now()
+            records.running = begun, started
         flags.timeout_ns, flags.deadline_ns = timeout_ns, 0
         step = flags.step
         for at in theirs:
@@ -213,6 +217,9 @@ def _step(
         take(parity, x, out)
         flags.calls += 1
         if records is not None:
-            records.write(tag, nbytes, started, clock(), flags.wait_ns - waited)
+            remember((tag, nbytes, started, now(), flags.wait_ns - waited))
+            records.running = None
+            if len(rows) >= FULL:
+                records.count()
 
     return run

@@ -1,15 +1,16 @@
 """What the Python engine remembers of its calls: the last ones, and counts of all.
 
-A call costs two looks at the clock and one row in a ring of machine words. Rows are counted in
-numpy, half a ring at a time, before they are written over.
+A call costs two looks at the clock and one tuple in a list. Some hundred of them at a time become
+counts, in numpy.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 import threading
+from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -17,16 +18,16 @@ from .choice import ALGORITHMS
 from .engine import CallRecord, EngineTotals
 from .layout import OPS
 
-__all__ = ["BUCKETS", "RING", "Records", "tag_of"]
+__all__ = ["BUCKETS", "FULL", "RING", "Records", "tag_of"]
 
 RING = 1024
-"""Calls remembered; a power of two."""
+"""Calls remembered."""
+FULL = RING // 2
+"""Calls after which they are counted."""
 BUCKETS = 256
 """Longest histogram: up to 42 s."""
 
-_HALF = RING // 2
 _COLUMNS = 5
-_ROW_BYTES = 8 * _COLUMNS
 _TAG, _NBYTES, _STARTED, _ENDED, _WAIT = range(_COLUMNS)
 _TAG_BITS = 48
 """Below this bit of a tag is the first signature word, above it the number of the algorithm."""
@@ -42,44 +43,48 @@ def tag_of(packed: int, algorithm: str) -> int:
 
 
 class Records:
-    """A ring of calls; `write` after each one.
+    """The calls of one engine; `write` after each one, or append to `rows` what it would.
+
+    One thread writes; any may read.
 
     Attributes:
-        number: Calls written.
-        running: `(packed, nbytes, started_ns)` of the call that runs, None between calls.
+        rows: `(tag, nbytes, started, ended, wait)` of calls that are not counted yet; the same
+            list always. Who appends calls `count` when there are `FULL`.
+        running: `((packed, nbytes), started_ns)` of the call that runs, None between calls.
 
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        self.running: tuple[int, int, int] | None = None
-        self._ring = bytearray(RING * _ROW_BYTES)
-        self._rows = np.frombuffer(self._ring, np.int64).reshape(RING, _COLUMNS)
-        self._pack_into = struct.Struct(f"={_COLUMNS}q").pack_into
+        self.rows: list[tuple[int, int, int, int, int]] = []
+        self.running: tuple[tuple[int, int], int] | None = None
+        self._counting = threading.RLock()  # a signal's dump may come while it is held
         self._counted = 0
-        self._counting = threading.Lock()
+        self._last: deque[tuple[int, int, int, int, int]] = deque(maxlen=RING)
         self._counts: dict[int, np.ndarray] = {}
         """By op, algorithm and size: calls, bytes, time and waiting, then the histogram."""
 
     def write(self, tag: int, nbytes: int, started: int, ended: int, wait: int) -> None:
         """Remember a call that has ended."""
-        number = self.number
-        at = number % RING * _ROW_BYTES
-        self._pack_into(self._ring, at, tag, nbytes, started, ended, wait)
+        rows = self.rows
+        rows.append((tag, nbytes, started, ended, wait))
         self.running = None
-        self.number = number = number + 1
-        if not number % _HALF:
-            with self._counting:
-                self._count()
+        if len(rows) >= FULL:
+            self.count()
+
+    def count(self) -> None:
+        """Add the calls since the last time to the totals."""
+        with self._counting:
+            self._count()
 
     def _count(self) -> None:
-        """Add the rows since the last time to the totals; with the lock held."""
-        first, end = self._counted, self.number
-        self._counted = end
-        if first == end:
+        found = self.rows[:]
+        if not found:
             return
-        low = first % RING
-        rows = self._rows[low : low + end - first]  # never around the end: it is a half's end
+        self._last.extend(found)
+        self._counted += len(found)
+        del self.rows[: len(found)]  # what was appended meanwhile stays
+        flat = np.fromiter(chain.from_iterable(found), np.int64, len(found) * _COLUMNS)
+        rows = flat.reshape(-1, _COLUMNS)
         tags = rows[:, _TAG]
         _, sizes = np.frexp(rows[:, _NBYTES])
         kinds = ((tags >> _TAG_BITS) * len(OPS) + (tags & 0xFF)) * _SIZES + sizes
@@ -103,9 +108,9 @@ class Records:
         """Counts of all calls that have ended, by op, algorithm and size."""
         with self._counting:
             self._count()
-            rows = [(kind, counts.tolist()) for kind, counts in self._counts.items()]
+            kept = [(kind, counts.tolist()) for kind, counts in self._counts.items()]
         found = []
-        for kind, counts in rows:
+        for kind, counts in kept:
             rest, size = divmod(kind, _SIZES)
             algorithm, op = divmod(rest, len(OPS))
             calls, nbytes, total_ns, wait_ns, *histogram = counts
@@ -126,21 +131,25 @@ class Records:
         return sorted(found, key=lambda t: (OPS.index(t.op), t.algorithm, t.bucket))
 
     def reset(self) -> None:
-        """Start the counts anew; the ring stays."""
+        """Start the counts anew; what is remembered stays."""
         with self._counting:
             self._count()
             self._counts.clear()
 
     def last(self) -> Sequence[CallRecord]:
-        """The calls of the ring, oldest first, the running one last."""
-        number = self.number
+        """The last calls, oldest first, the running one last."""
+        with self._counting:
+            running = self.running
+            new = self.rows[:]
+            number = self._counted + len(new)
+            rows = [*self._last, *new][-RING:]
         found = []
-        for i in range(max(0, number - RING), number):
-            tag, nbytes, started, ended, wait = self._rows[i % RING].tolist()
+        first = number - len(rows)
+        for i, (tag, nbytes, started, ended, wait) in enumerate(rows, first):
             algorithm = ALGORITHMS[tag >> _TAG_BITS]
             packed = tag & (1 << _TAG_BITS) - 1
             found.append(CallRecord(i, packed, nbytes, started, ended, wait, algorithm))
-        running = self.running
         if running is not None:
-            found.append(CallRecord(number, *running, 0, 0, ""))
+            (packed, nbytes), started = running
+            found.append(CallRecord(number, packed, nbytes, started, 0, 0, ""))
         return found

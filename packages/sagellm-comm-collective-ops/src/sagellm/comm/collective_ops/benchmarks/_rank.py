@@ -91,11 +91,11 @@ class Rank:
         return found
 
     def sample(self, variant: str, calls: int, each: bool) -> dict[str, Any]:
-        """Seconds of each call, or of the batch's mean call; turns of the busy thread meanwhile."""
+        """Seconds of each call, or of batches' mean calls; turns of the busy thread meanwhile."""
         with _no_garbage():
             busy = self._busy
             turns = busy.turns if busy else 0
-            times = self._each(variant, calls) if each else [self._batch(variant, calls)]
+            times = self._each(variant, calls) if each else self._batches(variant, calls)
             return {"times": times, "turns": busy.turns - turns if busy else None}
 
     def _each(self, variant: str, calls: int) -> list[float]:
@@ -105,7 +105,7 @@ class Rank:
         times = []
         for i in range(calls):
             if i % count == 0:
-                self._use(variant)
+                self._use(variant, 1)
             run = runs[i % count]
             if touches:
                 touches[i % count]()
@@ -115,11 +115,15 @@ class Rank:
             times.append(now() - started)
         return times
 
+    def _batches(self, variant: str, calls: int) -> list[float]:
+        prepared = self._prepared[variant]
+        limit = prepared.uses * len(prepared.runs) or calls
+        return [self._batch(variant, min(limit, calls - i)) for i in range(0, calls, limit)]
+
     def _batch(self, variant: str, calls: int) -> float:
         runs = self._prepared[variant].runs
         order = [runs[i % len(runs)] for i in range(calls)]
-        for _ in range(0, calls, len(runs)):
-            self._use(variant)
+        self._use(variant, -(-calls // len(runs)))
         self._barrier.wait()
         started = time.perf_counter()
         for run in order:
@@ -128,13 +132,13 @@ class Rank:
         self._barrier.wait()
         return took / calls
 
-    def _use(self, variant: str) -> None:
-        """Before one more call of each buffer: fill them where their contents would overflow."""
+    def _use(self, variant: str, times: int) -> None:
+        """Before so many calls of each buffer: fill them if their contents might overflow."""
         prepared = self._prepared[variant]
-        if prepared.uses and not self._uses_left[variant]:
+        if self._uses_left[variant] < times and prepared.uses:
             prepared.fill()
             self._uses_left[variant] = prepared.uses
-        self._uses_left[variant] -= 1
+        self._uses_left[variant] -= times
 
     def differences(self, on: str, off: str, calls: int, pairs: int) -> list[float]:
         """How much longer a call of one variant takes than one of another, of each pair."""

@@ -145,6 +145,7 @@ class HierTransport(TransportLayer):
         flat = self.stages.flat.split(ranks, name, timeout_s)
         if flat is None:
             return None
+        assert isinstance(flat, TorchTransport)
         return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
 
 

@@ -9,8 +9,7 @@ import torch
 from shm_harness import BARRIER, ENGINES, LONG_S, engine_of, until
 
 from sagellm.comm.collective_ops._shm.choice import ONE_SHOT_BYTES, SYMMETRIC_BYTES, choose
-from sagellm.comm.collective_ops._shm.python_records import RING as PYTHON_RING
-from sagellm.comm.collective_ops._shm.python_records import Records, tag_of
+from sagellm.comm.collective_ops._shm.python_records import RING as PYTHON_RING, Records, tag_of
 from sagellm.core.protocols.process_group import RawCall
 
 RING = {"native": 512, "python": PYTHON_RING}

@@ -19,9 +19,9 @@ SIZE = 3
 
 
 @pytest.fixture
-def children(shm_pools):
+def children(rank_pools):
     """Runs a function in a forked child of every rank; what each gave, None of one that died."""
-    pool = shm_pools(SIZE)._pool
+    pool = rank_pools(SIZE)
 
     def run(fn, *args):
         return pool.run(in_child, pool.store_path(), fn, *args, timeout_s=60.0)

@@ -124,8 +124,8 @@ def test_probe_says_what_is_missing(monkeypatch):
         patch.setattr(
             "sagellm.comm.collective_ops._shm.engines.library", lambda: "it was not built"
         )
-        assert "; without native: not built" in _specs.SHM.probe().reason
-        assert ShmBackend.engines()["native"] == "not built"
+        assert "; without native: it was not built" in _specs.SHM.probe().reason
+        assert ShmBackend.engines()["native"] == "it was not built"
     monkeypatch.setattr("sagellm.comm.collective_ops._shm.engines.available_engines", dict)
     assert "needs the compiled engine" in _specs.SHM.probe().reason
     monkeypatch.delattr(os, "memfd_create")

@@ -1,5 +1,6 @@
 """The segment and what lies in it: reservations, arenas, rings."""
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -59,15 +60,18 @@ def test_another_segment_is_refused(segment, layout, nonce):
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
-@pytest.fixture
-def file_size_limit():
-    """Files of this process may have so many bytes."""
+@contextlib.contextmanager
+def files_of_at_most(n):
+    """Files of this process, its log among them, may have so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_limit_of_file_size_is_told_with_figures(file_size_limit):
+def test_limit_of_file_size_is_told_with_figures():
     """As near to a full /dev/shm as can be had.
 
     A memfd lies in the kernel's own tmpfs: the size of the mount at /dev/shm does not count for
@@ -75,8 +79,7 @@ def test_limit_of_file_size_is_told_with_figures(file_size_limit):
     the memory of the machine or of a cgroup, below.
     """
     layout = Layout(2, PAGE, 0, PAGE)
-    file_size_limit(PAGE)
-    with pytest.raises(ResourceError) as failed:
+    with files_of_at_most(PAGE), pytest.raises(ResourceError) as failed:
         Segment.create(layout, NONCE)
     for words in (f"{layout.arena_offset} bytes for the shared segment", "slot_bytes", "ulimit -f"):
         assert words in str(failed.value)

@@ -215,6 +215,24 @@ def test_staging_memory_is_used_again():
     assert on_two(body) == [1, 1]
 
 
+def test_buckets_serve_calls_inside_and_outside_of_inference_mode():
+    def body(b):
+        fused = FusedAllReduce(b, fuse_below_bytes=EVERYTHING)
+        for inside in (True, False, True):
+            with torch.inference_mode(inside):
+                xs = [torch.full((n,), 1.0) for n in (3, 5)]
+                fused_all_reduce(b, xs, fuse_below_bytes=EVERYTHING)
+                home = fused.empty((4,), torch.float32).fill_(1)
+                queued = torch.ones(2, 2)
+                works = [fused.add(x) for x in (queued, home, xs[0])]
+            for work in works:
+                work.wait()
+            assert [x.unique().tolist() for x in (*xs, home, queued)] == [[4], [2], [2], [2]]
+        return True
+
+    assert on_two(body) == [True] * 2
+
+
 def test_age_is_rank_0s_and_counted_in_tensors_everywhere(monkeypatch):
     """Rank 1's clock stands still, which would never call a bucket old."""
     clock = threading.local()

@@ -34,8 +34,9 @@ class Staging:
             if len(self._views) >= _LAYOUTS:
                 self._views.clear()
             counts = [x.numel() for x in xs]
-            parts = torch.split(self.flat[: sum(counts)], counts)
-            found = [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
+            with torch.inference_mode(False):  # kept for callers of either mode
+                parts = torch.split(self.flat[: sum(counts)], counts)
+                found = [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
             self._views[layout] = found
         return found
 
@@ -64,7 +65,8 @@ class StagingPool:
             if staging.flat.numel() >= count:
                 return free.pop(i)
         free.clear()  # too small, and replaced by one that the next few sizes fit too
-        return Staging(backend.empty((1 << (count - 1).bit_length(),), dtype))
+        with torch.inference_mode(False):
+            return Staging(backend.empty((1 << (count - 1).bit_length(),), dtype))
 
     def give(self, staging: Staging) -> None:
         """Take a bucket back that nothing is in flight on."""
@@ -127,7 +129,8 @@ class Flight:
         else:
             self.work.wait(timeout_s)
         if self._staging is not None:
-            with torch.no_grad():
+            inference = any(x.is_inference() for x in self._tensors)  # written in that mode only
+            with torch.inference_mode(inference), torch.no_grad():
                 torch._foreach_copy_(self._tensors, self._views)
             self._pool.give(self._staging)
             self._staging = None
@@ -160,7 +163,8 @@ class Homes:
         if home is None or home.used + room > home.flat.numel():
             size = max(room, self._bucket_bytes // dtype.itemsize)
             # Zeroed: the gaps between tensors are reduced along and must stay harmless.
-            home = Home(self._backend.empty((size,), dtype).zero_())
+            with torch.inference_mode(False):
+                home = Home(self._backend.empty((size,), dtype).zero_())
             self._latest[dtype] = home
             self._by_storage[_storage(home.flat)] = home
         start, home.used = home.used, home.used + room

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from test_choice import model, watched
+from test_choice import in_order, model, watched
 
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
 from sagellm.comm.collective_ops._hier.partition import HostMap
@@ -167,6 +167,15 @@ def overridden(b):
     calls += [("all_gather_into_tensor", 8), ("broadcast", 8), ("all_to_all_single", 8)]
     # gloo's own algorithm has no name there but native
     return ["flat" if a == "native" else a for a in ran], [h.explain(*c) for c in calls]
+
+
+def by_size(b, text):
+    return made(b, [[0], [1]], algorithms=text)
+
+
+def test_calls_by_hosts_and_over_all_ranks_keep_their_order(gloo_pools):
+    texts = [f"all_reduce:{sizes}:{name}" for sizes in ("0-4k", "4k-") for name in ("flat", "ring")]
+    assert gloo_pools(2).run(in_order, by_size, texts) == [{(3.0, 3.0)}] * 2
 
 
 @pytest.mark.parametrize("between", ["ring", "all_reduce:direct,broadcast:tree,reduce:tree"])

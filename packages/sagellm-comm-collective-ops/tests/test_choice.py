@@ -7,8 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sagellm.comm.collective_ops import GlooBackend, MockWorld, ShmBackend
-from sagellm.comm.collective_ops.calibrate import cached_table, keep_table
+from sagellm.comm.collective_ops import (
+    GlooBackend,
+    MockWorld,
+    ShmBackend,
+    create_comm_backend,
+)
+from sagellm.comm.collective_ops._shm.choice import MEASURING, switch_bytes
+from sagellm.comm.collective_ops._shm.settings import ShmSettings, facts_of
+from sagellm.comm.collective_ops.calibrate import cached_table, keep_table, measure
 from sagellm.comm.collective_ops.choice import (
     NATIVE,
     AlgorithmTable,
@@ -125,6 +132,19 @@ def test_the_fastest_is_chosen_where_there_is_no_default_and_all_were_measured()
     assert measured_table(table, 4, "here", names, None).rules == ()
 
 
+def test_a_measurement_cut_short_says_nothing_of_sizes_it_did_not_compare():
+    names = {"all_reduce": ("one_shot", "two_shot")}
+    table = CostTable(
+        "f", 1, curves(one_shot={4096: 2.0, 16384: 5.0}, two_shot={4096: 3.0})
+    )  # fmt: skip
+    found = measured_table(table, 4, "here", names, None)
+    assert [str(r) for r in found.rules] == ["all_reduce:0-8k:one_shot"]
+    assert switch_bytes((found,), 32768) == 32768
+    table = CostTable("f", 1, curves(native={4096: 3.0}, direct={4096: 2.0}))
+    (rule,) = measured_table(table, 4, "here", planned=(4096, 65536)).rules
+    assert str(rule) == "all_reduce:0-16k:direct"
+
+
 def test_expected_times_lie_on_lines_between_the_points():
     table = CostTable("f", 1, curves(ring={1000: 10.0, 2000: 20.0, 4000: 60.0}, tree={8: 3.0}))
     at = [expected_us(table, "all_reduce", "ring", 4, n) for n in (0, 1500, 3000, 5000)]
@@ -171,6 +191,21 @@ def test_setting_is_used_where_no_option_is_given_and_its_origin_is_named(monkey
         MockWorld(2).backend(0)
 
 
+NAMES_OF_ANY = [
+    "all_gather:0-4k:flat,broadcast:flat", "all_reduce:-1k:two_d,all_reduce:1k-:two_shot",
+    "reduce:leaders,all_reduce:symmetric", "barrier:direct,all_to_all:pairwise",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["gloo", "shm", "hier", "mock"])
+def test_setting_may_name_what_any_backend_has(spec, monkeypatch):
+    for text in NAMES_OF_ANY:
+        monkeypatch.setenv("SAGELLM_COMM_COLLECTIVE_OPS_ALGORITHMS", text)
+        create_comm_backend(spec).close()
+    with pytest.raises(ConfigError, match="'flat' in 'all_gather:flat' is not one of"):
+        parse_algorithms("all_gather:flat")
+
+
 def test_option_that_is_no_string_is_refused():
     with pytest.raises(ConfigError, match="option algorithms is 3, not a string"):
         GlooBackend(options={"algorithms": 3})
@@ -201,6 +236,30 @@ def calls_by_schedule(b):
     )  # fmt: skip
 
 
+def in_order(b, make, texts):
+    """A long call whose caller goes on, then a short one on the same elements."""
+    found = []
+    for text in texts:
+        mine = make(b, text)
+        for _ in range(5):
+            x = torch.full((1 << 20,), b.rank + 1.0)
+            work = mine.all_reduce(x, async_op=True)
+            mine.all_reduce(x[:16], "max")
+            work.wait()
+            found.append((x[0].item(), x[-1].item()))
+    return set(found)
+
+
+def with_algorithms(b, text):
+    return GlooBackend(process_group=b.process_group, timeout_s=20, options={"algorithms": text})
+
+
+def test_scheduled_calls_and_the_librarys_keep_their_order(gloo_pools):
+    texts = ["all_reduce:4k-:ring", "all_reduce:0-4k:ring"]
+    found = gloo_pools(2).run(in_order, with_algorithms, texts)
+    assert found == [{(3.0, 3.0)}] * 2
+
+
 def algorithms_that_differ(b):
     text = "all_reduce:ring" if b.rank == 0 else "all_reduce:tree"
     with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
@@ -213,8 +272,14 @@ def choices(b):
     return [mine.explain(op, n) for op in ("all_reduce", "all_gather") for n in (1, 1 << 20)]
 
 
-def measured_at_start(b, folder):
+def with_time_to_measure(folder):
+    """A calibration that is cut short on a busy machine is not kept."""
+    measure.__kwdefaults__["budget_s"] = 60.0
     os.environ["XDG_CACHE_HOME"] = folder
+
+
+def measured_at_start(b, folder):
+    with_time_to_measure(folder)
     made = [
         GlooBackend(process_group=b.process_group, timeout_s=20, options={"calibrate": True})
         for _ in range(2)
@@ -326,7 +391,7 @@ def test_rank_0s_cost_model_says_where_two_shot_begins(gloo_pools, engine):
 
 
 def shm_measured(b, folder):
-    os.environ["XDG_CACHE_HOME"] = folder
+    with_time_to_measure(folder)
     try:
         with shm_over(b, "auto", options={"calibrate": True}) as shm:
             table = shm._chooser.tables[1]
@@ -350,6 +415,49 @@ def test_shm_measures_where_two_shot_begins_and_all_ranks_take_rank_0s(gloo_pool
     ]
     assert all(c.estimate_us for c in choices)
     assert len(list((tmp_path / "sagellm-comm").iterdir())) == 1
+
+
+def test_order_of_rules_is_no_difference_to_shm():
+    rules = ["all_reduce:0-4k:one_shot", "all_gather:direct"]
+    asked = [ShmSettings.of("shm", {"algorithms": ",".join(r)}) for r in (rules, rules[::-1])]
+    assert facts_of(asked[0]) == facts_of(asked[1])
+
+
+def test_more_rules_than_the_compiled_engine_keeps_are_refused():
+    rules = [f"all_reduce:{i}-{i + 1}:two_shot" for i in range(33)]
+    assert len(ShmSettings.of("shm", {"algorithms": ",".join(rules[1:])}).overrides()) == 32
+    with pytest.raises(ConfigError, match="option algorithms has 33 rules; shm takes 32"):
+        ShmBackend(options={"algorithms": ",".join(rules)})
+
+
+def shm_in_no_time(b, folder):
+    os.environ["XDG_CACHE_HOME"] = folder
+    MEASURING["budget_s"] = 0.0
+    try:
+        with shm_over(b, "auto", options={"calibrate": True}) as shm:
+            return [str(r) for r in shm._chooser.tables[1].rules]
+    finally:
+        del os.environ["XDG_CACHE_HOME"], MEASURING["budget_s"]
+
+
+def test_a_measurement_cut_short_is_not_kept(gloo_pools, tmp_path):
+    assert gloo_pools(2).run(shm_in_no_time, str(tmp_path)) == [[]] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def shm_measured_beside_overrides(b, folder):
+    os.environ["XDG_CACHE_HOME"] = folder
+    try:
+        options = {"calibrate": True, "algorithms": "all_reduce:one_shot"}
+        with shm_over(b, "auto", options=options) as shm:
+            return shm._chooser.costs
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+
+
+def test_what_runs_by_override_is_not_measured_as_something_else(gloo_pools, tmp_path):
+    assert gloo_pools(2).run(shm_measured_beside_overrides, str(tmp_path)) == [None] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_calibrate_that_is_no_bool_is_refused():

@@ -1,13 +1,17 @@
 """Groups over several hosts: right for any numbering and any sizes, and failing as one."""
 
+import gc
 import os
 import time
 
 import pytest
 import torch
-from test_choice import in_order, model, watched
+from test_choice import in_order, model, watched, with_time_to_measure
 
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
+from sagellm.comm.collective_ops._c10d.libraries import GroupPlan
+from sagellm.comm.collective_ops._c10d.making import make_group
+from sagellm.comm.collective_ops._hier import build
 from sagellm.comm.collective_ops._hier.partition import HostMap
 from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
 from sagellm.core.protocols import CollectiveMismatchError, CommError, ConfigError
@@ -247,7 +251,7 @@ def test_what_hier_measured_is_everybodys_and_is_kept(gloo_pools, tmp_path):
 
 
 def calibrated(b, folder):
-    os.environ["XDG_CACHE_HOME"] = folder
+    with_time_to_measure(folder)
     try:
         options = {"hosts": LAYOUTS[0], "calibrate": True}
         made_ = [HierBackend(None, b.process_group, options=options) for _ in range(2)]
@@ -288,6 +292,18 @@ def different_options(b):
     return told
 
 
+def test_a_rank_that_was_asked_nothing_is_told_too(gloo_pools):
+    for calls in gloo_pools(2).run(options_of_one_rank):
+        assert calls == {0: "none", 1: "chunk_bytes 4096"}
+
+
+def options_of_one_rank(b):
+    options = {"chunk_bytes": 4096} if b.rank else {}
+    with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
+        HierBackend(None, b.process_group, timeout_s=15, options=options)
+    return caught.value.calls
+
+
 def test_what_is_kept_of_calls_is_an_option(gloo_pools, tmp_path):
     assert gloo_pools(2).run(observed, str(tmp_path)) == [({}, 2)] * 2
     assert len(list(tmp_path.iterdir())) == 2
@@ -307,6 +323,41 @@ def observed(b, folder):
     part.close()
     h.abort("enough")
     return counted, len(entries)
+
+
+def test_what_cannot_be_made_leaves_nothing(rank_pools):
+    pool = rank_pools(2)
+    for grown in pool.run(made_in_vain, pool.store_path()):
+        assert grown == (0, 0, 0)
+
+
+def made_in_vain(rank, size, store):
+    """How many files, threads and groups in torch's table attempts leave, failing early or late."""
+    import torch.distributed as dist
+
+    def attempt(name, **more):
+        plan = GroupPlan(dist.FileStore(f"{store}{name}", size), rank, size, (0, 1), 20.0, name)
+        options = {"hosts": [[0], [1]], **more}
+        with pytest.raises((CollectiveMismatchError, ConfigError)):
+            make_group(plan, "sagellm", "hier", options)
+
+    def refuse(*args, **more):
+        raise ConfigError("no plans")
+
+    def counted():
+        gc.collect()
+        table = dist.distributed_c10d._world.pg_group_ranks
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(table)
+
+    first = None
+    for i in range(3):
+        attempt(f"differ{i}", chunk_bytes=4096 * (rank + 1))
+        attempt(f"unknown{i}", speed=1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "Plans", refuse)
+            attempt(f"late{i}")
+        first = first or counted()
+    return tuple(b - a for a, b in zip(first, counted(), strict=True))
 
 
 def test_a_part_of_a_group_is_not_split(gloo_pools):

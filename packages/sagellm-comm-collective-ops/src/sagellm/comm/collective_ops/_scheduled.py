@@ -249,11 +249,18 @@ class ScheduledTransport(TransportLayer):
 
 
 def agree_on_options(
-    store: TorchObject, group_name: str, rank: int, size: int, asked: str, timeout_s: float
+    store: TorchObject,
+    group_name: str,
+    rank: int,
+    size: int,
+    asked: str,
+    timeout_s: float,
+    *,
+    always: bool = False,
 ) -> None:
     """Compare what this rank was asked with the other ranks, before anything is sent by it.
 
-    Every rank posts its own; those that were asked nothing wait for nobody.
+    Every rank posts its own; those that were asked nothing wait for nobody, unless `always`.
 
     Raises:
         CollectiveMismatchError: Some rank was asked something else; the message names both.
@@ -262,8 +269,10 @@ def agree_on_options(
     """
     meeting = Exchange(store, rank, size, f"options/{group_name}", timeout_s)
     if not asked:
-        meeting.tell("options", {"asked": "none"})
-        return
+        asked = "none"
+        if not always:
+            meeting.tell("options", {"asked": asked})
+            return
     said = [str(told["asked"]) for told in meeting.all("options", {"asked": asked})]
     for other, theirs in enumerate(said):
         if theirs != asked:

@@ -156,7 +156,11 @@ class HierTransport(TransportLayer):
         if flat is None:
             return None
         assert isinstance(flat, TorchTransport)
-        return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
+        try:
+            return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
+        except BaseException:
+            flat.close()
+            raise
 
 
 def _names_ranks(error: CommError) -> bool:

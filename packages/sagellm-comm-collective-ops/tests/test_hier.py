@@ -1,17 +1,14 @@
 """Groups over several hosts: right for any numbering and any sizes, and failing as one."""
 
-import gc
 import os
 import time
 
 import pytest
 import torch
-from test_choice import in_order, model, watched, with_time_to_measure
+from test_calibrate import with_time_to_measure
+from test_choice import in_order, model, watched
 
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
-from sagellm.comm.collective_ops._c10d.libraries import GroupPlan
-from sagellm.comm.collective_ops._c10d.making import make_group
-from sagellm.comm.collective_ops._hier import build
 from sagellm.comm.collective_ops._hier.partition import HostMap
 from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
 from sagellm.core.protocols import CollectiveMismatchError, CommError, ConfigError
@@ -323,41 +320,6 @@ def observed(b, folder):
     part.close()
     h.abort("enough")
     return counted, len(entries)
-
-
-def test_what_cannot_be_made_leaves_nothing(rank_pools):
-    pool = rank_pools(2)
-    for grown in pool.run(made_in_vain, pool.store_path()):
-        assert grown == (0, 0, 0)
-
-
-def made_in_vain(rank, size, store):
-    """How many files, threads and groups in torch's table attempts leave, failing early or late."""
-    import torch.distributed as dist
-
-    def attempt(name, **more):
-        plan = GroupPlan(dist.FileStore(f"{store}{name}", size), rank, size, (0, 1), 20.0, name)
-        options = {"hosts": [[0], [1]], **more}
-        with pytest.raises((CollectiveMismatchError, ConfigError)):
-            make_group(plan, "sagellm", "hier", options)
-
-    def refuse(*args, **more):
-        raise ConfigError("no plans")
-
-    def counted():
-        gc.collect()
-        table = dist.distributed_c10d._world.pg_group_ranks
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(table)
-
-    first = None
-    for i in range(3):
-        attempt(f"differ{i}", chunk_bytes=4096 * (rank + 1))
-        attempt(f"unknown{i}", speed=1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "Plans", refuse)
-            attempt(f"late{i}")
-        first = first or counted()
-    return tuple(b - a for a, b in zip(first, counted(), strict=True))
 
 
 def test_a_part_of_a_group_is_not_split(gloo_pools):

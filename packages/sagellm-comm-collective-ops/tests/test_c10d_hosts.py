@@ -1,5 +1,6 @@
 """What the door takes for ranks on several hosts, and that programs run there as anywhere."""
 
+import gc
 import logging
 import os
 import threading
@@ -14,8 +15,9 @@ from torch import nn
 from sagellm.comm.collective_ops import register_c10d_backend
 from sagellm.comm.collective_ops._c10d import making
 from sagellm.comm.collective_ops._c10d.libraries import GroupPlan
+from sagellm.comm.collective_ops._hier import build
 from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
-from sagellm.core.protocols import CommError
+from sagellm.core.protocols import CollectiveMismatchError, CommError, ConfigError
 from sagellm.core.protocols.testing.rank_pool import ThreadRanks
 
 HOSTS = [[0, 2], [1, 3]]
@@ -209,3 +211,38 @@ def test_hosts_are_proven_and_a_dead_rank_named_on_all_of_them(fresh_pool):
         assert found == of_rank(rank)
         assert (kind, lost) == ("PeerLostError", 3)
         assert seconds < 5
+
+
+def test_what_cannot_be_made_leaves_nothing(rank_pools):
+    pool = rank_pools(2)
+    for grown in pool.run(made_in_vain, pool.store_path()):
+        assert grown == (0, 0, 0)
+
+
+def made_in_vain(rank, size, store):
+    """How many files, threads and groups in torch's table attempts leave, failing early or late."""
+
+    def attempt(name, **more):
+        plan = GroupPlan(dist.FileStore(f"{store}{name}", size), rank, size, (0, 1), 20.0, name)
+        options = {"hosts": [[0], [1]], **more}
+        with pytest.raises((CollectiveMismatchError, ConfigError)):
+            making.make_group(plan, "sagellm", "hier", options)
+
+    def refuse(map, intra, leaders, *args, **more):
+        leaders.group.barrier()  # a rank that is ahead would cut off one that still connects
+        raise ConfigError("no plans")
+
+    def counted():
+        gc.collect()
+        table = dist.distributed_c10d._world.pg_group_ranks
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(table)
+
+    first = None
+    for i in range(3):
+        attempt(f"differ{i}", chunk_bytes=4096 * (rank + 1))
+        attempt(f"unknown{i}", speed=1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "Plans", refuse)
+            attempt(f"late{i}")
+        first = first or counted()
+    return tuple(b - a for a, b in zip(first, counted(), strict=True))

@@ -1,14 +1,19 @@
 """Which algorithm runs which call: what users write, what was measured, and what is said of it."""
 
-import os
 from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sagellm.comm.collective_ops import GlooBackend, MockWorld, ShmBackend
-from sagellm.comm.collective_ops.calibrate import cached_table, keep_table
+from sagellm.comm.collective_ops import (
+    GlooBackend,
+    MockWorld,
+    ShmBackend,
+    create_comm_backend,
+)
+from sagellm.comm.collective_ops._shm.choice import switch_bytes
+from sagellm.comm.collective_ops._shm.settings import ShmSettings, facts_of
 from sagellm.comm.collective_ops.choice import (
     NATIVE,
     AlgorithmTable,
@@ -125,6 +130,19 @@ def test_the_fastest_is_chosen_where_there_is_no_default_and_all_were_measured()
     assert measured_table(table, 4, "here", names, None).rules == ()
 
 
+def test_a_measurement_cut_short_says_nothing_of_sizes_it_did_not_compare():
+    names = {"all_reduce": ("one_shot", "two_shot")}
+    table = CostTable(
+        "f", 1, curves(one_shot={4096: 2.0, 16384: 5.0}, two_shot={4096: 3.0})
+    )  # fmt: skip
+    found = measured_table(table, 4, "here", names, None)
+    assert [str(r) for r in found.rules] == ["all_reduce:0-8k:one_shot"]
+    assert switch_bytes((found,), 32768) == 32768
+    table = CostTable("f", 1, curves(native={4096: 3.0}, direct={4096: 2.0}))
+    (rule,) = measured_table(table, 4, "here", planned=(4096, 65536)).rules
+    assert str(rule) == "all_reduce:0-16k:direct"
+
+
 def test_expected_times_lie_on_lines_between_the_points():
     table = CostTable("f", 1, curves(ring={1000: 10.0, 2000: 20.0, 4000: 60.0}, tree={8: 3.0}))
     at = [expected_us(table, "all_reduce", "ring", 4, n) for n in (0, 1500, 3000, 5000)]
@@ -171,6 +189,21 @@ def test_setting_is_used_where_no_option_is_given_and_its_origin_is_named(monkey
         MockWorld(2).backend(0)
 
 
+NAMES_OF_ANY = [
+    "all_gather:0-4k:flat,broadcast:flat", "all_reduce:-1k:two_d,all_reduce:1k-:two_shot",
+    "reduce:leaders,all_reduce:symmetric", "barrier:direct,all_to_all:pairwise",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["gloo", "shm", "hier", "mock"])
+def test_setting_may_name_what_any_backend_has(spec, monkeypatch):
+    for text in NAMES_OF_ANY:
+        monkeypatch.setenv("SAGELLM_COMM_COLLECTIVE_OPS_ALGORITHMS", text)
+        create_comm_backend(spec).close()
+    with pytest.raises(ConfigError, match="'flat' in 'all_gather:flat' is not one of"):
+        parse_algorithms("all_gather:flat")
+
+
 def test_option_that_is_no_string_is_refused():
     with pytest.raises(ConfigError, match="option algorithms is 3, not a string"):
         GlooBackend(options={"algorithms": 3})
@@ -201,6 +234,30 @@ def calls_by_schedule(b):
     )  # fmt: skip
 
 
+def in_order(b, make, texts):
+    """A long call whose caller goes on, then a short one on the same elements."""
+    found = []
+    for text in texts:
+        mine = make(b, text)
+        for _ in range(5):
+            x = torch.full((1 << 20,), b.rank + 1.0)
+            work = mine.all_reduce(x, async_op=True)
+            mine.all_reduce(x[:16], "max")
+            work.wait()
+            found.append((x[0].item(), x[-1].item()))
+    return set(found)
+
+
+def with_algorithms(b, text):
+    return GlooBackend(process_group=b.process_group, timeout_s=20, options={"algorithms": text})
+
+
+def test_scheduled_calls_and_the_librarys_keep_their_order(gloo_pools):
+    texts = ["all_reduce:4k-:ring", "all_reduce:0-4k:ring"]
+    found = gloo_pools(2).run(in_order, with_algorithms, texts)
+    assert found == [{(3.0, 3.0)}] * 2
+
+
 def algorithms_that_differ(b):
     text = "all_reduce:ring" if b.rank == 0 else "all_reduce:tree"
     with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
@@ -211,19 +268,6 @@ def algorithms_that_differ(b):
 def choices(b):
     mine = GlooBackend(process_group=b.process_group, timeout_s=20, options={"algorithms": ALL})
     return [mine.explain(op, n) for op in ("all_reduce", "all_gather") for n in (1, 1 << 20)]
-
-
-def measured_at_start(b, folder):
-    os.environ["XDG_CACHE_HOME"] = folder
-    made = [
-        GlooBackend(process_group=b.process_group, timeout_s=20, options={"calibrate": True})
-        for _ in range(2)
-    ]
-    assert made[0].all_reduce(torch.ones(3))[0].item() == b.size
-    del os.environ["XDG_CACHE_HOME"]
-    first, second = ([str(r) for r in g._chooser.tables[1].rules] for g in made)
-    assert first == second
-    return first, made[0].get_stats().ops["all_reduce"].calls, made[1]._chooser.tables[1].source
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -244,28 +288,6 @@ def test_ranks_that_differ_are_told_before_anything_is_sent(gloo_pools):
 def test_every_rank_gives_the_same_explanation(gloo_pools):
     first, *others = gloo_pools(3).run(choices)
     assert others == [first] * 2
-
-
-def test_what_was_measured_is_everybodys_and_is_kept(gloo_pools, tmp_path):
-    first, *others = gloo_pools(2).run(measured_at_start, str(tmp_path))
-    assert others == [first]
-    (kept,) = (tmp_path / "sagellm-comm").iterdir()
-    key = kept.stem.removeprefix("collective_ops-")
-    assert first[1:] == (1, f"calibration {key}")
-
-
-def test_file_that_is_no_calibration_is_said_and_not_used(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    table = CostTable("k", 1, curves(native={1024: 2.0}))
-    keep_table(table)
-    assert cached_table("k") == table
-    (kept,) = (tmp_path / "sagellm-comm").iterdir()
-    kept.write_text("{}")
-    assert cached_table("k") is None
-    assert "is no calibration" in caplog.text
-    assert cached_table("other") is None
-    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
-    keep_table(table)
 
 
 # -- shm ----------------------------------------------------------------------------------
@@ -325,36 +347,17 @@ def test_rank_0s_cost_model_says_where_two_shot_begins(gloo_pools, engine):
     assert "expected to take 16.0 us" in rejected
 
 
-def shm_measured(b, folder):
-    os.environ["XDG_CACHE_HOME"] = folder
-    try:
-        with shm_over(b, "auto", options={"calibrate": True}) as shm:
-            table = shm._chooser.tables[1]
-            switch = shm._shm.one_shot_bytes
-            assert shm.get_stats().ops == {}
-            choices = [shm.explain("all_reduce", 1 << i) for i in (10, 23)]
-            sums = [shm.all_reduce(torch.ones(n))[-1].item() for n in (3, switch // 4 % 99999 + 1)]
-            return [str(r) for r in table.rules], switch, choices, sums
-    finally:
-        del os.environ["XDG_CACHE_HOME"]
+def test_order_of_rules_is_no_difference_to_shm():
+    rules = ["all_reduce:0-4k:one_shot", "all_gather:direct"]
+    asked = [ShmSettings.of("shm", {"algorithms": ",".join(r)}) for r in (rules, rules[::-1])]
+    assert facts_of(asked[0]) == facts_of(asked[1])
 
 
-def test_shm_measures_where_two_shot_begins_and_all_ranks_take_rank_0s(gloo_pools, tmp_path):
-    first, *others = gloo_pools(2).run(shm_measured, str(tmp_path))
-    assert others == [first]
-    rules, switch, choices, sums = first
-    assert rules
-    assert sums == [2.0, 2.0]
-    assert [c.algorithm for c in choices] == [
-        "one_shot" if n <= switch else "two_shot" for n in (1 << 10, 1 << 23)
-    ]
-    assert all(c.estimate_us for c in choices)
-    assert len(list((tmp_path / "sagellm-comm").iterdir())) == 1
-
-
-def test_calibrate_that_is_no_bool_is_refused():
-    with pytest.raises(ConfigError, match="option calibrate is 'yes'; pass True or False"):
-        ShmBackend(options={"calibrate": "yes"})
+def test_more_rules_than_the_compiled_engine_keeps_are_refused():
+    rules = [f"all_reduce:{i}-{i + 1}:two_shot" for i in range(33)]
+    assert len(ShmSettings.of("shm", {"algorithms": ",".join(rules[1:])}).overrides()) == 32
+    with pytest.raises(ConfigError, match="option algorithms has 33 rules; shm takes 32"):
+        ShmBackend(options={"algorithms": ",".join(rules)})
 
 
 # -- rings sorted by host -----------------------------------------------------------------

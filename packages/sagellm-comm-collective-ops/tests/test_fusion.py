@@ -10,14 +10,19 @@ import torch
 
 from sagellm.comm.collective_ops import (
     FusedAllReduce,
+    MockBackend,
     MockWorld,
     create_comm_backend,
     fused_all_reduce,
     fusion,
 )
-from sagellm.comm.collective_ops._fusion_threshold import FusionThreshold, crossing_bytes
+from sagellm.comm.collective_ops._fusion_threshold import (
+    FusionThreshold,
+    crossing_bytes,
+    find_threshold,
+)
 from sagellm.comm.collective_ops._shm.engines import available_engines
-from sagellm.core.protocols import CommTimeoutError, ConfigError
+from sagellm.core.protocols import Choice, CommTimeoutError, ConfigError
 
 EVERYTHING = 1 << 40
 
@@ -143,6 +148,12 @@ def test_threshold_is_measured_once_and_rank_0_decides():
     first, second = on_two(body)
     assert first == second
     assert "rank 0's measurement" in first[1]
+
+
+def test_what_a_calibration_expects_of_other_sizes_is_not_believed(monkeypatch):
+    far_off = Choice("mock", "ring", "calibrated", 1e9)
+    monkeypatch.setattr(MockBackend, "explain", lambda b, op, nbytes: far_off)
+    assert "rank 0's measurement" in on_two(find_threshold)[0].reason
 
 
 def test_tensors_of_a_bucket_travel_without_a_copy(monkeypatch):

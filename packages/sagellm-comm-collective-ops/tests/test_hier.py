@@ -5,7 +5,8 @@ import time
 
 import pytest
 import torch
-from test_choice import model, watched
+from test_calibrate import with_time_to_measure
+from test_choice import in_order, model, watched
 
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
 from sagellm.comm.collective_ops._hier.partition import HostMap
@@ -169,6 +170,15 @@ def overridden(b):
     return ["flat" if a == "native" else a for a in ran], [h.explain(*c) for c in calls]
 
 
+def by_size(b, text):
+    return made(b, [[0], [1]], algorithms=text)
+
+
+def test_calls_by_hosts_and_over_all_ranks_keep_their_order(gloo_pools):
+    texts = [f"all_reduce:{sizes}:{name}" for sizes in ("0-4k", "4k-") for name in ("flat", "ring")]
+    assert gloo_pools(2).run(in_order, by_size, texts) == [{(3.0, 3.0)}] * 2
+
+
 @pytest.mark.parametrize("between", ["ring", "all_reduce:direct,broadcast:tree,reduce:tree"])
 def test_schedules_run_between_hosts(gloo_pools, between):
     found = gloo_pools(4).run(with_schedules, between)
@@ -238,7 +248,7 @@ def test_what_hier_measured_is_everybodys_and_is_kept(gloo_pools, tmp_path):
 
 
 def calibrated(b, folder):
-    os.environ["XDG_CACHE_HOME"] = folder
+    with_time_to_measure(folder)
     try:
         options = {"hosts": LAYOUTS[0], "calibrate": True}
         made_ = [HierBackend(None, b.process_group, options=options) for _ in range(2)]
@@ -277,6 +287,18 @@ def different_options(b):
             HierBackend(None, b.process_group, timeout_s=15, options=options)
         told.append(caught.value.calls)
     return told
+
+
+def test_a_rank_that_was_asked_nothing_is_told_too(gloo_pools):
+    for calls in gloo_pools(2).run(options_of_one_rank):
+        assert calls == {0: "none", 1: "chunk_bytes 4096"}
+
+
+def options_of_one_rank(b):
+    options = {"chunk_bytes": 4096} if b.rank else {}
+    with pytest.raises(CollectiveMismatchError, match="options differ") as caught:
+        HierBackend(None, b.process_group, timeout_s=15, options=options)
+    return caught.value.calls
 
 
 def test_what_is_kept_of_calls_is_an_option(gloo_pools, tmp_path):

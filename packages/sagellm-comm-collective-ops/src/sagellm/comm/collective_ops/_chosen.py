@@ -26,7 +26,15 @@ from sagellm.core.protocols.process_group import (
 from ._hier.partition import HostMap, options_of_part
 from ._schedule_plans import PLANS
 from ._scheduled import ScheduledTransport, agree_on_options
-from .calibrate import cached_table, keep_table, measure, sample_model, table_key
+from .calibrate import (
+    SIZES,
+    cached_table,
+    is_whole,
+    keep_table,
+    measure,
+    sample_model,
+    table_key,
+)
 from .choice import NATIVE, AlgorithmTable, asked_algorithms, explain_choice, measured_table
 from .settings import wants_calibration
 
@@ -59,6 +67,7 @@ class Chooser:
         self._default = default
         self._apply = apply
         self._measuring = measuring
+        self._sizes: Sequence[int] = measuring.get("sizes", SIZES)
         apply(self.tables)
 
     def settle(
@@ -84,17 +93,19 @@ class Chooser:
         """
         if transport.size == 1:
             return
+        planned: Sequence[int] = ()
         if backend.cost_model is not None and table is not None:
             names = {op: self._compared(op) for op in self._names}
             costs = sample_model(backend.cost_model, table, names, transport.size)
             what = "cost model"
         elif calibrate:
             costs, what = self._calibrate(backend, transport, facts), "calibration"
+            planned = self._sizes
         else:
             return
         self.costs = costs
         source = f"{what} {costs.fingerprint}"
-        found = measured_table(costs, transport.size, source, self._names, self._default)
+        found = measured_table(costs, transport.size, source, self._names, self._default, planned)
         self._use((*self.tables, found))
 
     def _use(self, tables: Sequence[AlgorithmTable]) -> None:
@@ -108,9 +119,10 @@ class Chooser:
     def _calibrate(
         self, backend: TensorBackend, transport: Transport, facts: Sequence[str]
     ) -> CostTable:
-        """Rank 0's earlier measurement, or a new one."""
+        """Rank 0's earlier measurement, or a new one, which is kept if it is whole."""
         asked = self.tables
         self._use(())
+        names = {op: self._compared(op) for op in self._names}
         key = table_key(backend, facts)
         known = cached_table(key) if backend.rank == 0 else None
         hit = torch.tensor([known is not None])
@@ -118,10 +130,10 @@ class Chooser:
         if hit.item():
             ours = known or CostTable(key, 1, {})
         else:
-            names = {op: self._compared(op) for op in self._names}
             ours = measure(backend, lambda t: self._use((t,)), key, names, **self._measuring)
         table = table_by_broadcast(transport, ours, backend.timeout_s)
-        if backend.rank == 0 and known is None:
+        whole = is_whole(table, names, transport.size, self._sizes)
+        if backend.rank == 0 and known is None and whole:
             keep_table(table)
         self._use(asked)
         backend.reset_stats()

@@ -94,16 +94,20 @@ class OwnBackend(TensorBackend, Generic[S]):
         cost_table: CostTable | None,
         observe: ObserveSettings,
     ) -> None:
-        self._stand_on(transport)
-        super().__init__(
-            spec,
-            transport,
-            timeout_s=timeout_s,
-            topology_manager=topology_manager,
-            cost_model=cost_model,
-            cost_table=cost_table,
-            observe=observe,
-        )
+        try:
+            self._stand_on(transport)
+            super().__init__(
+                spec,
+                transport,
+                timeout_s=timeout_s,
+                topology_manager=topology_manager,
+                cost_model=cost_model,
+                cost_table=cost_table,
+                observe=observe,
+            )
+        except BaseException:
+            transport.close()
+            raise
         try:
             self._settle()
         except BaseException:

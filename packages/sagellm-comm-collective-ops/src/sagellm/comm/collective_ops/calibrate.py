@@ -23,11 +23,19 @@ from sagellm.core.protocols import CommBackendProtocol, ConfigError, CostModelPr
 
 from .choice import AlgorithmTable, Rule
 
-__all__ = ["cached_table", "keep_table", "measure", "sample_model", "table_key"]
+__all__ = [
+    "SIZES",
+    "cached_table",
+    "is_whole",
+    "keep_table",
+    "measure",
+    "sample_model",
+    "table_key",
+]
 
 logger = logging.getLogger(__name__)
 
-_SIZES = (1 << 10, 1 << 15, 1 << 20)
+SIZES = (1 << 10, 1 << 15, 1 << 20)
 _CALLS = ("all_reduce", "all_gather", "reduce_scatter")
 _REPEATS = 5
 _VERSION = 1
@@ -43,7 +51,7 @@ def measure(
     key: str,
     names: Mapping[str, Collection[str]],
     *,
-    sizes: Sequence[int] = _SIZES,
+    sizes: Sequence[int] = SIZES,
     repeats: int = _REPEATS,
     budget_s: float = 1.5,
 ) -> CostTable:
@@ -87,6 +95,14 @@ def measure(
                 if seen[1]:
                     return CostTable(key, _VERSION, {k: tuple(v) for k, v in points.items()})
     return CostTable(key, _VERSION, {k: tuple(v) for k, v in points.items()})
+
+
+def is_whole(
+    table: CostTable, names: Mapping[str, Collection[str]], group: int, sizes: Sequence[int]
+) -> bool:
+    """Whether a calibration had the time to measure everything."""
+    wanted = [(op, name, group) for op in _CALLS for name in names.get(op, ())]
+    return all(len(table.curves.get(key, ())) == len(sizes) for key in wanted)
 
 
 def sample_model(

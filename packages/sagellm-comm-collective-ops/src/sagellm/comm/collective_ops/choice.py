@@ -41,8 +41,6 @@ PRIMITIVES = {
     "reduce_scatter_tensor": "reduce_scatter",
 }
 """Methods whose primitive has another name."""
-_OWN = {"all_reduce": ("one_shot", "two_shot", "symmetric", "leaders", "two_d", "flat")}
-"""Algorithms of single backends."""
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"(\d+)([kmg]?)")
 _MARGIN = 1.1
@@ -129,12 +127,21 @@ def asked_algorithms(
     settings = CollectiveSettings.load()
     source = f"{settings.origin('algorithms')} (algorithms)"
     ours = algorithms_known() if known is None else known
-    everybody = algorithms_known(_OWN)
-    for op, names in ours.items():
-        everybody[op] = list(dict.fromkeys([*names, *everybody.get(op, ())]))
-    found = parse_algorithms(settings.algorithms, everybody, source)
+    found = parse_algorithms(settings.algorithms, _known_to_any(ours), source)
     rules = [_renamed(r, ours.get(r.op, ())) for r in found.rules]
     return AlgorithmTable(tuple(r for r in rules if r.algorithm in ours.get(r.op, ())), source)
+
+
+def _known_to_any(ours: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """What one backend or another takes."""
+    from ._hier.settings import KNOWN as HIER  # they need this module
+    from ._shm.settings import KNOWN as SHM
+
+    found: dict[str, list[str]] = {}
+    for known in (ours, algorithms_known(), HIER, SHM):
+        for op, names in known.items():
+            found[op] = list(dict.fromkeys([*found.get(op, ()), *names]))
+    return found
 
 
 def _renamed(rule: Rule, known: Sequence[str]) -> Rule:
@@ -241,11 +248,13 @@ def measured_table(
     source: str,
     names: Mapping[str, Collection[str]] = PLANS,
     default: str | None = NATIVE,
+    planned: Sequence[int] = (),
 ) -> AlgorithmTable:
     """Where an algorithm was measured to beat the default by a tenth, by size range.
 
     An operation without a curve of the default has no rules: nothing was compared with it.
-    Ranges meet half way, in logarithms, between measured sizes.
+    Only sizes that all its curves have count. Ranges meet half way, in logarithms, between
+    measured sizes; the last one ends half way to the next planned size, if there is one.
 
     Args:
         table: Curves of the algorithms, for this many ranks.
@@ -254,6 +263,7 @@ def measured_table(
         names: Algorithms by operation.
         default: What runs without a rule; None where that is no single one: the fastest then has
             a rule at every size.
+        planned: Sizes to be measured, rising; a table that was cut short has not all of them.
 
     """
     rules: list[Rule] = []
@@ -262,13 +272,18 @@ def measured_table(
         curves = {a: p for a, p in curves.items() if a in ours or a == default}
         if (default is None and len(curves) < len(ours)) or not curves:
             continue
-        sizes = curves.get(default, {}) if default is not None else set().union(*curves.values())
+        if default is not None and default not in curves:
+            continue
+        sizes = set.intersection(*(set(p) for p in curves.values()))
         points = [(n, _winner(n, curves, default)) for n in sorted(sizes)]
+        missed = {*planned, *(n for p in curves.values() for n in p)}
+        beyond = min((n for n in missed if points and n > points[-1][0]), default=None)
         for i, (nbytes, name) in enumerate(points):
             if name == default:
                 continue
             low = 0 if i == 0 else math.isqrt(points[i - 1][0] * nbytes)
-            high = None if i + 1 == len(points) else math.isqrt(nbytes * points[i + 1][0])
+            following = points[i + 1][0] if i + 1 < len(points) else beyond
+            high = None if following is None else math.isqrt(nbytes * following)
             if rules and (rules[-1].op, rules[-1].high, rules[-1].algorithm) == (op, low, name):
                 low = rules.pop().low
             rules.append(Rule(op, low, high, name))
@@ -276,7 +291,7 @@ def measured_table(
 
 
 def _winner(nbytes: int, curves: Mapping[str, Mapping[int, float]], default: str | None) -> str:
-    times = {a: points[nbytes] for a, points in curves.items() if nbytes in points}
+    times = {a: points[nbytes] for a, points in curves.items()}
     best = min(times, key=lambda a: times[a])
     if default is None or times[best] * _MARGIN < times[default]:
         return best

@@ -52,7 +52,7 @@ class FusedAllReduce:
         bucket_bytes: Bytes at which a bucket is sent.
         max_tensors: Tensors at which a bucket is sent.
         fuse_below_bytes: Larger tensors are sent by themselves; None asks the backend's cost
-            model, or measures some hundred calls at the first `add` (collective, rank 0 decides).
+            model, or measures by some 350 calls at the first `add` (collective, rank 0 decides).
         max_age_s: About how long a tensor may wait for company while others come; None for as
             long as it takes.
 

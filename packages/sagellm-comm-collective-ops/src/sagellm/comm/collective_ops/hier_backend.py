@@ -28,7 +28,7 @@ from ._hier.build import MakeIntra, build_stages
 from ._hier.partition import HostMap
 from ._hier.plans import PLANNED
 from ._hier.settings import CANDIDATES, FLAT, LEADERS, TWO_D, HierSettings
-from ._hier.transport import HierTransport
+from ._hier.transport import HierTransport, Stages
 from ._own import OwnBackend
 from ._schedule_plans import PLANS
 from ._scheduled import agree_on_options
@@ -114,11 +114,15 @@ class HierBackend(OwnBackend[HierSettings]):
         """
         backend = cls.__new__(cls)
         given = dict(options or {})
-        backend._settings = cls._read(HIER, given)
+        try:
+            backend._settings = cls._read(HIER, given)
+            observe = observe_settings(given)
+        except BaseException:
+            flat.close()
+            raise
         transport: Transport = flat
         if flat.size > 1:
             transport, _ = backend._form_on(flat, given, timeout_s, None)
-        observe = observe_settings(given)
         backend._begin(HIER, transport, timeout_s, None, None, None, observe)
         return backend
 
@@ -141,12 +145,26 @@ class HierBackend(OwnBackend[HierSettings]):
         timeout_s: float,
         cost_model: CostModelProtocol | None,
     ) -> tuple[Transport, CostTable | None]:
+        try:
+            stages, table = self._stages(flat, options, timeout_s, cost_model)
+        except BaseException:
+            flat.close()
+            raise
+        return HierTransport(stages), table
+
+    def _stages(
+        self,
+        flat: TorchTransport,
+        options: Mapping[str, Any],  # Any: each option has its own type
+        timeout_s: float,
+        cost_model: CostModelProtocol | None,
+    ) -> tuple[Stages, CostTable | None]:
         make = _intra_maker(options.get("intra", "auto"), timeout_s)
         hosts = options.get("hosts")
         said = [f"hosts {HostMap.of(hosts, flat.rank).hosts}"] if hosts is not None else []
         asked = "; ".join(filter(None, [*said, self._settings.text()]))
         name = f"{flat.group_name}/hier"
-        agree_on_options(flat.store, name, flat.rank, flat.size, asked, timeout_s)
+        agree_on_options(flat.store, name, flat.rank, flat.size, asked, timeout_s, always=True)
         if hosts is None:
             proven = prove_hosts(flat.store, flat.rank, flat.size, timeout_s, label=name)
             hosts = proven.partition
@@ -159,7 +177,7 @@ class HierBackend(OwnBackend[HierSettings]):
         if table is not None and self._settings.algorithm == "auto":
             rails = rails or any(name == TWO_D for _, name, _ in table.curves)
         stages = build_stages(flat, hosts, GLOO, self._settings, make, timeout_s, rails=rails)
-        return HierTransport(stages), table
+        return stages, table
 
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:
@@ -197,7 +215,11 @@ class HierBackend(OwnBackend[HierSettings]):
             self._transport,
             self._cost_table,
             calibrate=settings.calibrate and settings.algorithm == "auto",
-            facts=[str(hier.stages.map.hosts), settings.text()],
+            facts=[
+                str(hier.stages.map.hosts),
+                settings.text(),
+                *(f"{g.name} of {g.size}" for g in hier.stages.groups),
+            ],
         )
 
     @property

@@ -74,9 +74,9 @@ class ShmBackend(OwnBackend[ShmSettings]):
         topology_manager: Not used.
         cost_model: Chooses between `one_shot` and `two_shot`, where it has observed them.
         options: `engine`, `slot_bytes`, `arena_bytes`, `algorithms`, and `calibrate` (measure where
-            `two_shot` becomes the faster one), alike on all ranks; and each rank's own
-            `statistics`, `flight_entries`, `flight_folder`. `statistics` False also keeps calls of
-            the short way out of the flight record.
+            `two_shot` becomes the faster one, unless `algorithms` names either), alike on all
+            ranks; and each rank's own `statistics`, `flight_entries`, `flight_folder`. `statistics`
+            False also keeps calls of the short way out of the flight record.
 
     >>> ShmBackend().size
     1
@@ -172,11 +172,15 @@ class ShmBackend(OwnBackend[ShmSettings]):
         self._hot = HotPath(shm, self._size, self.timeout_s)
         release_in_children(self)
         self._chooser = Chooser((settings.table,), STAGED, None, shm.use, **MEASURING)
+        # Overrides go before what is measured, and so would run while that is.
+        overridden = any(
+            op in STAGED and name in STAGED[op] for op, *_, name in settings.overrides()
+        )
         self._chooser.settle(
             self,
             self._transport,
             self._cost_table,
-            calibrate=settings.calibrate,
+            calibrate=settings.calibrate and not overridden,
             facts=[self.engine, str(settings.slot_bytes)],
         )
 

@@ -160,7 +160,11 @@ def _hier(plan: GroupPlan, options: Mapping[str, Any]) -> tuple[CommBackendProto
 
 def _gloo(plan: GroupPlan, options: Mapping[str, Any]) -> tuple[CommBackendProtocol, Release]:
     group = library_group("gloo", "cpu", plan)
-    backend = GlooBackend(process_group=group, timeout_s=plan.timeout_s, options=options)
+    try:
+        backend = GlooBackend(process_group=group, timeout_s=plan.timeout_s, options=options)
+    except BaseException:
+        forget_group(group)
+        raise
 
     def release() -> None:
         backend.close()

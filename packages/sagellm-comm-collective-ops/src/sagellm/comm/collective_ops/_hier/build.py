@@ -51,6 +51,8 @@ def build_stages(
 ) -> Stages:
     """The groups of one rank. Collective over the flat group.
 
+    Where one cannot be made, none is left.
+
     Args:
         flat: All ranks.
         hosts: The ranks of each host.
@@ -61,6 +63,27 @@ def build_stages(
         rails: Whether to make groups for `two_d`, where hosts allow it.
 
     """
+    groups: list[CommBackendProtocol] = []
+    try:
+        return _build(groups, flat, hosts, spec, settings, make_intra, timeout_s, rails=rails)
+    except BaseException:
+        for group in groups:
+            group.close()
+        raise
+
+
+def _build(
+    groups: list[CommBackendProtocol],
+    flat: TorchTransport,
+    hosts: Sequence[Sequence[int]],
+    spec: BackendSpec,
+    settings: HierSettings,
+    make_intra: MakeIntra | None,
+    timeout_s: float,
+    *,
+    rails: bool,
+) -> Stages:
+    """As `build_stages`; `groups` has every group as soon as it is there."""
     map = HostMap.of(hosts, flat.rank)
 
     def part(
@@ -74,7 +97,8 @@ def build_stages(
         assert quiet is not None
         if table is not None and table.rules:
             quiet = ScheduledTransport(quiet, (table,))
-        return PartBackend(spec, quiet, timeout_s=timeout_s)
+        groups.append(PartBackend(spec, quiet, timeout_s=timeout_s))
+        return groups[-1]
 
     intra: CommBackendProtocol | None = None
     if len(map.mine) > 1:
@@ -82,6 +106,7 @@ def build_stages(
             intra = part(map.mine, f"host{map.index}")
         else:
             intra = make_intra(map, flat)
+            groups.append(intra)
             if intra.size != len(map.mine) or intra.rank != map.local:
                 raise ConfigError(
                     f"the group of host {map.index} has rank {intra.rank} of {intra.size}, not "
@@ -111,9 +136,6 @@ def build_stages(
         wire(between) if wide else None,
         chunk_bytes=settings.chunk_bytes,
     )
-    groups = [g for g in (intra, leaders) if g is not None]
-    if between is not None and between is not leaders:
-        groups.append(between)
 
     def again(part_of: TorchTransport, its_hosts: Sequence[Sequence[int]]) -> Stages:
         return build_stages(part_of, its_hosts, spec, settings, make_intra, timeout_s, rails=rails)

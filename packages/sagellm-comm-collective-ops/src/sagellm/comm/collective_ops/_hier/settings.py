@@ -17,7 +17,7 @@ from sagellm.comm.collective_ops.choice import (
 from sagellm.comm.collective_ops.quantized import check_wire
 from sagellm.core.protocols import ConfigError
 
-__all__ = ["ALGORITHMS", "CANDIDATES", "FLAT", "LEADERS", "TWO_D", "HierSettings"]
+__all__ = ["ALGORITHMS", "CANDIDATES", "FLAT", "KNOWN", "LEADERS", "TWO_D", "HierSettings"]
 
 LEADERS, TWO_D, FLAT = "leaders", "two_d", "flat"
 ALGORITHMS = ("auto", LEADERS, TWO_D, FLAT)
@@ -30,7 +30,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
 }
 """What may run an operation instead of `leaders`."""
 
-_KNOWN = algorithms_known({op: (LEADERS, *names) for op, names in CANDIDATES.items()})
+KNOWN = algorithms_known({op: (LEADERS, *names) for op, names in CANDIDATES.items()})
 _CHUNK_BYTES = 1 << 20
 """Over 1 Gbit/s, pieces of 1 MiB were 2 to 8 % faster than 4 MiB (2 x 2 ranks, 4-16 MiB)."""
 
@@ -67,7 +67,7 @@ class HierSettings:
         """Check options by name; others than these are left alone."""
         own = {f.name: options[f.name] for f in fields(cls) if f.name in options}
         own |= {
-            "asked": asked_algorithms(options, _KNOWN),
+            "asked": asked_algorithms(options, KNOWN),
             "between": _between(options.get("between", "")),
             "calibrate": calibrate,
         }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sagellm.comm.collective_ops._scheduled import ScheduledTransport
+from sagellm.comm.collective_ops._scheduled import POINT_TO_POINT, ScheduledTransport
 from sagellm.comm.collective_ops._shm.calls import CallQueue, FinishedWork
 from sagellm.comm.collective_ops.choice import NATIVE, AlgorithmTable, choose
-from sagellm.core.protocols import CommBackendProtocol, CommError, PeerLostError
+from sagellm.core.protocols import CommBackendProtocol, CommError, CommTimeoutError, PeerLostError
 from sagellm.core.protocols.process_group import (
     RawCall,
     RawWork,
@@ -52,7 +52,8 @@ class HierTransport(TransportLayer):
     """Primitive calls of one group over several hosts.
 
     A caller who waits runs the steps itself; calls with `async_op`, and those behind them, run
-    on one thread in order. Calls over all ranks go to `inner`, whose rings pass them host by host.
+    on one thread in order, whatever runs them, but for point-to-point calls. Calls over all ranks
+    go to `inner`, whose rings pass them host by host.
     """
 
     def __init__(self, stages: Stages) -> None:
@@ -69,14 +70,19 @@ class HierTransport(TransportLayer):
         self._over.use(tables)
 
     def issue(self, call: RawCall) -> RawWork:
-        algorithm = self._algorithm(call)
-        if algorithm not in (LEADERS, TWO_D):
+        if call.op in POINT_TO_POINT:
             return self.inner.issue(call)
+        algorithm = self._algorithm(call)
         if call.background or (self._queue is not None and self._queue.busy):
             if self._queue is None:
                 name = f"sagellm-comm-hier-{self.group_name}"
                 self._queue = CallQueue(self._run, name, lambda busy: None)
             work: RawWork = self._queue.put(call)
+            if algorithm not in (LEADERS, TWO_D):
+                schedule = self._over.schedule_for(call)
+                algorithm = NATIVE if schedule is None else schedule.algorithm
+        elif algorithm not in (LEADERS, TWO_D):
+            return self.inner.issue(call)
         else:
             try:
                 self._run(call)
@@ -98,8 +104,12 @@ class HierTransport(TransportLayer):
         return name
 
     def _run(self, call: RawCall) -> None:
+        algorithm = self._algorithm(call)
         try:
-            self.stages.plans.run(call, rails=self._algorithm(call) == TWO_D)
+            if algorithm in (LEADERS, TWO_D):
+                self.stages.plans.run(call, rails=algorithm == TWO_D)
+            elif not self.inner.issue(replace(call, background=False)).wait(call.timeout_s):
+                raise CommTimeoutError(f"{call.describe} not done in {call.timeout_s} s")
         except Exception:
             raise
         except BaseException as e:  # an interrupt: the ranks are apart now
@@ -135,7 +145,7 @@ class HierTransport(TransportLayer):
         self._closed = True
         end = time.monotonic() + _CLOSE_S
         if self._queue is not None and not self._queue.close(_CLOSE_S):
-            self._abort_parts("closed while calls were running")
+            self.abort("closed while calls were running")
             self._queue.close(max(1.0, end - time.monotonic()))
         for group in self.stages.groups:
             group.close()
@@ -146,7 +156,11 @@ class HierTransport(TransportLayer):
         if flat is None:
             return None
         assert isinstance(flat, TorchTransport)
-        return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
+        try:
+            return HierTransport(self.stages.split(flat, self.stages.map.restricted(ranks)))
+        except BaseException:
+            flat.close()
+            raise
 
 
 def _names_ranks(error: CommError) -> bool:

@@ -45,7 +45,8 @@ MEASURING = {"sizes": tuple(1 << bits for bits in range(12, 23, 2)), "repeats": 
 def switch_bytes(tables: Sequence[AlgorithmTable], usual: int) -> int:
     """Longest tensor for one_shot by the last table that says anything of it, else the usual one.
 
-    Above the largest size at which one_shot was the faster one, two_shot was.
+    Above the largest size at which one_shot was the faster one, two_shot was. Where that is the
+    largest that was measured, and larger ones were to be, the usual one holds above it.
     """
     rules = [rule for table in tables for rule in table.rules if rule.op == "all_reduce"]
     if not rules:
@@ -53,7 +54,10 @@ def switch_bytes(tables: Sequence[AlgorithmTable], usual: int) -> int:
     last = max((r for r in rules if r.algorithm == "one_shot"), key=lambda r: r.low, default=None)
     if last is None:
         return 0
-    return 1 << 62 if last.high is None else last.high - 1
+    if last.high is None:
+        return 1 << 62
+    decided = any(r.low >= last.high for r in rules)
+    return last.high - 1 if decided else max(last.high - 1, usual)
 
 
 def choose(

@@ -35,6 +35,8 @@ KNOWN = algorithms_known(
 
 _OF_ONE_RANK = ("statistics", "algorithms_from")
 _EVER = 1 << 62
+_MAX_RULES = 32
+"""OVERRIDES in `_native.c`."""
 _MAILBOXES_BYTES = 8 << 20
 _MAX_MAILBOX_BYTES = 256 << 10
 
@@ -76,7 +78,7 @@ class ShmSettings:
         own = {name: value for name, value in given.items() if name in cls.__dataclass_fields__}
         own["calibrate"] = wants_calibration(given)
         own["statistics"] = observe_settings(given).statistics
-        own["algorithms"] = ",".join(map(str, asked.rules)) or None
+        own["algorithms"] = ",".join(sorted(map(str, asked.rules))) or None
         settings = cls(**own, algorithms_from=asked.source)
         if settings.engine not in ("auto", *ENGINES):
             raise ConfigError(
@@ -88,6 +90,10 @@ class ShmSettings:
                 raise ConfigError(
                     f"{field} {value!r} is not a multiple of {PAGE} of at least {least}"
                 )
+        if len(settings.overrides()) > _MAX_RULES:
+            raise ConfigError(
+                f"{asked.source} has {len(settings.overrides())} rules; shm takes {_MAX_RULES}"
+            )
         return settings
 
     @property

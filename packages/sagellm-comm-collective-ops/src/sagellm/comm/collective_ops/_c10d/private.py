@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sagellm.core.protocols import CommTimeoutError
-from sagellm.core.protocols.process_group import TorchTransport
+from sagellm.core.protocols.process_group import TorchObject, TorchTransport
 
 from .libraries import GroupPlan, forget_group, library_group
 

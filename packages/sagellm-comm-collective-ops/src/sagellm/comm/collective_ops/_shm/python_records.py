@@ -54,9 +54,8 @@ class _Past:
     """
 
     def __init__(self, before: _Past | None = None, found: Sequence[Row] = ()) -> None:
-        rows, number = ([], 0) if before is None else (before.rows, before.number)
-        self.rows: list[Row] = [*rows, *found][-RING:]
-        self.number = number + len(found)
+        self.rows: list[Row] = [*(before.rows if before else ()), *found][-RING:]
+        self.number: int = (before.number if before else 0) + len(found)
         self.first = found[0] if found else None
         self.taken = len(found)
 

@@ -45,7 +45,7 @@ def test_every_package_can_be_tested_measured_and_built_alone(package, sessions)
 def test_workspace_sessions_are_there(sessions):
     assert {
         "tests", "tests-matrix", "tests-min", "tests-examples", "bench", "build", "lint", "types",
-        "docs", "demo", "dev", "lock", "report", "perf-gate",
+        "docs", "demo", "dev", "fuzz", "lock", "report", "perf-gate",
     } <= sessions  # fmt: skip
 
 

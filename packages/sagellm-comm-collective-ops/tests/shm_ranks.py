@@ -16,8 +16,10 @@ from sagellm.comm.collective_ops import ShmBackend
 from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols import CommError
 
-SLACK_S = 2 + os.getloadavg()[0] / (os.cpu_count() or 1)
-"""Two seconds to learn of a lost rank, and what a busy machine adds before a process runs again."""
+_LOAD = os.getloadavg()[0] / (os.cpu_count() or 1)
+SLACK_S = 2 + (_LOAD if _LOAD > 2 else 0)
+"""Two seconds to learn of a lost rank; where more than two processes wait for each core when tests
+begin, their number is added, for each may run before one that has news."""
 CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUSER = 0x40000000, 0x20000000, 0x10000000
 
 

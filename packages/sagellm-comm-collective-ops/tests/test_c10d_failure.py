@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from shm_ranks import await_mark, ended, failure, forked, leftovers, mark
+from shm_ranks import await_mark, ended, engines, failure, forked, leftovers, mark
 
 from sagellm.comm.collective_ops import register_c10d_backend
 
@@ -149,6 +149,73 @@ def test_a_late_rank_is_named_at_the_deadline_that_torch_was_given(children, how
         assert kind == "CommTimeoutError", text
         assert "rank 1" in text
         assert 0.4 < seconds < 2.5, text
+
+
+# -- a rank forks ---------------------------------------------------------------------------
+
+
+def refused(calls):
+    for name, call in calls.items():
+        kind, text = failure(call)[1:3]
+        assert kind == "ConfigError", name
+        assert "forked child" in text, (name, text)
+
+
+def calls_of(g, x, registered, size):
+    """Every way into a group's transport."""
+    y, parts = torch.ones(4), [torch.empty(4) for _ in range(size)]
+    return {
+        "all_reduce": lambda: dist.all_reduce(x, group=g),
+        "registered": lambda: dist.all_reduce(registered, group=g),
+        "registered, without torch": lambda: g.backend.all_reduce(registered),
+        "max": lambda: dist.all_reduce(x, dist.ReduceOp.MAX, group=g),
+        "all_gather": lambda: dist.all_gather(parts, y, group=g),
+        "into": lambda: dist.all_gather_into_tensor(torch.empty(4 * size), y, group=g),
+        "reduce_scatter": lambda: dist.reduce_scatter(y, parts, group=g),
+        "broadcast": lambda: dist.broadcast(y, 0, group=g),
+        "barrier": lambda: dist.barrier(group=g),
+        "late": lambda: dist.all_reduce(x, group=g, async_op=True).wait(),
+        "late all_gather": lambda: dist.all_gather(parts, y, group=g, async_op=True).wait(),
+        "send": lambda: dist.send(y, 1, group=g),
+        "isend": lambda: dist.isend(y, 1, group=g).wait(),
+        "recv": lambda: dist.recv(y, 1, group=g),
+        "irecv": lambda: dist.irecv(y, 1, group=g).wait(),
+        "anybody": lambda: dist.recv(y, None, group=g),
+    }
+
+
+def future_is_refused(work):
+    with pytest.raises(ValueError, match="forked child"):
+        work.get_future().wait()
+
+
+def forks(rank, size, meet):
+    start(rank, size, meet)
+    for engine in engines():
+        register_c10d_backend(f"sagellm_{engine}", options={"engine": engine})
+        g = dist.new_group(backend=f"sagellm_{engine}")
+        x, registered = torch.ones(4), torch.ones(4)
+        handle = g.backend.register(registered)
+        for y in (x, registered):
+            dist.all_reduce(y, group=g)
+        if rank == 0:  # nothing is queued: all ways are the short ones
+            child = forked(lambda g=g, x=x, y=registered: refused(calls_of(g, x, y, size)))
+            assert ended(child) == 0, engine
+        dist.all_reduce(x, group=g, async_op=True).get_future().wait()
+        if rank == 0:
+            pending = dist.all_reduce(x, group=g, async_op=True)
+            assert ended(forked(lambda work=pending: future_is_refused(work))) == 0, engine
+            mark(meet, f"{engine} forked")
+            pending.wait()
+        else:
+            await_mark(meet, f"{engine} forked")
+            dist.all_reduce(x, group=g)
+        handle.release()
+        assert x.tolist() == [float(size**3)] * 4
+
+
+def test_a_forked_child_is_refused_every_call_and_harms_nobody(children):
+    children(forks)
 
 
 # -- the end --------------------------------------------------------------------------------

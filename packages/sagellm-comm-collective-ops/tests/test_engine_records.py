@@ -1,6 +1,7 @@
 """What every engine keeps of its calls, and which algorithm it chooses."""
 
 import itertools
+import sys
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from shm_harness import BARRIER, ENGINES, LONG_S, engine_of, until
 
+from sagellm.comm.collective_ops._shm import python_records
 from sagellm.comm.collective_ops._shm.choice import ONE_SHOT_BYTES, SYMMETRIC_BYTES, choose
 from sagellm.comm.collective_ops._shm.python_records import RING as PYTHON_RING, Records, tag_of
 from sagellm.core.protocols.process_group import RawCall
@@ -115,6 +117,53 @@ def test_records_are_whole_for_a_thread_that_reads_while_another_writes():
     assert [(t.calls, t.nbytes, t.total_ns) for t in records.totals()] == [
         (calls, 8 * calls, calls)
     ]
+
+
+def interrupted(look, step, handler):
+    """Run `look`, with `handler` before its instruction number `step`; whether it has so many."""
+    steps, before = itertools.count(), sys.gettrace()
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != python_records.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(steps) == step:
+            handler()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        look()
+    finally:
+        sys.settrace(before)
+    return next(steps) > step
+
+
+@pytest.mark.parametrize("look", [Records.count, Records.last])
+def test_records_are_whole_for_a_signal_at_any_step_of_looking_at_them(look):
+    for step in itertools.count():
+        records, seen = Records(), []
+
+        def write(number, records=records):
+            records.write(tag_of(number % 2, "one_shot"), 8, number, number + 1, 0)
+
+        def numbers(records=records):
+            return [(r.number, r.started_ns) for r in records.last()]
+
+        def handler(records=records, seen=seen, numbers=numbers):
+            seen.append((numbers(), sum(t.calls for t in records.totals()), numbers()))
+
+        write(0)
+        records.count()
+        write(1)
+        write(2)
+        if not interrupted(lambda records=records: look(records), step, handler):
+            break
+        whole = [(i, i) for i in range(3)]
+        assert [(before, after) for before, _, after in seen] == [(whole, whole)], step
+        assert seen[0][1] <= 3, step
+        assert (numbers(), [t.calls for t in records.totals()]) == (whole, [2, 1]), step
+    assert step > 50
 
 
 @engines

@@ -94,6 +94,17 @@ def test_silent_guests_are_few_and_keep_no_rank_out(listener, guests):
     assert come(listener, {0: listener.nonce, 1: nonce}) == [1]
 
 
+def test_a_crowd_keeps_no_rank_out_that_has_said_who_it_is(listener, guests):
+    nonce = os.urandom(16)
+    claims = {0: listener.nonce, 1: nonce}
+    rank = guest_at(listener, guests)
+    assert listener.serve(0, claims, {1}) == {}
+    rank.send(handshake._HELLO.pack(handshake._MAGIC, 1, nonce, listener.nonce))
+    for _ in range(BACKLOG):
+        assert guest_at(listener, guests) is not None
+    assert come(listener, claims) == [1]
+
+
 @pytest.mark.parametrize("error", [errno.ECONNABORTED, errno.EPERM])
 def test_a_guest_that_fails_to_come_keeps_no_other_out(listener, guests, monkeypatch, error):
     nonce = os.urandom(16)

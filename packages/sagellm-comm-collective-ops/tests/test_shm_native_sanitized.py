@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from sagellm.comm.collective_ops._shm.build import FLAGS, SOURCE, compiler
-from sagellm.comm.collective_ops._shm.native_library import library
+from sagellm.comm.collective_ops._shm.native_library import ABI, library
 
 HARNESS = Path(__file__).parent / "native" / "threads.c"
-SHIPPED = [*(f for f in FLAGS if f != "-fPIC"), "-Wall", "-Werror"]
+SHIPPED = [*(f for f in FLAGS if f != "-fPIC"), "-Wall", "-Werror", "-fstack-protector-all"]
 LONGEST_S = 280  # on a machine that does a dozen other things; alone each takes seconds
 
 pytestmark = [
@@ -113,7 +113,7 @@ def test_a_library_for_aarch64_is_left_out(tmp_path):
     if command is None or platform.machine() == "aarch64":
         pytest.skip("no compiler for another machine")
     source = tmp_path / "other.c"
-    source.write_text("int sage_shm_abi(void) { return 2; }\n")
+    source.write_text(f"int sage_shm_abi(void) {{ return {ABI}; }}\n")
     target = tmp_path / "_sage_shm.so"
     subprocess.run(
         [command, "-shared", "-fPIC", "-o", str(target), str(source)], check=True, timeout=LONGEST_S

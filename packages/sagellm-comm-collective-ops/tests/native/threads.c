@@ -49,7 +49,7 @@ static void call(int rank, int round, int64_t word, int64_t n, void *in, void *o
   int rc = sage_shm_run(c, word, n, in, out, aux, TIMEOUT_S * INT64_C(1000000000));
   while (rc == AGAIN || rc == INTERRUPTED) rc = sage_shm_resume(c);
   if (rc && !atomic_exchange(&wrong, 1)) {
-    int64_t told[3];
+    int64_t told[4];
     sage_shm_failure(c, told);
     fprintf(stderr, "rank %d round %d: cause %d, rank %d\n", rank, round, (int)told[0], (int)told[1]);
   }
@@ -168,7 +168,7 @@ static void end_badly(void) {
   for (int i = 0; i < 2 * world; i++) pthread_create(&threads[i], 0, spoil, contexts[i / 2]);
   for (int i = 0; i < 2 * world; i++) pthread_join(threads[i], 0);
   for (int r = 0; r < world; r++) {
-    int64_t told[3];
+    int64_t told[4];
     expect(r, rounds, "poisoned", sage_shm_run(contexts[r], packed(BARRIER, NONE, 0, -1), 0, 0, 0, 0, 1), FAILED);
     sage_shm_failure(contexts[r], told);
     expect(r, rounds, "cause", (float)told[0], ABORTED);

@@ -340,9 +340,9 @@ class ShmBackend(OwnBackend[ShmSettings]):
 
     def after_fork(self) -> None:
         """In a forked child: refuse everything, for the group is the parent's."""
-        # A thread that the child does not have may hold a lock of the old ones.
+        # A thread that the child does not have may hold the old lock.
         self._state = threading.RLock()
-        self._hot = HotPath()
+        self._hot.after_fork()
         self._dead = ConfigError(FORKED)
 
     # -- memory and steering --------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sagellm.comm.collective_ops._shm.forks import release_in_children
 from sagellm.core.protocols import Work
 from sagellm.core.protocols.process_group import completed_future
 
@@ -93,6 +94,7 @@ class Completer:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        release_in_children(self)
 
     def submit(self, complete: Callable[[], None]) -> None:
         """Run `complete` after all that were submitted before."""
@@ -110,6 +112,10 @@ class Completer:
             if self._thread is not None:
                 self._thread = None
                 self._queue.put(None)
+
+    def after_fork(self) -> None:
+        """In a forked child, which does not have the thread: what is submitted starts another."""
+        self._queue, self._thread, self._lock = queue.SimpleQueue(), None, threading.Lock()
 
 
 def _complete_all(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

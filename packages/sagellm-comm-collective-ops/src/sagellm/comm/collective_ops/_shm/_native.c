@@ -829,7 +829,7 @@ EXPORT int sage_shm_go_at(const prepared *p, char *in, char *out, int64_t n) {
 }
 EXPORT void sage_shm_forget(prepared *p) { free(p); }
 
-EXPORT void sage_shm_failure(const context *c, int64_t *cause_rank_step_call) {
+EXPORT void sage_shm_failure(const context *c, int64_t cause_rank_step_call[static 4]) {
   cause_rank_step_call[0] = c->cause;
   cause_rank_step_call[1] = c->bad_rank;
   cause_rank_step_call[2] = c->seq;

@@ -64,6 +64,12 @@ class Listener:
         for _ in range(self._backlog):
             if not self._accept():
                 break
+        came = self._hear(rank, claims, wanted)
+        while len(self._guests) > self._backlog:
+            self._guests.popleft().close()
+        return came
+
+    def _hear(self, rank: int, claims: Claims, wanted: set[int]) -> dict[int, socket.socket]:
         came: dict[int, socket.socket] = {}
         for guest in list(self._guests):
             try:
@@ -100,8 +106,6 @@ class Listener:
             return True
         guest.setblocking(False)
         self._guests.append(guest)
-        if len(self._guests) > self._backlog:
-            self._guests.popleft().close()
         return True
 
     def _judge(self, guest: socket.socket, hello: bytes, claims: Claims) -> int:

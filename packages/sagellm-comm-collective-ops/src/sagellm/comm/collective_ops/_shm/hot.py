@@ -118,6 +118,11 @@ class HotPath:
         self._transport = None
         self._update()
 
+    def after_fork(self) -> None:
+        """In a forked child: stop, whoever holds this object."""
+        self._changing = threading.Lock()  # a thread that the child does not have may hold the old
+        self.stop()
+
     def _update(self, busy: bool | None = None) -> None:
         with self._changing:
             transport = self._transport

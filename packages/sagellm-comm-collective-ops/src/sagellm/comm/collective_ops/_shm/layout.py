@@ -38,8 +38,7 @@ CONTROL_BYTES = 256
 MAX_RANKS = 64
 
 # header words, as byte offsets
-H_MAGIC, H_VERSION, H_WORLD, H_SLOT_BYTES, H_ARENA_BYTES = 0, 8, 16, 24, 32
-H_DATA_OFFSET, H_ARENA_OFFSET, H_MAILBOX_BYTES, H_NONCE = 40, 48, 56, 64
+H_NONCE = 64
 H_POISON = 128
 """0, or cause << 32 | (rank that failed) + 1. Written once, by compare-and-swap or by one rank."""
 
@@ -85,7 +84,7 @@ REDUCTIONS = ("none", "sum", "avg", "min", "max", "product", "band", "bor", "bxo
 
 # packed call, the first signature word
 # bits 0-7 op, 8-15 dtype + 1, 16-23 reduction, 24-31 flags, 32-47 root + 1
-F_SYMMETRIC, F_UNEVEN = 1, 2
+F_UNEVEN = 2
 
 
 def pack(op: int, dtype: int, reduction: int, flags: int, root: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 
@@ -27,6 +26,7 @@ FULL = RING // 2
 BUCKETS = 256
 """Longest histogram: up to 42 s."""
 
+Row = tuple[int, int, int, int, int]
 _COLUMNS = 5
 _TAG, _NBYTES, _STARTED, _ENDED, _WAIT = range(_COLUMNS)
 _TAG_BITS = 48
@@ -42,6 +42,24 @@ def tag_of(packed: int, algorithm: str) -> int:
     return packed | ALGORITHMS.index(algorithm) << _TAG_BITS
 
 
+class _Past:
+    """Calls that were taken from the list, before `found` was and with it.
+
+    Attributes:
+        rows: The last of them.
+        number: How many there were.
+        first: The first one taken with the last list.
+        taken: How many were taken with it.
+
+    """
+
+    def __init__(self, before: _Past | None = None, found: Sequence[Row] = ()) -> None:
+        self.rows: list[Row] = [*(before.rows if before else ()), *found][-RING:]
+        self.number: int = (before.number if before else 0) + len(found)
+        self.first = found[0] if found else None
+        self.taken = len(found)
+
+
 class Records:
     """The calls of one engine; `write` after each one, or append to `rows` what it would.
 
@@ -55,11 +73,11 @@ class Records:
     """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, int, int]] = []
+        self.rows: list[Row] = []
         self.running: tuple[tuple[int, int], int] | None = None
         self._counting = threading.RLock()  # a signal's dump may come while it is held
-        self._counted = 0
-        self._last: deque[tuple[int, int, int, int, int]] = deque(maxlen=RING)
+        self._adding = False
+        self._past = _Past()
         self._counts: dict[int, np.ndarray] = {}
         """By op, algorithm and size: calls, bytes, time and waiting, then the histogram."""
 
@@ -77,12 +95,18 @@ class Records:
             self._count()
 
     def _count(self) -> None:
-        found = self.rows[:]
-        if not found:
+        if self._adding:  # a signal's dump, in the middle of this
             return
-        self._last.extend(found)
-        self._counted += len(found)
-        del self.rows[: len(found)]  # what was appended meanwhile stays
+        self._adding = True
+        try:
+            if found := self.rows[:]:
+                self._past = _Past(self._past, found)
+                del self.rows[: len(found)]  # what was appended meanwhile stays
+                self._add_all(found)
+        finally:
+            self._adding = False
+
+    def _add_all(self, found: list[Row]) -> None:
         flat = np.fromiter(chain.from_iterable(found), np.int64, len(found) * _COLUMNS)
         rows = flat.reshape(-1, _COLUMNS)
         tags = rows[:, _TAG]
@@ -97,18 +121,17 @@ class Records:
 
     def _add(self, kind: int, rows: np.ndarray) -> None:
         spent = rows[:, _ENDED] - rows[:, _STARTED]
-        counts = self._counts.get(kind)
-        if counts is None:
-            counts = self._counts[kind] = np.zeros(4 + BUCKETS, np.int64)
-        sums = len(rows), rows[:, _NBYTES].sum(), spent.sum(), rows[:, _WAIT].sum()
-        counts[:4] += sums
-        counts[4:] += np.bincount(_STARTS.searchsorted(spent, "right"), minlength=BUCKETS)
+        counts = np.zeros(4 + BUCKETS, np.int64)
+        counts[:4] = len(rows), rows[:, _NBYTES].sum(), spent.sum(), rows[:, _WAIT].sum()
+        counts[4:] = np.bincount(_STARTS.searchsorted(spent, "right"), minlength=BUCKETS)
+        before = self._counts.get(kind)
+        self._counts[kind] = counts if before is None else before + counts  # at once
 
     def totals(self) -> Sequence[EngineTotals]:
         """Counts of all calls that have ended, by op, algorithm and size."""
         with self._counting:
             self._count()
-            kept = [(kind, counts.tolist()) for kind, counts in self._counts.items()]
+            kept = [(kind, counts.tolist()) for kind, counts in list(self._counts.items())]
         found = []
         for kind, counts in kept:
             rest, size = divmod(kind, _SIZES)
@@ -140,9 +163,13 @@ class Records:
         """The last calls, oldest first, the running one last."""
         with self._counting:
             running = self.running
-            new = self.rows[:]
-            number = self._counted + len(new)
-            rows = [*self._last, *new][-RING:]
+            past = None
+            while past is not self._past:
+                past, new = self._past, self.rows[:]
+            if new and new[0] is past.first:  # taken, and not deleted yet
+                del new[: past.taken]
+            number = past.number + len(new)
+            rows = [*past.rows, *new][-RING:]
         found = []
         first = number - len(rows)
         for i, (tag, nbytes, started, ended, wait) in enumerate(rows, first):

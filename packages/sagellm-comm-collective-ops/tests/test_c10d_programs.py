@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import socket
 import warnings
 from pathlib import Path
@@ -183,6 +184,33 @@ def compiled(groups, compiler):
 
 def test_compiled_programs_call_it(c10d_worlds):
     c10d_worlds(2).run(compiled, "aot_eager")
+
+
+def fused(groups):
+    """Compiled in this process: a pool of compilers would be a process tree per rank."""
+    import torch._inductor.config as config
+    import torch.distributed._functional_collectives as fc
+
+    g, size = groups["sagellm"], 2
+
+    def fn(x):
+        y = fc.all_reduce(x * 2, "sum", g) + 1
+        z = fc.all_gather_tensor(y.relu(), 0, g)
+        return fc.reduce_scatter_tensor(z * 3, "sum", 0, g)
+
+    settings = {"compile_threads": 1}
+    if hasattr(config, "cpp_cache_precompile_headers"):  # takes minutes for one small kernel
+        settings["cpp_cache_precompile_headers"] = False
+    x = torch.arange(4.0) - 2 + dist.get_rank()
+    with config.patch(settings):
+        got = torch.compile(fn, backend="inductor", fullgraph=True)(x)
+    wanted = (2 * (2 * (torch.arange(4.0) - 2) + 1) + 1).relu() * 3 * size
+    same(got, wanted)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_inductor_compiles_programs_that_call_it(c10d_worlds):
+    c10d_worlds(2).run(fused, timeout_s=110.0)
 
 
 # -- pipelines ------------------------------------------------------------------------------

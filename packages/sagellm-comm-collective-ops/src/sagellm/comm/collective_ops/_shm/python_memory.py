@@ -17,7 +17,7 @@ __all__ = ["CACHED_VIEWS", "Memory", "move"]
 
 Views: TypeAlias = tuple[tuple[Array, ...], tuple[Array, ...]]
 
-CACHED_VIEWS = 128
+CACHED_VIEWS = 1024
 """Longest cache of views: a call uses one or two, a view costs about 1 us to make."""
 
 move = ctypes.memmove

@@ -163,6 +163,7 @@ def test_every_figure_of_the_issue_is_a_ratio_with_its_goal(monkeypatch):
 
     assert {key: found[key].goal for key in wanted} == wanted
     others = {(*key[:-1], "normal" if key[-1] == "rr" else "rr") for key in wanted}
+    others -= {key for key in others if key[0] == "p99"}  # measured where it is judged alone
     assert all(found[key].goal is None for key in others)
     assert all(r.value is not None for r in found.values() if r.case.get("measure") == "time")
 

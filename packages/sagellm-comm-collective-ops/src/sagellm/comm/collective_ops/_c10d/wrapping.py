@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -210,12 +211,13 @@ class WrappingGroup(Facade):
 
     def _call(self, entry: EntryPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CommCall:
         sent = tensors_in(args[entry.inputs]) if entry.inputs is not None else ()
-        written = _written(entry, args)
-        tensors = (*sent, *(() if entry.inputs == entry.outputs else written))
+        written = sent if entry.inputs == entry.outputs else _written(entry, args)
+        tensors = sent if written is sent else (*sent, *written)
         options = kwargs.get("opts", args[-1] if args else None)
-        op = getattr(options, "reduceOp", None)
+        kind = type(options)  # asking the type is cheap; an attribute that is not there costs 1 us
+        op = options.reduceOp if hasattr(kind, "reduceOp") else None
         peer = None
-        if hasattr(options, "rootRank"):
+        if hasattr(kind, "rootRank"):
             peer = root_of(options)
         elif entry.name in ("send", "recv"):
             peer = int(args[1])
@@ -224,11 +226,11 @@ class WrappingGroup(Facade):
             op=entry.op,
             sequence=self._sequence - 1,
             nbytes=sum(x.nbytes for x in sent or written),
-            dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+            dtype=_dtype_name(tensors[0].dtype) if tensors else "",
             group=self._label,
             rank=self._rank,
             size=self._size,
-            reduce_op=None if op is None else str(op.op).rpartition(".")[2].lower(),
+            reduce_op=None if op is None else _reduction_name(op),
             peer=peer,
             tensors=tensors,
         )
@@ -299,6 +301,22 @@ class _WatchedWork(OwnWork):
 
         chained: torch.futures.Future[Any] = self._work.get_future().then(tell)
         return chained
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_reduction_names: dict[int, str] = {}
+
+
+def _reduction_name(op: TorchObject) -> str:
+    """`sum` and so on: by hash, since operations of torch are not equal to their like."""
+    name = _reduction_names.get(hash(op))
+    if name is None:
+        name = _reduction_names[hash(op)] = str(op.op).rpartition(".")[2].lower()
+    return name
 
 
 def _written(entry: EntryPoint, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

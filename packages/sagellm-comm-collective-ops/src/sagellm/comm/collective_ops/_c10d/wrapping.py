@@ -215,7 +215,9 @@ class WrappingGroup(Facade):
         tensors = sent if written is sent else (*sent, *written)
         options = kwargs.get("opts", args[-1] if args else None)
         kind = type(options)  # asking the type is cheap; an attribute that is not there costs 1 us
-        op = options.reduceOp if hasattr(kind, "reduceOp") else None
+        op = None
+        if options is not None and hasattr(kind, "reduceOp"):
+            op = options.reduceOp
         peer = None
         if hasattr(kind, "rootRank"):
             peer = root_of(options)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sagellm.comm.collective_ops._shm.engines import ENGINES, available_engines
 from sagellm.core.protocols.testing.rank_pool import RankPool
 
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests; workers inherit it
@@ -233,6 +234,14 @@ def rank_pools(loopback):
     ranks = Ranks(4)
     yield lambda size: Part(ranks, size)
     ranks.close()
+
+
+@pytest.fixture(params=ENGINES)
+def meet(pool, request):
+    """Where the ranks of a file's `pool` meet for one test, with one of the engines."""
+    if request.param not in available_engines():
+        pytest.skip(f"engine {request.param} does not work here")
+    return f"{pool.store_path()}.{request.param}"
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,14 @@ def join(rank, size, meet, *, timeout_s=30.0, name="shm", **options):
     )
 
 
+def on_group(rank, size, meet, fn):
+    """In a worker: `fn(backend)` on a new group of all ranks."""
+    with join(rank, size, meet) as b:
+        result = fn(b)
+        b.barrier()
+    return result
+
+
 def engines():
     """The engines to test here: those that exist."""
     return list(available_engines())

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from shm_ranks import engines, join, same
+from shm_ranks import join, same
 
 from sagellm.comm.collective_ops import ShmBackend, _specs, create_comm_backend, factory
 from sagellm.comm.collective_ops._groups import GroupSource
@@ -19,12 +19,6 @@ SIZE = 4
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
 
 
 def test_world_of_one():

@@ -11,7 +11,6 @@ from shm_ranks import (
     SLACK_S,
     await_mark,
     ended,
-    engines,
     failure,
     forked,
     join,
@@ -30,12 +29,6 @@ SIZE = 3
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
 
 
 def dies(meet, how):

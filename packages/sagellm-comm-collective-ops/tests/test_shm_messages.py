@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shm_ranks import engines, join, same
+from shm_ranks import on_group, same
 
 from sagellm.core.protocols import P2POp
 
@@ -12,20 +12,6 @@ SIZE = 4
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
-
-
-def on_group(rank, size, meet, name):
-    """Run one function of this file on a group of all ranks."""
-    with join(rank, size, meet) as b:
-        result = globals()[name](b)
-        b.barrier()
-    return result
 
 
 def every_order_of_tags(b):
@@ -127,10 +113,10 @@ MESSAGES = [
 
 @pytest.mark.parametrize("case", MESSAGES, ids=lambda f: f.__name__)
 def test_messages(pool, meet, case):
-    pool.run(on_group, meet, case.__name__)
+    pool.run(on_group, meet, case)
 
 
 def test_unexpected_messages_hold_little_memory_at_the_receiver(pool, meet):
-    held = pool.run(on_group, meet, "unexpected_messages_are_bounded")[1]
+    held = pool.run(on_group, meet, unexpected_messages_are_bounded)[1]
 
     assert 0 < held <= 1 << 20

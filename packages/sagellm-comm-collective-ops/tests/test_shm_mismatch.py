@@ -4,7 +4,7 @@ import resource
 
 import pytest
 import torch
-from shm_ranks import engines, failure, join
+from shm_ranks import failure, join
 
 SIZE = 3
 
@@ -12,12 +12,6 @@ SIZE = 3
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
 
 
 def calls_of(b, case, odd):

@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 import torch
-from shm_ranks import await_mark, ended, engines, failure, forked, join, leftovers, mark, same
+from shm_ranks import await_mark, ended, failure, forked, join, leftovers, mark, same
 
 SIZE = 4
 
@@ -12,12 +12,6 @@ SIZE = 4
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
 
 
 def groups_side_by_side(rank, size, meet):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from shm_ranks import engines, join, same
+from shm_ranks import join, on_group, same
 
 from sagellm.core.protocols import CommError, CommTimeoutError, ConfigError, ResourceError
 
@@ -15,20 +15,6 @@ SIZE = 4
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
-
-
-def on_group(rank, size, meet, name):
-    """Run one function of this file on a group of all ranks."""
-    with join(rank, size, meet) as b:
-        result = globals()[name](b)
-        b.barrier()
-    return result
 
 
 def symmetric_tensors(b):
@@ -54,7 +40,7 @@ def symmetric_tensors(b):
 
 
 def test_symmetric_tensors_give_the_same_bits_and_go_with_their_last_view(pool, meet):
-    assert pool.run(on_group, meet, "symmetric_tensors") == [0] * SIZE
+    assert pool.run(on_group, meet, symmetric_tensors) == [0] * SIZE
 
 
 def both_ways_agree(b):
@@ -150,7 +136,7 @@ def odd_tensors_take_the_general_way(b):
     ids=lambda f: f.__name__,
 )
 def test_the_short_way(pool, meet, case):
-    pool.run(on_group, meet, case.__name__)
+    pool.run(on_group, meet, case)
 
 
 def late_peers(rank, size, meet, kind):
@@ -190,4 +176,4 @@ def async_calls_run_in_order(b):
 
 
 def test_async_calls_keep_their_order_and_sync_ones_go_behind_them(pool, meet):
-    pool.run(on_group, meet, "async_calls_run_in_order")
+    pool.run(on_group, meet, async_calls_run_in_order)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from shm_harness import in_order, values
-from shm_ranks import ended, engines, forked, join, same
+from shm_ranks import ended, forked, join, same
 
 SIZE = 4
 REDUCED = ((torch.float32, "sum"), (torch.bfloat16, "avg"), (torch.int64, "product"))
@@ -14,12 +14,6 @@ REDUCED = ((torch.float32, "sum"), (torch.bfloat16, "avg"), (torch.int64, "produ
 @pytest.fixture
 def pool(rank_pools):
     return rank_pools(SIZE)
-
-
-@pytest.fixture(params=engines())
-def meet(pool, request):
-    """Where the ranks of one test meet, with one of the engines."""
-    return f"{pool.store_path()}.{request.param}"
 
 
 def every_operation(b, n):

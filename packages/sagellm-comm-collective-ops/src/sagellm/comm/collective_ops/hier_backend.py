@@ -28,7 +28,7 @@ from ._hier.build import MakeIntra, build_stages
 from ._hier.partition import HostMap
 from ._hier.plans import PLANNED
 from ._hier.settings import CANDIDATES, FLAT, LEADERS, TWO_D, HierSettings
-from ._hier.transport import HierTransport, Stages
+from ._hier.transport import HierTransport
 from ._own import OwnBackend
 from ._schedule_plans import PLANS
 from ._scheduled import agree_on_options
@@ -146,38 +146,28 @@ class HierBackend(OwnBackend[HierSettings]):
         cost_model: CostModelProtocol | None,
     ) -> tuple[Transport, CostTable | None]:
         try:
-            stages, table = self._stages(flat, options, timeout_s, cost_model)
+            make = _intra_maker(options.get("intra", "auto"), timeout_s)
+            hosts = options.get("hosts")
+            said = [f"hosts {HostMap.of(hosts, flat.rank).hosts}"] if hosts is not None else []
+            asked = "; ".join(filter(None, [*said, self._settings.text()]))
+            name = f"{flat.group_name}/hier"
+            agree_on_options(flat.store, name, flat.rank, flat.size, asked, timeout_s, always=True)
+            if hosts is None:
+                proven = prove_hosts(flat.store, flat.rank, flat.size, timeout_s, label=name)
+                hosts = proven.partition
+                logger.info("group %s: %s", flat.group_name, proven.explain())
+            table = None
+            if cost_model is not None:
+                table = table_by_broadcast(flat, cost_model.freeze(), timeout_s)
+            # Groups for two_d cost memory and connections: made where it may be chosen.
+            rails = self._settings.may_use(TWO_D)
+            if table is not None and self._settings.algorithm == "auto":
+                rails = rails or any(name == TWO_D for _, name, _ in table.curves)
+            stages = build_stages(flat, hosts, GLOO, self._settings, make, timeout_s, rails=rails)
         except BaseException:
             flat.close()
             raise
         return HierTransport(stages), table
-
-    def _stages(
-        self,
-        flat: TorchTransport,
-        options: Mapping[str, Any],  # Any: each option has its own type
-        timeout_s: float,
-        cost_model: CostModelProtocol | None,
-    ) -> tuple[Stages, CostTable | None]:
-        make = _intra_maker(options.get("intra", "auto"), timeout_s)
-        hosts = options.get("hosts")
-        said = [f"hosts {HostMap.of(hosts, flat.rank).hosts}"] if hosts is not None else []
-        asked = "; ".join(filter(None, [*said, self._settings.text()]))
-        name = f"{flat.group_name}/hier"
-        agree_on_options(flat.store, name, flat.rank, flat.size, asked, timeout_s, always=True)
-        if hosts is None:
-            proven = prove_hosts(flat.store, flat.rank, flat.size, timeout_s, label=name)
-            hosts = proven.partition
-            logger.info("group %s: %s", flat.group_name, proven.explain())
-        table = None
-        if cost_model is not None:
-            table = table_by_broadcast(flat, cost_model.freeze(), timeout_s)
-        # Groups for two_d cost memory and connections: made where it may be chosen.
-        rails = self._settings.may_use(TWO_D)
-        if table is not None and self._settings.algorithm == "auto":
-            rails = rails or any(name == TWO_D for _, name, _ in table.curves)
-        stages = build_stages(flat, hosts, GLOO, self._settings, make, timeout_s, rails=rails)
-        return stages, table
 
     @classmethod
     def join(cls, rank: int, size: int, meet: str, *, timeout_s: float = 30.0) -> Self:

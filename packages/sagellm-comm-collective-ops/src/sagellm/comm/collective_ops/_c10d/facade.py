@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 
@@ -28,7 +26,8 @@ _ProcessGroup: TorchObject = dist.ProcessGroup
 class Facade(_ProcessGroup):  # type: ignore[misc]  # torch's stubs of it differ by release
     """A process group in Python that torch takes for one of its own.
 
-    Subclasses define the calls, and run `alias_older_names` on themselves.
+    Subclasses define the calls and how the group ends (`set_timeout`, `abort`, `shutdown`, and the
+    names with an underscore that torch has for them), and run `alias_older_names` on themselves.
 
     Args:
         rank: This rank in the group.
@@ -116,21 +115,3 @@ class Facade(_ProcessGroup):  # type: ignore[misc]  # torch's stubs of it differ
 
     def _set_sequence_number_for_group(self) -> None:
         return None
-
-    # -- ends -----------------------------------------------------------------------------
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Replace the deadline of later calls."""
-        raise NotImplementedError
-
-    _set_default_timeout = set_timeout
-
-    def abort(self) -> None:
-        """Fail what is in flight here and at the peers."""
-        raise NotImplementedError
-
-    def shutdown(self) -> None:
-        """Release what the group holds. Safe more than once."""
-        raise NotImplementedError
-
-    _shutdown = shutdown

@@ -63,28 +63,12 @@ def build_stages(
         rails: Whether to make groups for `two_d`, where hosts allow it.
 
     """
-    groups: list[CommBackendProtocol] = []
-    try:
-        return _build(groups, flat, hosts, spec, settings, make_intra, timeout_s, rails=rails)
-    except BaseException:
-        for group in groups:
-            group.close()
-        raise
-
-
-def _build(
-    groups: list[CommBackendProtocol],
-    flat: TorchTransport,
-    hosts: Sequence[Sequence[int]],
-    spec: BackendSpec,
-    settings: HierSettings,
-    make_intra: MakeIntra | None,
-    timeout_s: float,
-    *,
-    rails: bool,
-) -> Stages:
-    """As `build_stages`; `groups` has every group as soon as it is there."""
     map = HostMap.of(hosts, flat.rank)
+    groups: list[CommBackendProtocol] = []
+
+    def kept(group: CommBackendProtocol) -> CommBackendProtocol:
+        groups.append(group)
+        return group
 
     def part(
         ranks: Sequence[int], name: str, table: AlgorithmTable | None = None
@@ -97,26 +81,7 @@ def _build(
         assert quiet is not None
         if table is not None and table.rules:
             quiet = ScheduledTransport(quiet, (table,))
-        groups.append(PartBackend(spec, quiet, timeout_s=timeout_s))
-        return groups[-1]
-
-    intra: CommBackendProtocol | None = None
-    if len(map.mine) > 1:
-        if make_intra is None:
-            intra = part(map.mine, f"host{map.index}")
-        else:
-            intra = make_intra(map, flat)
-            groups.append(intra)
-            if intra.size != len(map.mine) or intra.rank != map.local:
-                raise ConfigError(
-                    f"the group of host {map.index} has rank {intra.rank} of {intra.size}, not "
-                    f"{map.local} of {len(map.mine)}: hand in the ranks {list(map.mine)} ascending"
-                )
-    leaders = part(map.leaders, "leaders", settings.between)
-    wide = rails and map.equal and min(len(map.hosts), len(map.mine)) > 1
-    between = leaders
-    if wide and not map.leads:
-        between = part(map.rail, f"rail{map.local}", settings.between)
+        return kept(PartBackend(spec, quiet, timeout_s=timeout_s))
 
     def wire(group: CommBackendProtocol | None) -> Wire | None:
         if group is None:
@@ -129,15 +94,36 @@ def _build(
         )
         return Wire(group, lossy)
 
-    plans = Plans(
-        map,
-        intra,
-        wire(leaders),
-        wire(between) if wide else None,
-        chunk_bytes=settings.chunk_bytes,
-    )
-
     def again(part_of: TorchTransport, its_hosts: Sequence[Sequence[int]]) -> Stages:
         return build_stages(part_of, its_hosts, spec, settings, make_intra, timeout_s, rails=rails)
 
+    try:
+        intra: CommBackendProtocol | None = None
+        if len(map.mine) > 1:
+            if make_intra is None:
+                intra = part(map.mine, f"host{map.index}")
+            else:
+                intra = kept(make_intra(map, flat))
+                if intra.size != len(map.mine) or intra.rank != map.local:
+                    raise ConfigError(
+                        f"the group of host {map.index} has rank {intra.rank} of {intra.size}, "
+                        f"not {map.local} of {len(map.mine)}: hand in the ranks "
+                        f"{list(map.mine)} ascending"
+                    )
+        leaders = part(map.leaders, "leaders", settings.between)
+        wide = rails and map.equal and min(len(map.hosts), len(map.mine)) > 1
+        between = leaders
+        if wide and not map.leads:
+            between = part(map.rail, f"rail{map.local}", settings.between)
+        plans = Plans(
+            map,
+            intra,
+            wire(leaders),
+            wire(between) if wide else None,
+            chunk_bytes=settings.chunk_bytes,
+        )
+    except BaseException:
+        for group in groups:
+            group.close()
+        raise
     return Stages(map, flat, plans, again, groups)

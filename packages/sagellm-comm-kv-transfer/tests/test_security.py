@@ -127,7 +127,7 @@ def test_connections_that_say_nothing_are_bounded(channel, port, eventually):
     address = b.address if port == "control" else b._engine.transport.endpoint()
     silent = [dial(address) for _ in range(12)]
     if port == "control":
-        eventually(lambda: len(b._engine._door._guests) <= 4)
+        eventually(lambda: len(b._engine.links._door._guests) <= 4)
 
     assert works(a, b, 0)
     eventually(lambda: b.get_stats().rejected_connections >= 12)

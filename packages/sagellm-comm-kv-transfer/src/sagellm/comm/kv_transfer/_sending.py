@@ -90,7 +90,7 @@ class Sending:
                 f"{len(self._active)} transfers are in flight already; max_in_flight is "
                 f"{self._engine.settings.max_in_flight}"
             )
-        link = self._engine.link_to(p.target, p.handle.deadline)
+        link = self._engine.links.to(p.target, p.handle.deadline)
         if p.pool is not None:
             p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
         self._active[name] = p
@@ -180,7 +180,7 @@ class Sending:
 
     def on_fetch(self, link: Link, fetch: wire.Fetch) -> None:
         """A peer wants to pull."""
-        self._engine.ensure_writer(link)
+        self._engine.links.ensure_writer(link)
         if (link, fetch.tid) in self._by_tid or (link, fetch.tid) in self._fetches:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {fetch.tid} twice")
@@ -307,7 +307,7 @@ class Sending:
     def _expire(self, p: Push) -> None:
         state = p.handle.state
         if p.link is None:
-            what = f"node {p.target} never came ({self._engine.why_absent(p.target)})"
+            what = f"node {p.target} never came ({self._engine.links.why_absent(p.target)})"
         elif state is TransferState.OFFERED:
             what = f"node {p.target} has not said `receive`"
         else:

@@ -196,7 +196,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         engine = self._engine
 
         def begin() -> None:
-            link = engine.link_to(peer, time.monotonic() + wait_s)
+            link = engine.links.to(peer, time.monotonic() + wait_s)
             found.append(link)
             link.when_up(lambda _: met.set())
 
@@ -204,7 +204,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         link = found[0]
         if not met.wait(wait_s):
             raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.why_absent(peer)})"
+                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
             )
         if link.error is not None:
             raise link.error
@@ -323,7 +323,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         handle.owner = r
 
         def begin() -> None:
-            link = engine.link_to(peer, handle.deadline)
+            link = engine.links.to(peer, handle.deadline)
             pool.lease(r, f"{key.id}/{key.attempt}", table)
             engine.receiving.fetch(r, peer, layers)
 
@@ -331,7 +331,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
                 if error is not None:
                     engine.receiving.fail(r, error)
                 elif r.error is None:
-                    engine.ensure_reader(link)
+                    engine.links.ensure_reader(link)
                     engine.receiving.request(r, link, wanted, deadline_s)
 
             link.when_up(up)
@@ -380,7 +380,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Why that path, in words."""
         link = self._link(peer)
         if link is None or not link.up:
-            why = self._engine.why_absent(peer)
+            why = self._engine.links.why_absent(peer)
             return f"node {peer}: unconnected ({why}); known: {self._engine.discovery.known()}"
         s = self._engine.settings
         fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"

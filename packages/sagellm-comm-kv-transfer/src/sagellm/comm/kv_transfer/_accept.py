@@ -43,7 +43,7 @@ class Doorkeeper:
         listener: Listening socket, which this object closes.
         node_id: Ours.
         key: The shared key.
-        welcome: Makes our welcome, given our proof.
+        welcome: Makes our welcome, given our proof and the host that the peer has reached us at.
         on_accepted: Gets every proven connection.
         max_unauthenticated: Connections that are not proven yet; the oldest gives way.
         timeout_s: For the whole handshake.
@@ -58,7 +58,7 @@ class Doorkeeper:
         *,
         node_id: int,
         key: bytes,
-        welcome: Callable[[bytes], wire.Welcome],
+        welcome: Callable[[bytes, str], wire.Welcome],
         on_accepted: Callable[[Accepted], None],
         max_unauthenticated: int,
         timeout_s: float,
@@ -130,7 +130,7 @@ class Doorkeeper:
             guest.proven = True
             guest.buffer.max_bytes = self._max_message_bytes
             mac = auth.proof(self._key, guest.digest, initiator=False)
-            self._send(guest, self._welcome(mac))
+            self._send(guest, self._welcome(mac, guest.sock.getsockname()[0]))
         elif guest.digest is not None and guest.proven and isinstance(message, wire.Ready):
             self._let_go(guest)
             session = auth.session_key(self._key, guest.digest)

@@ -11,7 +11,6 @@ from sagellm.core.protocols import (
     DistributedRuntimeError,
     KVLayout,
     KVTransferError,
-    KVTransport,
     PeerLostError,
     TransferKey,
     TransferStats,
@@ -23,6 +22,7 @@ from ._link import Link
 from ._links import Links
 from ._loop import EventLoop
 from ._meters import Meters
+from ._paths import Paths
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
 from ._sending import Sending
@@ -41,7 +41,7 @@ class Engine:
     Args:
         discovery: Who we are and where the others are.
         settings: Bounds and choices.
-        transport: Moves the blocks.
+        paths: What moves the blocks.
         host: Address to listen on.
         port: Port to listen on; 0 lets the kernel choose.
         advertise: Host that peers are told.
@@ -52,7 +52,7 @@ class Engine:
         self,
         discovery: Discovery,
         settings: KVTransferSettings,
-        transport: KVTransport,
+        paths: Paths,
         *,
         host: str,
         port: int,
@@ -62,16 +62,16 @@ class Engine:
         self.discovery = discovery
         self.node_id = discovery.node_id
         self.settings = settings
-        self.transport = transport
+        self.paths = paths
         self.pool: RegisteredPool | None = None
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.receiving = Receiving(self)
         self.sending = Sending(self)
-        self.meters = Meters(settings.transport)
+        self.meters = Meters()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
-        self.links = Links(self, listener, transport)
+        self.links = Links(self, listener, paths)
         self._ends: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._closed = False
@@ -126,6 +126,10 @@ class Engine:
                 if link.error is None:
                     link.compare(self.layout)
                     self.receiving.layout_changed(link)
+            case wire.Lane():
+                self.links.expect_lane(link, message)
+            case wire.MoreLanes():
+                self.links.more_lanes(link, message)
             case wire.Bye():
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()

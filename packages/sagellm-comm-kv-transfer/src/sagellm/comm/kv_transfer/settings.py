@@ -24,7 +24,9 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         key_file: File with it, mode 0600.
         peers_file: JSON file `{id: "host:port"}` to find peers in.
         codec: Codec of what this channel sends: `none`, `lz4`, `zstd` or an installed one.
-        transport: What carries the blocks.
+        transport: What carries the blocks: `auto` takes the best that leads to a peer, a name
+            that one only.
+        lanes: Data connections of a link; 0 begins with what suits the transport and tunes it.
         checksum: Check every block with xxh3 on arrival; on for a link when either side says so.
         chunk_bytes: Bytes that one frame carries at most, unless one block is larger.
         page_bytes: Plain tensors are cut into pieces of this size.
@@ -47,7 +49,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     key_file: str | None = None
     peers_file: str | None = None
     codec: str = "none"
-    transport: str = "tcp"
+    transport: str = "auto"
+    lanes: Annotated[int, pydantic.Field(ge=0, le=8)] = 0
     checksum: bool = True
     chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 4 * MIB
     page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB

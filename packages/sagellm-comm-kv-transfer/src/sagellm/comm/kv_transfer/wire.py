@@ -30,9 +30,11 @@ __all__ = [
     "Grant",
     "Hello",
     "KeyFail",
+    "Lane",
     "LayerDone",
     "LayoutChanged",
     "Message",
+    "MoreLanes",
     "Nack",
     "Offer",
     "Proof",
@@ -219,6 +221,20 @@ class KeyFail(_Message, frozen=True, tag="key_fail"):
     theirs: str = ""
 
 
+class Lane(_Message, frozen=True, tag="lane"):
+    """I → A: I am about to open this data connection, by this transport; others I could not."""
+
+    number: int
+    transport: str
+    refused: dict[str, str] = {}
+
+
+class MoreLanes(_Message, frozen=True, tag="more_lanes"):
+    """A → I: I have much to send; open data connections until there are so many."""
+
+    count: int
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this channel closes."""
 
@@ -238,6 +254,8 @@ Session = (
     | Release
     | Fail
     | KeyFail
+    | Lane
+    | MoreLanes
     | Bye
 )
 Message = Handshake | Session

@@ -31,7 +31,7 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.ports import SagePorts
 
-__all__ = ["TCP", "TcpConnection", "TcpTransport", "listen", "parse_address"]
+__all__ = ["ANY_HOST", "TCP", "TcpConnection", "TcpTransport", "bracket", "listen", "parse_address"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ _TICK_S = 1.0
 _HELLO_BYTES = 16 + 32
 _MAX_PENDING = 64
 _TRIES = 4
+ANY_HOST = ("0.0.0.0", "::", "")
+"""Hosts that stand for every address of this machine."""
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -188,7 +190,8 @@ class TcpTransport(KVTransport):
 
     Args:
         host: Address to bind.
-        advertise: Host that peers are told.
+        advertise: Host that peers are told; None is `host`, or for a wildcard the one at which
+            a peer has reached us.
         socket_buffer_bytes: Kernel buffer of each connection.
         handshake_timeout_s: A connection that presents no token by then is closed.
 
@@ -201,12 +204,14 @@ class TcpTransport(KVTransport):
         advertise: str | None = None,
         socket_buffer_bytes: int = 1 << 20,
         handshake_timeout_s: float = 5.0,
+        **_others: object,
     ) -> None:
         self._buffer_bytes = socket_buffer_bytes
         self._handshake_s = handshake_timeout_s
         self._listener = listen(host, 0, "kv_transfer_data")
         port = self._listener.getsockname()[1]
-        self._endpoint = f"{_bracket(advertise or host)}:{port}"
+        self._host = advertise or ("" if host in ANY_HOST else host)
+        self._port = port
         self._changed = threading.Condition()
         self._presented: dict[bytes, _Presented] = {}
         self._expected: set[bytes] = set()
@@ -216,9 +221,9 @@ class TcpTransport(KVTransport):
         self._thread = threading.Thread(target=self._run, name=f"kv-tcp-{port}", daemon=True)
         self._thread.start()
 
-    def endpoint(self) -> str:
+    def endpoint(self, reached_at: str = "") -> str:
         """`host:port` of the data listener."""
-        return self._endpoint
+        return f"{bracket(self._host or reached_at or 'localhost')}:{self._port}"
 
     def connect(self, endpoint: str, token: bytes, deadline_s: float) -> KVConnection:
         """Open a data connection and prove the token; the peer proves it too."""
@@ -386,7 +391,8 @@ class TcpTransport(KVTransport):
         self.rejected += 1
 
 
-def _bracket(host: str) -> str:
+def bracket(host: str) -> str:
+    """The host as it stands before a colon."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -409,4 +415,6 @@ TCP = TransportSpec(
     integrity=False,
     probe=lambda: Probe(True, "sockets are always there"),
     load=lambda: TcpTransport,
+    start_lanes=2,
+    max_lanes=4,
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sagellm.core.protocols import (
     BackendUnavailableError,
-    CommError,
     ConfigError,
     KVTransport,
     TransportSpec,
@@ -19,8 +17,6 @@ from .transports._registry import load_spec, transport_names
 __all__ = ["AUTO", "Choice", "Paths"]
 
 AUTO = "auto"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ class Paths:
                         raise BackendUnavailableError(f"{probe.reason} {spec.install_hint}".strip())
                     self._open[spec.name] = spec.load()(**arguments)
                     self._specs[spec.name] = spec
-                except (CommError, OSError) as e:
+                except BackendUnavailableError as e:
                     self._refuse(spec.name, e)
         except BaseException:
             self.close()
@@ -83,14 +79,11 @@ class Paths:
         if not self._open:
             raise BackendUnavailableError(f"no transport can be used here: {self.absent}")
 
-    def _refuse(self, name: str, error: Exception) -> None:
+    def _refuse(self, name: str, error: BackendUnavailableError) -> None:
         """Note that a transport cannot be used; an error when it is the one that was asked for."""
-        if self.choice == AUTO:
-            self.absent[name] = str(error)
-        elif isinstance(error, BackendUnavailableError):
+        if self.choice != AUTO:
             raise BackendUnavailableError(f"transport {name!r}: {error}") from error
-        else:
-            raise error
+        self.absent[name] = str(error)
 
     def __getitem__(self, name: str) -> KVTransport:
         return self._open[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from sagellm.core.protocols import (
     KVLayout,
     KVTransport,
     PeerLostError,
+    ResourceError,
 )
 
 from . import auth, wire
@@ -29,6 +31,7 @@ from ._link import Link
 from ._meters import Traffic
 from .compression import codec_names, create_codec
 from .plan import check_sound
+from .tls import Tls
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -45,11 +48,16 @@ class Links:
         engine: Whose links.
         listener: Where peers call, which this object closes.
         transport: Moves the blocks; this object closes it.
+        tls: Our side of TLS, when it is asked for.
 
     """
 
-    def __init__(self, engine: Engine, listener: socket.socket, transport: KVTransport) -> None:
+    def __init__(
+        self, engine: Engine, listener: socket.socket, transport: KVTransport, tls: Tls | None
+    ) -> None:
         self._engine = engine
+        self._tls = tls
+        self._instance = secrets.token_bytes(16)
         self._transport = transport
         self._links: set[Link] = set()
         self._outgoing: dict[int, Link] = {}
@@ -62,11 +70,15 @@ class Links:
             engine.loop,
             listener,
             node_id=engine.node_id,
+            instance=self._instance,
             key=engine.discovery.key,
+            tls=tls,
+            admit=self._admit,
             welcome=self._welcome,
             on_accepted=self._on_accepted,
             max_unauthenticated=settings.max_unauthenticated,
             timeout_s=settings.handshake_timeout_s,
+            peer_timeout_s=settings.peer_timeout_s,
             max_message_bytes=settings.max_message_bytes,
         )
         self._door.open()
@@ -111,10 +123,13 @@ class Links:
         link.dialler = Dialler(
             node_id=self._engine.node_id,
             target=peer,
+            instance=self._instance,
             key=self._engine.discovery.key,
+            tls=self._tls,
             address_of=self._engine.discovery.address_of,
             timeout_s=s.handshake_timeout_s,
             retry_s=s.retry_s,
+            peer_timeout_s=s.peer_timeout_s,
             max_message_bytes=s.max_message_bytes,
         )
         link.dialler.until = until
@@ -183,18 +198,18 @@ class Links:
             ready = wire.Ready(
                 layout, self._codecs, s.codec, name, s.checksum, self._engine.address
             )
-            dialled.sock.settimeout(s.handshake_timeout_s)
-            dialled.sock.sendall(wire.encode(ready))
+            dialled.control.sock.settimeout(s.handshake_timeout_s)
+            dialled.control.sock.sendall(dialled.control.seal(ready))
             endpoint = dialled.welcome.endpoints.get(name)
             if endpoint is None:
                 raise ConfigError(
                     f"node {link.peer} has no transport {name!r}; "
                     f"it has {sorted(dialled.welcome.endpoints)}"
                 )
-            token = auth.data_token(dialled.session, 0)
+            token = auth.data_token(dialled.control.session, 0)
             conn = self._transport.connect(endpoint, token, s.handshake_timeout_s)
         except (CommError, OSError) as e:
-            dialled.sock.close()
+            dialled.control.sock.close()
             lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
             self._engine.loop.call(lambda: link.lose(lost))
             return
@@ -207,7 +222,7 @@ class Links:
                 "node %d: the link to node %d came late: %s", self._engine.node_id, link.peer, e
             )
             conn.close()
-            dialled.sock.close()
+            dialled.control.sock.close()
             return
         if taken:
             link.run_data(link.writer.run)
@@ -217,29 +232,51 @@ class Links:
     ) -> bool:
         welcome = dialled.welcome
         if not link.open_data(conn, f"{self._engine.settings.transport}:1"):
-            dialled.sock.close()
+            dialled.control.sock.close()
             return False
         link.address, link.version = dialled.address, dialled.version
+        link.instance = dialled.instance
         self._equip(link, welcome.layout, welcome.codecs, welcome.codec, welcome.checksum)
         if link.error is not None:
-            dialled.sock.close()
+            dialled.control.sock.close()
             return False
-        link.attach(dialled.sock, dialled.buffer, [])
+        link.attach(dialled.control)
         self._met(link, sent)
         return link.error is None
 
+    def _admit(self, peer: int, instance: bytes) -> None:
+        """Refuse a second owner of a node id, and more peers than there is room for."""
+        if peer == self._engine.node_id or peer < 0:
+            raise ConfigError(f"node id {peer} is taken by the node that was called, or is none")
+        for link in self:
+            if link.up and link.peer == peer and link.instance != instance:
+                # worth another try: the other one may have died without a word
+                raise PeerLostError(
+                    f"node id {peer} is taken by another process, at {link.address}: "
+                    "give each its own node_id",
+                    rank=peer,
+                )
+        limit = self._engine.settings.max_links
+        others = sum(not k.outgoing and k.peer != peer for k in self)
+        if others >= limit:
+            raise ResourceError(f"{others} nodes are connected already; max_links is {limit}")
+
     def _on_accepted(self, accepted: Accepted) -> None:
         ready = accepted.ready
+        for old in self:  # the peer has dialled again: it has given up on the former link
+            if not old.outgoing and old.peer == accepted.node_id:
+                old.lose(PeerLostError(f"node {old.peer} has connected anew", rank=old.peer))
         link = self._make_link(accepted.node_id, outgoing=False)
         link.address, link.version = ready.address, accepted.version
+        link.instance = accepted.instance
         link.up, link.path = True, f"{ready.transport}:1"
         self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
         if link.error is not None:
-            accepted.sock.close()
+            accepted.control.sock.close()
             return
-        token = auth.data_token(accepted.session, 0)
+        token = auth.data_token(accepted.control.session, 0)
         self._spawn(link, "in", lambda: self._run_incoming(link, token))
-        link.attach(accepted.sock, accepted.buffer, accepted.rest)
+        link.attach(accepted.control)
         self._met(link, None)
 
     def _run_incoming(self, link: Link, token: bytes) -> None:

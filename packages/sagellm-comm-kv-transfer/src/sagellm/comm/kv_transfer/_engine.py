@@ -29,6 +29,7 @@ from ._sending import Sending
 from .discovery import Discovery
 from .pool import RegisteredPool
 from .settings import KVTransferSettings
+from .tls import Tls
 from .transfer import TransferHandle
 from .transports.tcp import listen
 
@@ -45,6 +46,7 @@ class Engine:
         host: Address to listen on.
         port: Port to listen on; 0 lets the kernel choose.
         advertise: Host that peers are told.
+        tls: Our side of TLS, when it is asked for.
 
     """
 
@@ -57,6 +59,7 @@ class Engine:
         host: str,
         port: int,
         advertise: str,
+        tls: Tls | None = None,
     ) -> None:
         listener = listen(host, port)  # first: it is what may fail
         self.discovery = discovery
@@ -71,7 +74,7 @@ class Engine:
         self.meters = Meters()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
-        self.links = Links(self, listener, paths)
+        self.links = Links(self, listener, paths, tls)
         self._ends: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._closed = False

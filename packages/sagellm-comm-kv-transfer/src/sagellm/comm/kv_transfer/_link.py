@@ -22,6 +22,7 @@ from sagellm.core.protocols import (
 )
 
 from . import wire
+from ._control import Control
 from ._dataplane import DataReader, DataWriter
 from ._dial import Dialler
 from ._flows import Inflow
@@ -82,8 +83,9 @@ class Link:
         self.reader = make_reader(self.inflows)
         self.threads: list[threading.Thread] = []
         self._loop = loop
+        self.instance = b""
         self._sock: socket.socket | None = None
-        self._buffer: wire.FrameBuffer | None = None
+        self._control: Control | None = None
         self._lanes: list[KVConnection] = []
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
@@ -126,14 +128,13 @@ class Link:
             except LayoutMismatchError as e:
                 self.mismatch = e
 
-    def attach(self, sock: socket.socket, buffer: wire.FrameBuffer, rest: list[bytes]) -> None:
+    def attach(self, control: Control) -> None:
         """Take over the control connection."""
-        self._sock, self._buffer = sock, buffer
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._loop.watch(sock, READ, self._ready)
-        self._take(rest)
+        self._control, self._sock = control, control.sock
+        control.sock.setblocking(False)
+        control.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._loop.watch(control.sock, READ, self._ready)
+        self._take(control.feed(b""))  # what came with the handshake
 
     def open_lane(self, conn: KVConnection) -> bool:
         """Take over a data connection; False when the link is gone already."""
@@ -152,9 +153,9 @@ class Link:
 
     def send(self, message: wire.Session) -> None:
         """Queue a message; a peer that does not read loses the link."""
-        if self._sock is None or self.error is not None:
+        if self._control is None or self.error is not None:
             return
-        data = wire.encode(message)
+        data = self._control.seal(message)
         if self._out_bytes + len(data) > self._max_backlog:
             self.lose(PeerLostError(f"node {self.peer} does not read its messages", rank=self.peer))
             return
@@ -214,7 +215,7 @@ class Link:
 
     def _read(self) -> None:
         assert self._sock is not None, "watched without a socket"
-        assert self._buffer is not None, "watched without a buffer"
+        assert self._control is not None, "watched without a control connection"
         try:
             data = self._sock.recv(1 << 18)
         except BlockingIOError:
@@ -225,19 +226,18 @@ class Link:
         if not data:
             self.lose(PeerLostError(f"node {self.peer} is gone", rank=self.peer))
             return
-        self._take(self._buffer.feed(data))
+        self._take(self._control.feed(data))
 
-    def _take(self, bodies: Iterable[bytes]) -> None:
+    def _take(self, messages: Iterable[wire.Message]) -> None:
         try:
-            for body in bodies:
+            for message in messages:
                 if self.error is not None:
                     return
-                self._receive(body)
+                self._receive(message)
         except CommError as e:
             self.lose(e)
 
-    def _receive(self, body: bytes) -> None:
-        message = wire.decode(body)
+    def _receive(self, message: wire.Message) -> None:
         if not isinstance(message, wire.Session):
             raise DistributedRuntimeError(
                 f"node {self.peer} sent {type(message).__name__} after the handshake"

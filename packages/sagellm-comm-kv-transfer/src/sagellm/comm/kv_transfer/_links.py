@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import secrets
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from sagellm.core.protocols import (
     KVConnection,
     KVLayout,
     PeerLostError,
+    ResourceError,
 )
 
 from . import auth, wire
@@ -32,6 +34,7 @@ from ._meters import Traffic
 from ._paths import Paths
 from .compression import codec_names, create_codec
 from .plan import check_sound
+from .tls import Tls
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -69,11 +72,16 @@ class Links:
         engine: Whose links.
         listener: Where peers call, which this object closes.
         paths: What moves the blocks; this object closes it.
+        tls: Our side of TLS, when it is asked for.
 
     """
 
-    def __init__(self, engine: Engine, listener: socket.socket, paths: Paths) -> None:
+    def __init__(
+        self, engine: Engine, listener: socket.socket, paths: Paths, tls: Tls | None
+    ) -> None:
         self._engine = engine
+        self._tls = tls
+        self._instance = secrets.token_bytes(16)
         self._paths = paths
         self._links: set[Link] = set()
         self._outgoing: dict[int, Link] = {}
@@ -86,11 +94,15 @@ class Links:
             engine.loop,
             listener,
             node_id=engine.node_id,
+            instance=self._instance,
             key=engine.discovery.key,
+            tls=tls,
+            admit=self._admit,
             welcome=self._welcome,
             on_accepted=self._on_accepted,
             max_unauthenticated=settings.max_unauthenticated,
             timeout_s=settings.handshake_timeout_s,
+            peer_timeout_s=settings.peer_timeout_s,
             max_message_bytes=settings.max_message_bytes,
         )
         self._door.open()
@@ -135,10 +147,13 @@ class Links:
         link.dialler = Dialler(
             node_id=self._engine.node_id,
             target=peer,
+            instance=self._instance,
             key=self._engine.discovery.key,
+            tls=self._tls,
             address_of=self._engine.discovery.address_of,
             timeout_s=s.handshake_timeout_s,
             retry_s=s.retry_s,
+            peer_timeout_s=s.peer_timeout_s,
             max_message_bytes=s.max_message_bytes,
         )
         link.dialler.until = until
@@ -213,13 +228,13 @@ class Links:
             except CommError as e:  # the channel closed meanwhile: nobody else knows of these
                 logger.debug("the link to node %d came late: %s", link.peer, e)
                 opened.close()
-                dialled.sock.close()
+                dialled.control.sock.close()
                 return
             if taken:
                 link.run_data(opened.lanes[0], link.writer.run)
             return
         if dialled is not None:
-            dialled.sock.close()
+            dialled.control.sock.close()
         loop.call(lambda: link.lose(lost))
 
     def _open_lanes(self, peer: int, dialled: Dialled) -> _Opened:
@@ -228,15 +243,15 @@ class Links:
         s, endpoints = engine.settings, dialled.welcome.endpoints
         choice = self._paths.choose(endpoints)
         layout, name = engine.layout, choice.names[0]
-        dialled.sock.settimeout(limit_s)
+        dialled.control.sock.settimeout(limit_s)
         ready = wire.Ready(layout, self._codecs, s.codec, name, s.checksum, engine.address)
-        dialled.sock.sendall(wire.encode(ready))
+        dialled.control.sock.sendall(dialled.control.seal(ready))
         refused, number = dict(choice.refused), 0
         for name in choice.names:
             if number:
                 again = wire.Lane(number, name, refused)
-                dialled.sock.sendall(wire.encode(again))
-            token = auth.data_token(dialled.session, number)
+                dialled.control.sock.sendall(dialled.control.seal(again))
+            token = auth.data_token(dialled.control.session, number)
             number += 1
             try:
                 lanes = [self._paths[name].connect(endpoints[name], token, limit_s)]
@@ -251,8 +266,8 @@ class Links:
         try:
             while len(lanes) < self._lanes_of(name)[0]:
                 number, opened.promised = opened.promised, opened.promised + 1
-                dialled.sock.sendall(wire.encode(wire.Lane(number, name)))
-                token = auth.data_token(dialled.session, number)
+                dialled.control.sock.sendall(dialled.control.seal(wire.Lane(number, name)))
+                token = auth.data_token(dialled.control.session, number)
                 lanes.append(self._paths[name].connect(endpoints[name], token, limit_s))
         except BaseException:
             opened.close()
@@ -268,9 +283,10 @@ class Links:
         welcome = dialled.welcome
         if link.error is not None:
             opened.close()
-            dialled.sock.close()
+            dialled.control.sock.close()
             return False
-        link.address, link.version, link.session = dialled.address, dialled.version, dialled.session
+        link.address, link.version = dialled.address, dialled.version
+        link.instance, link.session = dialled.instance, dialled.control.session
         link.lanes_promised, link.refused = opened.promised, opened.refused
         link.endpoints = welcome.endpoints
         self._take_path(link, opened.transport)
@@ -279,11 +295,11 @@ class Links:
         link.up = True
         self._equip(link, welcome.layout, welcome.codecs, welcome.codec, welcome.checksum)
         if link.error is not None:
-            dialled.sock.close()
+            dialled.control.sock.close()
             return False
         for conn in opened.lanes[1:]:
             self._spawn_data(link, "out", conn, link.writer.run)
-        link.attach(dialled.sock, dialled.buffer, [])
+        link.attach(dialled.control)
         self._met(link, opened.layout)
         return link.error is None
 
@@ -320,17 +336,38 @@ class Links:
 
     # -- being dialled ----------------------------------------------------------------------
 
+    def _admit(self, peer: int, instance: bytes) -> None:
+        """Refuse a second owner of a node id, and more peers than there is room for."""
+        if peer == self._engine.node_id or peer < 0:
+            raise ConfigError(f"node id {peer} is taken by the node that was called, or is none")
+        for link in self:
+            if link.up and link.peer == peer and link.instance != instance:
+                # worth another try: the other one may have died without a word
+                raise PeerLostError(
+                    f"node id {peer} is taken by another process, at {link.address}: "
+                    "give each its own node_id",
+                    rank=peer,
+                )
+        limit = self._engine.settings.max_links
+        others = sum(not k.outgoing and k.peer != peer for k in self)
+        if others >= limit:
+            raise ResourceError(f"{others} nodes are connected already; max_links is {limit}")
+
     def _on_accepted(self, accepted: Accepted) -> None:
         ready = accepted.ready
+        for old in self:  # the peer has dialled again: it has given up on the former link
+            if not old.outgoing and old.peer == accepted.node_id:
+                old.lose(PeerLostError(f"node {old.peer} has connected anew", rank=old.peer))
         link = self._make_link(accepted.node_id, outgoing=False)
-        link.address, link.version, link.session = ready.address, accepted.version, accepted.session
+        link.address, link.version = ready.address, accepted.version
+        link.instance, link.session = accepted.instance, accepted.control.session
         link.up = True
         self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
         self.expect_lane(link, wire.Lane(0, ready.transport))
         if link.error is not None:
-            accepted.sock.close()
+            accepted.control.sock.close()
             return
-        link.attach(accepted.sock, accepted.buffer, accepted.rest)
+        link.attach(accepted.control)
         self._met(link, None)
 
     def expect_lane(self, link: Link, lane: wire.Lane) -> None:

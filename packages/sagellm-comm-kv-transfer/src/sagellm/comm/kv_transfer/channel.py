@@ -43,6 +43,7 @@ from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
 from .stream import Stream
+from .tls import Tls
 from .transfer import TransferHandle
 from .transports.tcp import parse_address
 
@@ -63,7 +64,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     takes the lowest free id among the channels of this process. It listens on loopback unless
     `host` says otherwise, and every connection proves the shared key.
 
-    The key authenticates and does not encrypt.
+    The key authenticates and does not encrypt; TLS does, when `settings` name certificates.
 
     Args:
         node_id: Id of this node; None as above.
@@ -111,6 +112,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if peers is None:
             peers = chosen.peers_file
         load_codec_spec(chosen.codec)
+        tls = Tls.of(chosen)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
         try:
             expected = discovery.listen_at()
@@ -127,12 +129,13 @@ class KVTransferChannel(KVTransferChannelProtocol):
                     "advertise": advertise,
                     "socket_buffer_bytes": chosen.socket_buffer_bytes,
                     "handshake_timeout_s": chosen.handshake_timeout_s,
+                    "tls": tls,
                     "comm": comm,
                 },
             )
             try:
                 self._engine = Engine(
-                    discovery, chosen, paths, host=host, port=port, advertise=shown
+                    discovery, chosen, paths, host=host, port=port, advertise=shown, tls=tls
                 )
             except BaseException:
                 paths.close()

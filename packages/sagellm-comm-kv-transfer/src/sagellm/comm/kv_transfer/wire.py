@@ -72,6 +72,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     nonce: bytes
     min_version: int
     max_version: int
+    instance: bytes = b""
 
 
 class Challenge(_Message, frozen=True, tag="challenge"):
@@ -80,6 +81,7 @@ class Challenge(_Message, frozen=True, tag="challenge"):
     node_id: int
     nonce: bytes
     version: int
+    instance: bytes = b""
 
 
 class Proof(_Message, frozen=True, tag="proof"):

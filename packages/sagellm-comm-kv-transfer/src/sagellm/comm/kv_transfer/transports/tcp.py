@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sagellm.comm.kv_transfer.auth import token_id, token_proof
+from sagellm.comm.kv_transfer.tls import Tls, TlsConnection, TlsSocket
 from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _IOV_MAX = 1024
 _TICK_S = 1.0
+_PAUSE_S = 0.1
 _HELLO_BYTES = 16 + 32
 _MAX_PENDING = 64
 _TRIES = 4
@@ -194,6 +196,7 @@ class TcpTransport(KVTransport):
             a peer has reached us.
         socket_buffer_bytes: Kernel buffer of each connection.
         handshake_timeout_s: A connection that presents no token by then is closed.
+        tls: Our side of TLS; None uses plain connections.
 
     """
 
@@ -204,8 +207,10 @@ class TcpTransport(KVTransport):
         advertise: str | None = None,
         socket_buffer_bytes: int = 1 << 20,
         handshake_timeout_s: float = 5.0,
+        tls: Tls | None = None,
         **_others: object,
     ) -> None:
+        self._tls = tls
         self._buffer_bytes = socket_buffer_bytes
         self._handshake_s = handshake_timeout_s
         self._listener = listen(host, 0, "kv_transfer_data")
@@ -231,25 +236,44 @@ class TcpTransport(KVTransport):
         for left in reversed(range(_TRIES)):
             sock = self._dial(endpoint, end)
             try:
-                sock.sendall(token_id(token) + token_proof(token, initiator=True))
+                binding = self._binding(sock)
+                proof = token_proof(token, initiator=True, binding=binding)
+                sock.sendall(token_id(token) + proof)
                 answer = _read_exactly(sock, 32)
                 break
             except OSError as e:  # a crowd of strangers at the peer's door may have pushed us out
                 sock.close()
                 if not left or time.monotonic() >= end or self._closed:
                     raise PeerLostError(f"{endpoint} dropped the data connection: {e}") from e
-        if not hmac.compare_digest(answer, token_proof(token, initiator=False)):
+        if not hmac.compare_digest(answer, token_proof(token, initiator=False, binding=binding)):
             sock.close()
             raise PeerLostError(f"{endpoint} does not know the data connection's token")
-        return TcpConnection(sock, endpoint, self._buffer_bytes)
+        return self._connection(sock, endpoint)
 
-    @staticmethod
-    def _dial(endpoint: str, end: float) -> socket.socket:
+    def _dial(self, endpoint: str, end: float) -> socket.socket:
         left = max(0.001, end - time.monotonic())
         try:
-            return socket.create_connection(parse_address(endpoint), timeout=left)
+            sock = socket.create_connection(parse_address(endpoint), timeout=left)
+            if self._tls is None:
+                return sock
+            secured = self._tls.client(sock)
         except OSError as e:
             raise PeerLostError(f"no data connection to {endpoint}: {e}") from e
+        try:
+            secured.settimeout(left)
+            secured.handshake()
+        except OSError as e:
+            secured.close()
+            raise PeerLostError(f"no TLS connection to {endpoint}: {e}") from e
+        return secured
+
+    def _binding(self, sock: socket.socket) -> bytes:
+        return self._tls.binding(sock) if self._tls and isinstance(sock, TlsSocket) else b""
+
+    def _connection(self, sock: socket.socket, peer: str) -> KVConnection:
+        if isinstance(sock, TlsSocket):
+            return TlsConnection(sock, peer)
+        return TcpConnection(sock, peer, self._buffer_bytes)
 
     def accept(self, token: bytes, deadline_s: float) -> KVConnection:
         """Wait for the connection that presents `token`; it is good once."""
@@ -267,19 +291,21 @@ class TcpTransport(KVTransport):
                         raise PeerLostError("the transport is closed")
                     found = self._presented.pop(name)
                     sock = found.sock
-                    if hmac.compare_digest(found.proof, token_proof(token, initiator=True)):
+                    binding = self._binding(sock)
+                    proof = token_proof(token, initiator=True, binding=binding)
+                    if hmac.compare_digest(found.proof, proof):
                         break
                     self._reject(sock)
             finally:
                 self._expected.discard(name)
         try:
             peer = f"{sock.getpeername()[0]}:{sock.getpeername()[1]}"
-            sock.setblocking(True)
-            sock.sendall(token_proof(token, initiator=False))
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            sock.sendall(token_proof(token, initiator=False, binding=binding))
         except OSError as e:
             sock.close()
             raise PeerLostError(f"the data connection broke: {e}") from e
-        return TcpConnection(sock, peer, self._buffer_bytes)
+        return self._connection(sock, peer)
 
     def close(self) -> None:
         """Release listener and thread. Idempotent."""
@@ -319,12 +345,20 @@ class TcpTransport(KVTransport):
     ) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):  # it stays in the queue: do not spin
+                time.sleep(_PAUSE_S)
             return
         if len(pending) >= _MAX_PENDING:
             oldest = next(iter(pending))  # the one that has had the longest time to prove itself
             self._drop(selector, pending, oldest)
         sock.setblocking(False)
+        if self._tls is not None:
+            try:
+                sock = self._tls.server(sock)
+            except OSError:  # it is gone already
+                self._reject(sock)
+                return
         pending[sock] = (bytearray(), time.monotonic() + self._handshake_s)
         selector.register(sock, selectors.EVENT_READ)
 

@@ -144,13 +144,15 @@ class Doorkeeper:
             self._drop(guest)
 
     def _read(self, guest: _Guest) -> None:
+        if guest.leaving:  # nothing of it is looked at, not even by TLS
+            if not socket.socket.recv(guest.sock, 65536):
+                self._drop(guest)
+            return
         if not guest.opened:
             self._open(guest)
         data = guest.sock.recv(65536)
         if not data:
             self._drop(guest)
-            return
-        if guest.leaving:
             return
         for body in guest.buffer.feed(data):
             if self._step(guest, body):
@@ -261,7 +263,7 @@ class Doorkeeper:
             return
         if guest.timer is not None:
             guest.timer.cancel()
-        guest.opened, guest.out = True, memoryview(b"")
+        guest.out = memoryview(b"")
         self._loop.watch(guest.sock, READ, lambda events: self._ready(guest, events))
         guest.timer = self._loop.call_later(
             min(_LINGER_S, self._timeout_s), lambda: self._drop(guest)

@@ -46,6 +46,7 @@ _OURS_TO_MEND = {  # what a peer's alert says of our certificate
     "CERTIFICATE_EXPIRED": "our certificate has expired for it: renew tls_cert, or mend its clock",
     "CERTIFICATE_REQUIRED": "it needs a certificate from us: set tls_cert and tls_key",
     "UNKNOWN_CA": "it does not know our certificate's CA: all nodes need the same tls_ca",
+    "DECRYPT_ERROR": "our certificate is not of its CA: all nodes need the same tls_ca",
     "CERTIFICATE_UNKNOWN": "it does not accept our certificate: check tls_cert and its dates",
     "BAD_CERTIFICATE": "it does not accept our certificate: check tls_cert and its dates",
     "UNSUPPORTED_CERTIFICATE": "our certificate is not made for this use: check its extensions",
@@ -253,6 +254,8 @@ def _explained() -> Iterator[None]:
         raise _BlockedError(select.POLLIN) from None
     except ssl.SSLWantWriteError:
         raise _BlockedError(select.POLLOUT) from None
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        raise ConnectionResetError("the TLS connection was closed") from None
     except ssl.SSLCertVerificationError as e:
         why = _THEIRS_TO_MEND.get(
             e.verify_code,

@@ -167,6 +167,7 @@ class Engine:
             writer=DataWriter(s.chunk_bytes, s.io_timeout_s, Traffic(self._meters, "send")),
             make_reader=make_reader,
             max_backlog_bytes=s.max_backlog_bytes,
+            max_invitations=s.max_in_flight,
             on_message=self._on_message,
             on_lost=self._on_lost,
         )
@@ -319,10 +320,16 @@ class Engine:
         """Compare layouts, and tell the peer of a pool registered meanwhile."""
         layout = self.pool.layout if self.pool is not None else None
         if layout != sent:
-            link.send(wire.LayoutChanged(layout))
+            self._tell_layout(link, layout)
         link.compare(layout)
         self.receiving.layout_changed(link)
         link.settle()
+
+    @staticmethod
+    def _tell_layout(link: Link, layout: KVLayout | None) -> None:
+        link.layouts_told += 1
+        link.invitations.clear()  # they are for parts of what was registered before
+        link.send(wire.LayoutChanged(layout))
 
     def _welcome(self, mac: bytes) -> wire.Welcome:
         layout = self.pool.layout if self.pool is not None else None
@@ -363,6 +370,8 @@ class Engine:
                 self.receiving.on_offer(link, message)
             case wire.Grant():
                 self.sending.on_grant(link, message)
+            case wire.Invite():
+                self.sending.on_invite(link, message)
             case wire.LayerDone():
                 self.sending.on_layer_done(link, message)
             case wire.Done():
@@ -385,6 +394,7 @@ class Engine:
                 self.sending.fail_key(key, error)
                 self.receiving.fail_key(key, error)
             case wire.LayoutChanged():
+                link.layouts_heard += 1
                 self._learn(link, message.layout)
                 if link.error is None:
                     link.compare(self.pool.layout if self.pool is not None else None)
@@ -409,7 +419,7 @@ class Engine:
         layout = pool.layout if pool is not None else None
         for link in list(self.links):
             if link.up:
-                link.send(wire.LayoutChanged(layout))
+                self._tell_layout(link, layout)
                 link.compare(layout)
                 self.receiving.layout_changed(link)
 

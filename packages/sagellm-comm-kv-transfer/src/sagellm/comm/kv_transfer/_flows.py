@@ -86,6 +86,7 @@ class Outflow(Flow):
     def __init__(self, handle: TransferHandle, tid: int) -> None:
         super().__init__(handle, tid)
         self.extent: Extent | None = None
+        self.flags = 0
         self._pending: deque[Span] = deque()
 
     def queue(self, spans: Iterable[Span]) -> None:
@@ -145,6 +146,7 @@ class Inflow(Flow):
     ) -> None:
         super().__init__(handle, tid)
         self.extent = extent
+        self.begun = False
         wanted = range(extent.layers) if layers is None else set(layers)
         self._missing = [
             np.ones(extent.units(i) if i in wanted else 0, dtype=bool) for i in range(extent.layers)
@@ -181,7 +183,7 @@ class Inflow(Flow):
                 )
             if not self._missing[head.layer][head.first : head.first + head.count].all():
                 raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
-            self._busy = True
+            self._busy = self.begun = True
             return True
 
     def landed(self, head: Header, bad: list[int]) -> tuple[list[int], list[int]]:

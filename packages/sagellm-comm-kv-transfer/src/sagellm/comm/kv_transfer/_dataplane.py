@@ -161,13 +161,13 @@ class DataWriter:
             verify_s = time.perf_counter() - start
         if codec is None:
             payload = extent.views(layer, first, count)
-            head = Header(flow.tid, layer, first, count, raw, 0).pack(sums.tobytes())
+            head = Header(flow.tid, layer, first, count, raw, flow.flags).pack(sums.tobytes())
         else:
             start = time.perf_counter()
             payload, lengths = self._encode(codec, extent, layer, units)
             codec_s = time.perf_counter() - start
             size = sum(map(len, payload))
-            head = Header(flow.tid, layer, first, count, size, CODED).pack(
+            head = Header(flow.tid, layer, first, count, size, CODED | flow.flags).pack(
                 sums.tobytes() + lengths.tobytes()
             )
         runs = len(payload)

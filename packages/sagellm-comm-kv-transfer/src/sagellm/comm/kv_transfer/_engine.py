@@ -103,6 +103,8 @@ class Engine:
                 self.receiving.on_offer(link, message)
             case wire.Grant():
                 self.sending.on_grant(link, message)
+            case wire.Invite():
+                self.sending.on_invite(link, message)
             case wire.LayerDone():
                 self.sending.on_layer_done(link, message)
             case wire.Done():
@@ -125,6 +127,7 @@ class Engine:
                 self.sending.fail_key(key, error)
                 self.receiving.fail_key(key, error)
             case wire.LayoutChanged():
+                link.layouts_heard += 1
                 self.links.learn(link, message.layout)
                 if link.error is None:
                     link.compare(self.layout)
@@ -153,7 +156,7 @@ class Engine:
         self.pool = pool
         for link in self.links:
             if link.up:
-                link.send(wire.LayoutChanged(self.layout))
+                self.links.tell_layout(link)
                 link.compare(self.layout)
                 self.receiving.layout_changed(link)
 

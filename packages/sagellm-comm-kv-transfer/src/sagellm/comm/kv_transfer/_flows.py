@@ -88,6 +88,7 @@ class Outflow(Flow):
     def __init__(self, handle: TransferHandle, tid: int) -> None:
         super().__init__(handle, tid)
         self.extent: Extent | None = None
+        self.flags = 0
         self._pending: deque[Span] = deque()
 
     def queue(self, spans: Iterable[Span]) -> None:
@@ -160,6 +161,7 @@ class Inflow(Flow):
     ) -> None:
         super().__init__(handle, tid)
         self.extent = extent
+        self.begun = False
         wanted = range(extent.layers) if layers is None else set(layers)
         self._units = [
             np.full(extent.units(i) if i in wanted else 0, _MISSING) for i in range(extent.layers)
@@ -199,6 +201,7 @@ class Inflow(Flow):
                 raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
             span[:] = _COMING
             self._pieces += 1
+            self.begun = True
             return True
 
     def landed(self, head: Header, bad: list[int]) -> tuple[list[int], list[int]]:

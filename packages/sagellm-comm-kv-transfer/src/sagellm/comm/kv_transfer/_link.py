@@ -26,6 +26,7 @@ from ._control import Control
 from ._dataplane import DataReader, DataWriter
 from ._dial import Dialler
 from ._flows import Inflow
+from ._invitations import Invitations
 from ._loop import READ, WRITE, EventLoop
 from .plan import check_layouts
 
@@ -43,7 +44,9 @@ class Link:
         outgoing: Whether this side opened it.
         writer: Sends our blocks.
         make_reader: Makes the reader, given our inflows.
-        max_backlog_bytes: Control bytes that the peer may leave unread.
+        max_backlog_bytes: Control bytes that the peer may leave unread, and that its invitations
+            take.
+        max_invitations: Invitations of the peer that are kept.
         on_message: Gets every message of the peer.
         on_lost: Told once that the link is gone.
 
@@ -58,6 +61,7 @@ class Link:
         writer: DataWriter,
         make_reader: Callable[[dict[int, Inflow]], DataReader],
         max_backlog_bytes: int,
+        max_invitations: int,
         on_message: Callable[[Link, wire.Session], None],
         on_lost: Callable[[Link, CommError], None],
     ) -> None:
@@ -77,6 +81,9 @@ class Link:
         self.up = False
         self.serves = False
         self.inflows: dict[int, Inflow] = {}
+        self.invitations = Invitations(max_invitations, max_backlog_bytes)
+        self.layouts_told = 0
+        self.layouts_heard = 0
         self.waiting: list[Callable[[CommError | None], None]] = []
         self.dialler: Dialler | None = None
         self.writer = writer
@@ -108,9 +115,9 @@ class Link:
         return f"{self.transport}:{max(1, used)}"
 
     def new_tid(self) -> int:
-        """A number for a transfer of this (outgoing) link."""
+        """A number for a transfer, never given out before on this link."""
         self._next_tid += 1
-        return self._next_tid
+        return self._next_tid if self.outgoing else wire.INVITED + self._next_tid
 
     def when_up(self, callback: Callable[[CommError | None], None]) -> None:
         """Call back with None once the link is up, or with why it never will be."""

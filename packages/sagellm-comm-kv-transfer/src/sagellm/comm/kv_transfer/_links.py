@@ -193,6 +193,7 @@ class Links:
             ),
             make_reader=make_reader,
             max_backlog_bytes=s.max_backlog_bytes,
+            max_invitations=s.max_in_flight,
             on_message=self._engine.on_message,
             on_lost=self._on_lost,
         )
@@ -484,10 +485,16 @@ class Links:
         """Compare layouts, and tell the peer of a pool registered meanwhile."""
         layout = self._engine.layout
         if layout != sent:
-            link.send(wire.LayoutChanged(layout))
+            self.tell_layout(link)
         link.compare(layout)
         self._engine.receiving.layout_changed(link)
         link.settle()
+
+    def tell_layout(self, link: Link) -> None:
+        """Tell a peer that another pool is registered, or none."""
+        link.layouts_told += 1
+        link.invitations.clear()  # they are for parts of what was registered before
+        link.send(wire.LayoutChanged(self._engine.layout))
 
     def _welcome(self, mac: bytes, reached_at: str) -> wire.Welcome:
         s = self._engine.settings

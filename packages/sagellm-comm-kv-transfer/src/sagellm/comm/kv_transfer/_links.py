@@ -9,8 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import (
@@ -31,6 +30,7 @@ from ._flows import Inflow
 from ._lanes import LaneTuner
 from ._link import Link
 from ._meters import Traffic
+from ._opening import Opened, open_lanes
 from ._paths import Paths
 from .compression import codec_names, create_codec
 from .plan import check_sound
@@ -46,23 +46,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_LANES = 16
 """Data connections that one link may announce in its life, those that failed included."""
-
-
-@dataclass
-class _Opened:
-    """The lanes of a link that has just been dialled."""
-
-    transport: str
-    lanes: list[KVConnection]
-    refused: Mapping[str, str]
-    promised: int
-    layout: KVLayout | None
-
-    def close(self) -> None:
-        """Break them."""
-        for conn in self.lanes:
-            conn.abort()
-            conn.close()
 
 
 class Links:
@@ -217,7 +200,14 @@ class Links:
         dialled: Dialled | None = None
         try:
             dialled = link.dialler.dial()
-            opened = self._open_lanes(link.peer, dialled)
+            opened = open_lanes(
+                link.peer,
+                dialled,
+                self._paths,
+                self._introduction,
+                self._lanes_of,
+                self._engine.settings.handshake_timeout_s,
+            )
         except (CommError, OSError) as e:
             lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
         except Exception as e:
@@ -238,49 +228,12 @@ class Links:
             dialled.control.sock.close()
         loop.call(lambda: link.lose(lost))
 
-    def _open_lanes(self, peer: int, dialled: Dialled) -> _Opened:
-        """Introduce ourselves, and connect by the best transport that works."""
-        engine, limit_s = self._engine, self._engine.settings.handshake_timeout_s
-        s, endpoints = engine.settings, dialled.welcome.endpoints
-        choice = self._paths.choose(endpoints)
-        layout, name = engine.layout, choice.names[0]
-        dialled.control.sock.settimeout(limit_s)
-        ready = wire.Ready(layout, self._codecs, s.codec, name, s.checksum, engine.address)
-        dialled.control.sock.sendall(dialled.control.seal(ready))
-        refused, number = dict(choice.refused), 0
-        for name in choice.names:
-            if number:
-                again = wire.Lane(number, name, refused)
-                dialled.control.sock.sendall(dialled.control.seal(again))
-            token = auth.data_token(dialled.control.session, number)
-            number += 1
-            try:
-                lanes = [self._paths[name].connect(endpoints[name], token, limit_s)]
-                break
-            except CommError as e:
-                refused[name] = str(e)
-                logger.warning("node %d: no %s to node %d: %s", engine.node_id, name, peer, e)
-        else:
-            why = "; ".join(f"{n}: {refused[n]}" for n in choice.names)
-            raise PeerLostError(f"node {peer} cannot be reached by {why}", rank=peer)
-        opened = _Opened(name, lanes, refused, number, layout)
-        try:
-            while len(lanes) < self._lanes_of(name)[0]:
-                number, opened.promised = opened.promised, opened.promised + 1
-                dialled.control.sock.sendall(dialled.control.seal(wire.Lane(number, name)))
-                token = auth.data_token(dialled.control.session, number)
-                lanes.append(self._paths[name].connect(endpoints[name], token, limit_s))
-        except BaseException:
-            opened.close()
-            raise
-        return opened
-
     def _lanes_of(self, name: str) -> tuple[int, int]:
         """Lanes to begin with and at most."""
         fixed = self._engine.settings.lanes
         return (fixed, fixed) if fixed else self._paths.lanes(name)
 
-    def _on_dialled(self, link: Link, dialled: Dialled, opened: _Opened) -> bool:
+    def _on_dialled(self, link: Link, dialled: Dialled, opened: Opened) -> bool:
         welcome = dialled.welcome
         if link.error is not None:
             opened.close()
@@ -455,6 +408,12 @@ class Links:
         self, link: Link, name: str, conn: KVConnection, body: Callable[[KVConnection], None]
     ) -> None:
         self._spawn(link, name, lambda: link.run_data(conn, body))
+
+    def _introduction(self, transport: str) -> wire.Ready:
+        s, engine = self._engine.settings, self._engine
+        return wire.Ready(
+            engine.layout, self._codecs, s.codec, transport, s.checksum, engine.address
+        )
 
     # -- agreeing ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._plain import Bell
-from ._turns import Ids, Turn
+from ._turns import Turn
 from ._worker import End
 
 __all__ = ["Mooncake", "Nixl"]
@@ -20,8 +20,9 @@ class Mooncake(End):
     """P writes in batches over TCP, then tells D."""
 
     def __init__(self, role: str, case: Mapping[str, Any], host: str) -> None:
-        os.environ.setdefault("MC_LOG_LEVEL", "FATAL")  # a healthy start prints errors
-        from mooncake.engine import TransferEngine
+        from mooncake.engine import (  # type: ignore[import-untyped,import-not-found,unused-ignore]  # no types
+            TransferEngine,
+        )
 
         super().__init__(role, case, host)
         self._bell = Bell(self.sends, host)
@@ -76,7 +77,7 @@ class Nixl(End):
         case: With regions.
         host: Address.
         progress_thread: Whether the library's thread polls, which is its default.
-        write: Whether P writes and notifies instead, which is faster for one block.
+        told: Whether D begins only when P says, by a byte on a socket, that it has the blocks.
 
     """
 
@@ -87,14 +88,17 @@ class Nixl(End):
         host: str,
         *,
         progress_thread: bool,
-        write: bool = False,
+        told: bool = False,
     ) -> None:
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
         os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-        from nixl_cu12._api import nixl_agent, nixl_agent_config
+        from nixl_cu12._api import (  # type: ignore[import-untyped,import-not-found,unused-ignore]  # no types
+            nixl_agent,
+            nixl_agent_config,
+        )
 
         super().__init__(role, case, host)
-        self._write = write
+        self._bell = Bell(self.sends, host) if told else None
         self._threaded = progress_thread
         config = nixl_agent_config(enable_prog_thread=progress_thread, backends=["UCX"])
         self._agent = nixl_agent(role, config)
@@ -104,44 +108,50 @@ class Nixl(End):
         self._handle: Any = None  # NIXL's
 
     def hello(self) -> object:
-        return self._agent.get_agent_metadata(), self._rows
+        where = self._bell.hello() if self._bell is not None else None
+        return self._agent.get_agent_metadata(), self._rows, where
 
     def meet(self, theirs: Any) -> None:  # noqa: ANN401 - what `hello` gave
-        metadata, rows = theirs
+        metadata, rows, where = theirs
+        if self._bell is not None:
+            self._bell.meet(where)
         self._peer = self._agent.add_remote_agent(metadata)
-        if self.sends == self._write:  # the side that acts
+        if not self.sends:
             self._ours = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", self._rows, "DRAM")
             self._theirs = self._agent.prep_xfer_dlist(self._peer, rows, "DRAM")
 
     def finish(self, turn: Turn) -> None:
-        if self.sends == self._write:
-            source, target = turn.source, turn.target
-            ours, theirs = (source, target) if self._write else (target, source)
-            self._move("WRITE" if self._write else "READ", ours, theirs, turn)
-        else:
+        if self.sends:
+            if self._bell is not None:
+                self._bell.ring()
             self._wait_notified()
-
-    def _move(self, operation: str, ours: Ids, theirs: Ids, turn: Turn) -> None:
+            return
+        if self._bell is not None:
+            self._bell.wait()
         handle = self._agent.make_prepped_xfer(
-            operation, self._ours, ours, self._theirs, theirs, str(turn.number).encode()
+            "READ", self._ours, turn.target, self._theirs, turn.source, b"done"
         )
         state = self._agent.transfer(handle)
         while state == "PROC":
+            time.sleep(0)
             state = self._agent.check_xfer_state(handle)
         self._agent.release_xfer_handle(handle)
         if state != "DONE":
-            raise RuntimeError(f"NIXL's {operation} ended in {state}")
+            raise RuntimeError(f"NIXL's READ ended in {state}")
 
     def _wait_notified(self) -> None:
+        """P has to know when it may give its blocks back, which is in no hurry."""
         end = time.monotonic() + 60
         while not self._agent.get_new_notifs():
             if time.monotonic() > end:
                 raise TimeoutError("NIXL sent no notification")
-            if self._threaded and not self._write:  # P has no hurry, and the library polls itself
+            if self._threaded:  # without a thread of its own the library moves only when asked
                 time.sleep(0.0005)
 
     def close(self) -> None:
-        if self.sends == self._write and hasattr(self, "_ours"):
+        if hasattr(self, "_ours"):
             self._agent.release_dlist_handle(self._ours)
             self._agent.release_dlist_handle(self._theirs)
         self._agent.deregister_memory(self._memory)
+        if self._bell is not None:
+            self._bell.close()

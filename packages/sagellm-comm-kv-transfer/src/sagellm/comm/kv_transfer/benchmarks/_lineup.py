@@ -10,7 +10,7 @@ from typing import Any
 from sagellm.core.protocols.bench import Contenders, Missing, Ratio, Row
 from sagellm.core.protocols.netns import ShapedHosts
 
-from ._pair import Cost, Pair
+from ._pair import Pair
 from ._worker import Spec
 
 __all__ = ["HOST", "PEERS", "best", "figure", "medians", "ours", "run_pairs"]
@@ -28,7 +28,7 @@ PEERS: Mapping[str, Spec] = {
     "gloo, block by block": Spec(f"{_HERE}._plain:Gloo"),
     "gloo, gathered": Spec(f"{_HERE}._plain:GlooGathered"),
     "ZeroMQ": Spec(f"{_HERE}._plain:ZeroMQ"),
-    "Mooncake, tcp": Spec(f"{_HERE}._engines:Mooncake"),
+    "Mooncake, tcp": Spec(f"{_HERE}._engines:Mooncake", noisy=True),
     "NIXL": Spec(_NIXL, {"progress_thread": True}, spins=True),
     "NIXL, no progress thread": Spec(_NIXL, {"progress_thread": False}),
     "NIXL, tcp": Spec(_NIXL, {"progress_thread": True}, _TCP, spins=True),
@@ -38,7 +38,7 @@ PEERS: Mapping[str, Spec] = {
 
 def ours(transport: str, *, hog: bool = False, **settings: object) -> Spec:
     """The channel over one path."""
-    return Spec(f"{_HERE}._ours:Channel", {"transport": transport, **settings}, hog=hog)
+    return Spec(f"{_HERE}._ours:Channel", {"transport": transport, "settings": settings}, hog=hog)
 
 
 @contextlib.contextmanager
@@ -59,11 +59,6 @@ def run_pairs(
 
 def _call(measure: Callable[[Pair], float], pair: Pair) -> Callable[[], float]:
     return lambda: measure(pair)
-
-
-def rate_of(cost: Cost, nbytes: int) -> float:
-    """Bytes per second."""
-    return nbytes / cost.seconds
 
 
 def medians(rows: Sequence[Row], **where: object) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,13 @@ class Channel(End):
     """
 
     def __init__(
-        self, role: str, case: Mapping[str, Any], host: str, *, transport: str, **settings: object
+        self,
+        role: str,
+        case: Mapping[str, Any],
+        host: str,
+        *,
+        transport: str,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._transport = transport
         chosen = KVTransferSettings.load(transport=transport, **settings)
@@ -96,6 +103,7 @@ class ManyTransfers(Channel):
         case: With regions; `transfers` says how many.
         host: Address to listen on.
         concurrent: All at once, or one after the other.
+        transport: As for `Channel`.
         settings: As for `Channel`.
 
     """
@@ -108,10 +116,10 @@ class ManyTransfers(Channel):
         *,
         concurrent: bool,
         transport: str,
-        **settings: object,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._concurrent = concurrent
-        super().__init__(role, case, host, transport=transport, **settings)
+        super().__init__(role, case, host, transport=transport, settings=settings)
 
     def begin(self, turn: Turn) -> None:
         return None

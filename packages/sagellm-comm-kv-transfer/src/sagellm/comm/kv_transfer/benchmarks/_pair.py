@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -112,9 +113,19 @@ class Pair:
         """One turn whose receiver waits already; the time counts from the sender's start."""
         return self._measure("finish")
 
-    def usage(self) -> list[tuple[float, float]]:
-        """Clock and processor seconds of each side."""
-        return [self._ask(i, "cpu", 0) for i in range(2)]
+    def idle_share(self, seconds: float) -> float:
+        """Processor seconds per second of the busier side while nothing is asked of it."""
+        self._resume()
+        try:
+            before = [self._ask(i, "cpu", 0) for i in range(2)]
+            time.sleep(seconds)  # what is measured is that time passes
+            after = [self._ask(i, "cpu", 0) for i in range(2)]
+        finally:
+            self._pause()
+        shares: list[float] = [
+            (c1 - c0) / (t1 - t0) for (t0, c0), (t1, c1) in zip(before, after, strict=True)
+        ]
+        return max(shares)
 
     def close(self) -> None:
         """End both processes. Idempotent."""

@@ -7,12 +7,15 @@ import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._turns import MIB, Blocks, Region, Turn
 from ._worker import End
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
 
 __all__ = ["Bell", "Gloo", "GlooGathered", "Memcpy", "PlainSocket", "ZeroMQ"]
 
@@ -92,7 +95,7 @@ class PlainSocket(End):
     def __init__(self, role: str, case: Mapping[str, Any], host: str) -> None:
         super().__init__(role, case, host)
         self._bell = Bell(self.sends, host)
-        self._flat = memoryview(self.blocks.reshape(-1)[: case["nbytes"]])
+        self._flat = self.blocks.reshape(-1)[: case["nbytes"]].data
 
     def hello(self) -> object:
         return self._bell.hello()
@@ -148,9 +151,9 @@ class Gloo(End):
         for i in ids:
             flying.append(move(self._tensor[i], other))
             if len(flying) >= _DEEP:
-                flying.pop(0).wait()
+                _wait(flying.pop(0))
         for work in flying:
-            work.wait()
+            _wait(work)
 
     def close(self) -> None:
         import torch.distributed as dist
@@ -159,6 +162,11 @@ class Gloo(End):
             dist.destroy_process_group()
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def _wait(work: Work | None) -> None:
+    assert work is not None, "this process is in the group"
+    work.wait()
 
 
 class GlooGathered(Gloo):
@@ -177,7 +185,7 @@ class GlooGathered(Gloo):
         import torch.distributed as dist
 
         ids = torch.from_numpy(turn.source if self.sends else turn.target)
-        for part in ids.split(self._per_message):
+        for part in torch.split(ids, self._per_message):
             spare = self._spare[: len(part)]
             if self.sends:
                 torch.index_select(self._tensor, 0, part, out=spare)

@@ -25,7 +25,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 def pool_blocks(case: Mapping[str, Any]) -> int:
     """Blocks of a pool: a quarter more than move, so that ids have something to choose from."""
     count: int = case["nbytes"] // case["block_bytes"]
-    return count + max(1, count // 4)
+    return count + max(63, count // 4)
 
 
 def layout(block_bytes: int) -> KVLayout:

@@ -34,6 +34,7 @@ class Spec:
         environ: Variables of its processes, for libraries that read them as they load.
         spins: Whether it burns a core while idle; it is stopped while others are measured.
         hog: Whether a Python thread of the receiver holds the GIL meanwhile.
+        noisy: Whether its library prints errors on a healthy start; they are not shown.
 
     """
 
@@ -42,6 +43,7 @@ class Spec:
     environ: Mapping[str, str] = field(default_factory=dict)
     spins: bool = False
     hog: bool = False
+    noisy: bool = False
 
 
 class End(ABC):  # noqa: B024 - every method has a sensible default, but for one that moves bytes
@@ -129,6 +131,10 @@ def work(
     if netns is not None:
         enter_namespace(netns)
     os.environ.update(spec.environ)
+    if spec.noisy:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
     module, _, name = spec.end.partition(":")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(EOFError))  # the measuring process is done

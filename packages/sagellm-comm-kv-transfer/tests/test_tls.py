@@ -1,4 +1,4 @@
-"""Connections under TLS 1.3 with certificates on both sides, and what is said when they do not fit."""
+"""Connections under TLS 1.3 with certificates on both sides, and what is said of wrong ones."""
 
 import contextlib
 import datetime as dt
@@ -248,8 +248,7 @@ def test_a_peer_without_certificate_is_refused(channel, authority, strangers, ca
     for address in (b.address, b._engine.paths["tcp"].endpoint()):
         with context.wrap_socket(strangers.dial(address)) as sock:
             with pytest.raises(OSError, match=r"CERTIFICATE_REQUIRED|reset"):
-                while sock.recv(4096):
-                    pass
+                sock.recv(4096)
     assert "it showed no certificate" in caplog.text
 
     a = channel(node_id=0, peers={1: b.address}, key=KEY, settings=ca.node())

@@ -193,11 +193,17 @@ class Link:
         except CommError as e:
             error = PeerLostError(f"node {self.peer}: {e}", rank=self.peer)
             lost = e if not isinstance(e, PeerLostError) else error
-            self._loop.call(lambda: self.lose(lost))
+            self._loop.call(lambda: self._lose_data(lost))
         except Exception as e:
             logger.exception("a bug in a data thread")
             bug = DistributedRuntimeError(f"node {self.peer}: {type(e).__name__}: {e}")
             self._loop.call(lambda: self.lose(bug))
+
+    def _lose_data(self, error: CommError) -> None:
+        """A lane has ended; what the peer has said of it, it said before."""
+        if self.error is None and self._sock is not None:
+            self._read()
+        self.lose(error)
 
     def abort_data(self) -> None:
         """Break the data connections, so that no thread stays in the middle of a frame."""

@@ -162,7 +162,7 @@ def test_much_goes_over_all_lanes_and_little_over_one(pair, eventually, lanes, p
 
     move("meet", [0])
     spy(out)
-    eventually(lambda: all(all(k.writer._asleep) for k in out._engine.links))
+    eventually(lambda: all(x.asleep for k in out._engine.links for x in k.writer._lanes))
     move("little", [1])
     assert len(used) == 1
     ids = torch.randperm(600)[:500].numpy()

@@ -487,5 +487,7 @@ class Engine:
         for link in links:
             link.release(max(0.1, end - time.monotonic()))
         self.loop.stop()
+        if self.pool is not None:
+            self.pool.close()
         self.completions.close()
         self.discovery.withdraw()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sagellm.core.protocols import IntegrityError, ReadyEvent
+from sagellm.core.protocols import IntegrityError, OneSidedConnection, Pledge, ReadyEvent
 
 from .frames import MAX_UNITS, Header
 from .memory import Extent
@@ -55,24 +55,24 @@ class Flow:
         self.lock = threading.Lock()
         self.stopped = False
         self.idle: Callable[[], object] | None = None
-        self._busy = False
+        self._pieces = 0
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at the blocks now."""
-        return self._busy
+        return self._pieces > 0
 
     def stop(self) -> bool:
         """Let no further piece begin; True when none is under way."""
         with self.lock:
             self.stopped = True
-            return not self._busy
+            return not self._pieces
 
     def leave(self) -> None:
         """End a piece; tells whoever waits behind the fence."""
         with self.lock:
-            self._busy = False
-            idle = self.idle if self.stopped else None
+            self._pieces -= 1
+            idle = self.idle if self.stopped and not self._pieces else None
         if idle is not None:
             idle()
 
@@ -87,6 +87,26 @@ class Outflow(Flow):
         super().__init__(handle, tid)
         self.extent: Extent | None = None
         self._pending: deque[Span] = deque()
+        self._pledges: dict[OneSidedConnection, Pledge] = {}
+
+    def stop(self) -> bool:
+        """Let no further piece begin, and no peer's copy count that has not ended."""
+        with self.lock:
+            self.stopped = True
+            pledges, self._pledges = self._pledges, {}
+        for pledge in pledges.values():
+            pledge.revoke()
+        return not self.busy
+
+    def pledge(self, conn: OneSidedConnection) -> Pledge | None:
+        """Our word to one peer that the blocks stay as they are; None when it cannot be given."""
+        with self.lock:
+            if self.stopped:
+                return None
+            found = self._pledges.get(conn) or conn.pledge()
+            if found is not None:
+                self._pledges[conn] = found
+            return found
 
     def queue(self, spans: Iterable[Span]) -> None:
         """Add units to send."""
@@ -96,7 +116,7 @@ class Outflow(Flow):
     def claim(self, chunk_bytes: int) -> Chunk | None:
         """The next units to send; None when there are none, or none that are ready."""
         with self.lock:
-            if self.stopped or self._busy or self.extent is None:
+            if self.stopped or self.extent is None:
                 return None
             for _ in range(len(self._pending)):
                 span = self._pending[0]
@@ -114,7 +134,7 @@ class Outflow(Flow):
                 if span.first + count < stop:
                     rest = Span(span.layer, span.first + count, stop)
                     self._pending.appendleft(rest)
-                self._busy = True
+                self._pieces += 1
                 return Chunk(span.layer, span.first, count)
             return None
 
@@ -146,10 +166,10 @@ class Inflow(Flow):
         super().__init__(handle, tid)
         self.extent = extent
         wanted = range(extent.layers) if layers is None else set(layers)
-        self._missing = [
+        self._open = [
             np.ones(extent.units(i) if i in wanted else 0, dtype=bool) for i in range(extent.layers)
         ]
-        self._left = [len(m) for m in self._missing]
+        self._left = [len(m) for m in self._open]
         self._retried: set[tuple[int, int]] = set()
         self.total_bytes = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(self._left) if n)
         self.total_units = sum(self._left)
@@ -173,25 +193,26 @@ class Inflow(Flow):
         with self.lock:
             if self.stopped:
                 return False
-            layers = len(self._missing)
-            if head.layer >= layers or head.first + head.count > len(self._missing[head.layer]):
+            layers = len(self._open)
+            if head.layer >= layers or head.first + head.count > len(self._open[head.layer]):
                 raise IntegrityError(
                     f"the peer sent blocks {head.first}..{head.first + head.count - 1} of layer "
                     f"{head.layer}, which were not granted"
                 )
-            if not self._missing[head.layer][head.first : head.first + head.count].all():
+            window = self._open[head.layer][head.first : head.first + head.count]
+            if not window.all():
                 raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
-            self._busy = True
+            window[:] = False  # before they are written: another lane may bring them, too
+            self._pieces += 1
             return True
 
     def landed(self, head: Header, bad: list[int]) -> tuple[list[int], list[int]]:
         """Note a frame's outcome: (damaged for the first time, damaged again)."""
         with self.lock:
-            good = np.ones(head.count, dtype=bool)
-            good[bad] = False
-            missing = self._missing[head.layer][head.first : head.first + head.count]
-            missing &= ~good
-            self._left[head.layer] -= int(good.sum())
+            self._left[head.layer] -= head.count - len(bad)
+            if not bad:
+                return [], []
+            self._open[head.layer][head.first : head.first + head.count][bad] = True
             again = [i for i in bad if (head.layer, head.first + i) in self._retried]
             fresh = [i for i in bad if (head.layer, head.first + i) not in self._retried]
             self._retried.update((head.layer, head.first + i) for i in fresh)

@@ -3,7 +3,8 @@
 A frame is a fixed header, a table with one entry per block, and the payload: the blocks' bytes
 in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
 in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
-entries also hold each block's coded length. Header and table carry their own digest.
+entries also hold each block's coded length. Where the receiver reads the sender's memory, the
+payload is a reference to the bytes. Header and table carry their own digest.
 """
 
 from __future__ import annotations
@@ -18,13 +19,25 @@ from numpy.typing import NDArray
 
 from sagellm.core.protocols import IntegrityError
 
-__all__ = ["CODED", "HEADER_BYTES", "MAX_UNITS", "RAW_BIT", "Header", "block_sum", "block_sums"]
+__all__ = [
+    "CODED",
+    "HEADER_BYTES",
+    "MAX_UNITS",
+    "RAW_BIT",
+    "REF",
+    "Header",
+    "block_sum",
+    "block_sums",
+]
 
 MAX_UNITS = 4096
 """Blocks in one frame at most; bounds what a header can make a reader allocate."""
 
 CODED = 1
 """Flag: the payload is coded and the table holds lengths."""
+
+REF = 2
+"""Flag: the payload is a reference to the bytes."""
 
 RAW_BIT = 1 << 31
 """In a coded length: this block did not shrink and is sent as it is."""
@@ -45,7 +58,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED` or 0.
+        flags: `CODED`, `REF` or 0.
         table_digest: xxh3 of the table.
 
     """
@@ -95,6 +108,8 @@ class Header:
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
+        if flags not in (0, CODED, REF):
+            raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
 
 

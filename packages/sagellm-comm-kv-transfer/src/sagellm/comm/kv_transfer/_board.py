@@ -56,7 +56,7 @@ class Board:
     def revoke(self, slot: int, number: int) -> None:
         """Empty a slot, if it holds that pledge."""
         with self._lock:
-            if self._words[slot] == number:
+            if slot < len(self._words) and self._words[slot] == number:
                 self._words[slot] = 0
                 self._free.append(slot)
 
@@ -65,6 +65,7 @@ class Board:
         with self._lock:
             self._free.clear()
             self._words[:] = 0
+            self._words = self._words[:0].copy()  # lets go of the memory
         self.segment.close()
 
 

@@ -202,6 +202,10 @@ class View:
         self.memory[::_PAGE].max()
         self.address = int(self.memory.ctypes.data)
 
+    def close(self) -> None:
+        """Let go of it; it is unmapped with the last array over it. Idempotent."""
+        self.memory = np.empty(0, dtype=np.uint8)
+
 
 def _reserve(nbytes: int, what: str) -> int:
     """A descriptor of that much memory, every page of it there."""

@@ -223,7 +223,8 @@ class ShmConnection(SocketConnection, OneSidedConnection):
             finally:
                 os.close(fd)
         for number in table.gone:
-            self._views.pop(number, None)
+            if (view := self._views.pop(number, None)) is not None:
+                view.close()
         if table.slot >= len(self._promises):
             raise IntegrityError(f"a reference with slot {table.slot} of {len(self._promises)}")
         if table.kind == ADDRESSES and self._meeting.peek is None:
@@ -276,6 +277,9 @@ class ShmConnection(SocketConnection, OneSidedConnection):
             subscribed, self._subscribed = list(self._subscribed.values()), {}
         for segment in subscribed:
             segment.forget(self._segment_closed)
+        self._promises = self._promises[:0].copy()
+        for view in (self._meeting.theirs, *self._views.values()):
+            view.close()
         self._meeting.board.close()
         if self._meeting.peek is not None:
             self._meeting.peek.close()
@@ -302,7 +306,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
 
     def promised(self, slot: int) -> int:
         """The pledge in a slot of the peer's board now."""
-        return int(self._promises[slot])
+        return int(self._promises[slot]) if slot < len(self._promises) else 0
 
 
 class _ShmReference(Reference):
@@ -313,7 +317,7 @@ class _ShmReference(Reference):
     ) -> None:
         self._table = table
         self._runs = runs
-        self._views = views
+        self._held = [v.memory for v in views.values()]  # mapped as long as this is
         self._connection = connection
 
     @property

@@ -85,13 +85,16 @@ class Reference(ABC):
     @property
     @abstractmethod
     def runs(self) -> MemoryRuns:
-        """The runs, with addresses that only `copy` understands."""
+        """The runs, with addresses that only its copier understands."""
 
     @abstractmethod
-    def copy(self, sources: MemoryRuns, addresses: NDArray[np.int64]) -> int:
-        """Copy parts of the runs to addresses of ours; returns the number of kernel calls.
+    def copier(
+        self, sources: MemoryRuns, addresses: NDArray[np.int64]
+    ) -> Callable[[int, int], int]:
+        """What copies parts of the runs to addresses of ours, from one position to another.
 
-        The caller answers for the addresses; sources are checked when the reference is made.
+        It returns the number of kernel calls. The caller answers for the addresses; sources are
+        checked when the reference is made.
         """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from sagellm.core.protocols import MemoryRuns
 
 from .memory import Ints
 
-__all__ = ["Paired", "move", "pair"]
+__all__ = ["Paired", "mover", "pair"]
 
 _HOLD_BYTES = 1 << 20
 """Stretches up to this are copied without letting go of the GIL, about 0.1 ms: beside a thread
@@ -71,10 +72,16 @@ _holding = ctypes.PyDLL(None).memmove
 _holding.argtypes, _holding.restype = _ARGUMENTS, None
 
 
-def move(sources: MemoryRuns, addresses: Ints) -> None:
-    """Copy runs of this process's address space; the caller answers for every address."""
-    hold, free = _holding, _freely
-    for to, from_, n in zip(
-        addresses.tolist(), sources.addresses.tolist(), sources.lengths.tolist(), strict=True
-    ):
-        (hold if n <= _HOLD_BYTES else free)(to, from_, n)
+def mover(sources: MemoryRuns, addresses: Ints) -> Callable[[int, int], int]:
+    """Copies runs of this process's address space; the caller answers for every address."""
+    stretches = list(
+        zip(addresses.tolist(), sources.addresses.tolist(), sources.lengths.tolist(), strict=True)
+    )
+
+    def move(low: int, high: int) -> int:
+        hold, free = _holding, _freely
+        for to, from_, n in stretches[low:high]:
+            (hold if n <= _HOLD_BYTES else free)(to, from_, n)
+        return 0
+
+    return move

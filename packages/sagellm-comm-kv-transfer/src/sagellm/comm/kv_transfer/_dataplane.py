@@ -16,7 +16,6 @@ from sagellm.core.protocols import (
     IntegrityError,
     KVCodec,
     KVConnection,
-    MemoryRuns,
     OneSidedConnection,
     Reference,
 )
@@ -31,7 +30,7 @@ __all__ = ["DataReader", "DataWriter"]
 
 _NOT_READY_S = 0.0005
 _SCRATCH_BYTES = 1 << 16
-_WARM_BYTES = 1 << 18
+_WARM_BYTES = 1 << 19
 """Copied before it is verified: little enough to be in the cache still."""
 
 
@@ -41,6 +40,7 @@ class _Lane:
     def __init__(self, conn: KVConnection, chunk_bytes: int) -> None:
         self.conn = conn
         self.one_sided = conn if isinstance(conn, OneSidedConnection) else None
+        self.least_bytes = chunk_bytes
         self.chunk_bytes = self.one_sided.frame_bytes if self.one_sided else chunk_bytes
         self.busy = False
         self.error: CommError | None = None
@@ -81,7 +81,10 @@ class DataWriter:
         with self._changed:
             if here and not self._flows and not self._stopped:
                 lane = next((x for x in self._lanes if not x.busy and x.error is None), None)
-            if lane is not None and (chunk := flow.claim(lane.chunk_bytes)) is not None:
+            if (
+                lane is not None
+                and (chunk := flow.claim(lane.least_bytes, lane.chunk_bytes)) is not None
+            ):
                 lane.busy = True
             if (chunk is None or flow.waiting) and flow not in self._flows:
                 self._flows.append(flow)
@@ -151,7 +154,7 @@ class DataWriter:
                     for _ in range(len(self._flows)):
                         flow = self._flows[0]
                         self._flows.rotate(-1)
-                        chunk = flow.claim(lane.chunk_bytes)
+                        chunk = flow.claim(lane.least_bytes, lane.chunk_bytes)
                         if chunk is not None:
                             return flow, chunk
                         if flow.waiting:
@@ -183,7 +186,7 @@ class DataWriter:
             units = extent.unit_views(layer, first, count)
         if self.checksum:
             start = time.perf_counter()
-            sums = block_sums(units, layer, first)
+            sums = np.array(block_sums(units, layer, first), dtype="<u8")
             verify_s = time.perf_counter() - start
         table, flags = sums.tobytes(), 0
         reference = self._refer(lane, flow, extent, chunk)
@@ -362,19 +365,18 @@ class DataReader:
         edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
         sums = np.frombuffer(table[: count * 8], dtype="<u8")
         units = extent.unit_views(layer, first, count) if self.checksum else []
-        bad: list[int] = []
+        copy = reference.copier(paired.sources, paired.addresses)
         calls, verify_s = 1, 0.0
+        found: list[int] = []
         for at, low, high in zip(starts.tolist(), edges, edges[1:], strict=False):
-            (addresses, lengths), to, _ = paired
-            piece = MemoryRuns(addresses[low:high], lengths[low:high])
-            calls += reference.copy(piece, to[low:high])
-            if self.checksum:
-                start = time.perf_counter()
-                found = block_sums(units[at : at + step], layer, first + at)
-                bad += (at + np.flatnonzero(found != sums[at : at + step])).tolist()
-                verify_s += time.perf_counter() - start
             if flow.stopped:
                 break  # nobody waits for the rest
+            calls += copy(low, high)
+            if self.checksum:
+                start = time.perf_counter()
+                found += block_sums(units[at : at + step], layer, first + at)
+                verify_s += time.perf_counter() - start
+        bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
         return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
 
     def _receive(
@@ -399,8 +401,7 @@ class DataReader:
             calls = conn.receive(views, self._io_timeout_s)
         if self.checksum:
             start = time.perf_counter()
-            wrong = np.flatnonzero(block_sums(units, layer, first) != sums)
-            bad = sorted({*bad, *wrong.tolist()})
+            bad = sorted({*bad, *_wrong(block_sums(units, layer, first), sums)})
             verify_s = time.perf_counter() - start
         return _Arrived(bad, 2 + calls, runs, verify_s, codec_s)
 
@@ -465,3 +466,9 @@ class DataReader:
             piece = self._trash[: min(count, len(self._trash))]
             conn.receive([piece], self._io_timeout_s)
             count -= len(piece)
+
+
+def _wrong(found: list[int], sums: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> list[int]:
+    """Positions of blocks that are not what they were."""
+    wrong: list[int] = np.flatnonzero(np.array(found, dtype="<u8") != sums).tolist()
+    return wrong

@@ -87,6 +87,7 @@ class Outflow(Flow):
         super().__init__(handle, tid)
         self.extent: Extent | None = None
         self._pending: deque[Span] = deque()
+        self._claimed_bytes = 0
         self._pledges: dict[OneSidedConnection, Pledge] = {}
 
     def stop(self) -> bool:
@@ -113,8 +114,15 @@ class Outflow(Flow):
         with self.lock:
             self._pending.extend(spans)
 
-    def claim(self, chunk_bytes: int) -> Chunk | None:
-        """The next units to send; None when there are none, or none that are ready."""
+    def claim(self, first_bytes: int, chunk_bytes: int) -> Chunk | None:
+        """The next units to send; None when there are none, or none that are ready.
+
+        Args:
+            first_bytes: Of the first chunk at most, so that the receiver begins early; each may
+                be as large as all before it.
+            chunk_bytes: Of any chunk at most.
+
+        """
         with self.lock:
             if self.stopped or self.extent is None:
                 return None
@@ -128,8 +136,10 @@ class Outflow(Flow):
                 if span.after is not None and not span.after.query():
                     self._pending.rotate(-1)
                     continue
-                fit = max(1, chunk_bytes // max(1, self.extent.unit_bytes(span.layer)))
-                count = min(fit, stop - span.first, MAX_UNITS)
+                unit = max(1, self.extent.unit_bytes(span.layer))
+                most = min(chunk_bytes, max(first_bytes, self._claimed_bytes))
+                count = min(max(1, most // unit), stop - span.first, MAX_UNITS)
+                self._claimed_bytes += count * unit
                 self._pending.popleft()
                 if span.first + count < stop:
                     rest = Span(span.layer, span.first + count, stop)

@@ -38,6 +38,14 @@ MAX_BYTES = _HEAD.size + MAX_SHOWN * 16 + MAX_RUNS * 28
 U64 = NDArray[np.uint64]
 
 
+def _columns(words: U64, counts: Sequence[int]) -> list[U64]:
+    found, at = [], 0
+    for count in counts:
+        found.append(words[at : at + count])
+        at += count
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """What a reference says.
@@ -103,9 +111,8 @@ class Table:
         counts = (2 * shown, gone, runs if kind == SEGMENTS else 0, runs, runs)
         if len(data) != _HEAD.size + 8 * sum(counts):
             raise IntegrityError(f"a reference of {len(data)} bytes for {runs} runs")
-        words = np.frombuffer(data, dtype="<u8", offset=_HEAD.size).astype(np.uint64)
-        ends = np.cumsum(counts)
-        announced, gone_, which, places, lengths = np.split(words, ends[:-1])
+        words = np.frombuffer(data, dtype="<u8", offset=_HEAD.size).astype(np.uint64, copy=False)
+        announced, gone_, which, places, lengths = _columns(words, counts)
         if (lengths == 0).any() or (lengths > _LONGEST).any() or (places > _LONGEST * 2).any():
             raise IntegrityError("a reference with runs of no memory")
         pairs = announced.reshape(-1, 2).tolist()

@@ -13,9 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from sagellm.core.protocols import IntegrityError
 
@@ -121,13 +119,10 @@ def block_sum(views: Iterable[memoryview], layer: int, position: int) -> int:
     return digest.intdigest()
 
 
-def block_sums(
-    blocks: Sequence[Sequence[memoryview]], layer: int, first: int
-) -> NDArray[np.uint64]:
+def block_sums(blocks: Sequence[Sequence[memoryview]], layer: int, first: int) -> list[int]:
     """`block_sum` of consecutive blocks."""
     seed, one = (layer << 32) + first, xxhash.xxh3_64_intdigest
-    sums = [
+    return [
         one(views[0], seed + i) if len(views) == 1 else block_sum(views, layer, first + i)
         for i, views in enumerate(blocks)
     ]
-    return np.array(sums, dtype="<u8")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.comm.kv_transfer._board import Board, BoardPledge
-from sagellm.comm.kv_transfer._copy import move
+from sagellm.comm.kv_transfer._copy import mover
 from sagellm.comm.kv_transfer._peek import Peek
 from sagellm.comm.kv_transfer._reference import (
     ADDRESSES,
@@ -40,7 +40,7 @@ from ._socket import SocketConnection
 
 __all__ = ["Meeting", "ShmConnection"]
 
-_FRAME_BYTES = 8 << 20
+_FRAME_BYTES = 32 << 20
 _REFERRING_BUFFER_BYTES = 16 << 10
 """Kernel buffer where only references cross: more would queue frames before small transfers."""
 _AHEAD_BYTES = 1 << 14
@@ -290,11 +290,8 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         self._enclosed = []
         self._views.clear()
 
-    def copy_runs(self, kind: int, sources: MemoryRuns, addresses: NDArray[np.int64]) -> int:
-        """Copy what a reference names."""
-        if kind == SEGMENTS:
-            move(sources, addresses)
-            return 0
+    def read(self, sources: MemoryRuns, addresses: NDArray[np.int64]) -> int:
+        """Read the peer's memory; returns the number of kernel calls."""
         peek = self._meeting.peek
         assert peek is not None, "checked with the reference"
         try:
@@ -330,9 +327,19 @@ class _ShmReference(Reference):
         """The runs."""
         return self._runs
 
-    def copy(self, sources: MemoryRuns, addresses: NDArray[np.int64]) -> int:
-        """Copy parts of the runs."""
-        return self._connection.copy_runs(self._table.kind, sources, addresses)
+    def copier(
+        self, sources: MemoryRuns, addresses: NDArray[np.int64]
+    ) -> Callable[[int, int], int]:
+        """Copies parts of the runs."""
+        if self._table.kind == SEGMENTS:
+            return mover(sources, addresses)
+        lengths, places = sources.lengths, sources.addresses
+
+        def read(low: int, high: int) -> int:
+            part = MemoryRuns(places[low:high], lengths[low:high])
+            return self._connection.read(part, addresses[low:high])
+
+        return read
 
     def kept(self) -> bool:
         """Whether the pledge is on the board still."""

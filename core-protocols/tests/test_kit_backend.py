@@ -1,6 +1,7 @@
 """The comm-backend suite passes a sound backend, and catches each seeded bug."""
 
 import threading
+import time
 from collections import defaultdict
 
 import pytest
@@ -439,6 +440,27 @@ def test_ranks_that_refuse_differently_fail():
     parted = type("Parted", (World,), {"spec": spec, "backend_class": RefusesOnOneRank})
 
     assert not check_backend(parted, only=["gather"], timeout_s=4).ok()
+
+
+def test_no_check_breaks_a_group_that_a_rank_has_not_joined_yet():
+    made, seen = [], []
+
+    class Watched(Backend):
+        def abort(self, reason):
+            seen.append(sorted(made))
+            super().abort(reason)
+
+    class Late(World):
+        backend_class = Watched
+
+        def backend(self, rank):
+            time.sleep(0.3 * rank)
+            made.append(rank)
+            return super().backend(rank)
+
+    assert check_backend(Late, only=["abort wakes waiters"]).ok()
+
+    assert seen[0] == [0, 1]
 
 
 def test_three_ranks_and_one():

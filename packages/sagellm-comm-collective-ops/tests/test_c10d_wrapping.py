@@ -13,8 +13,10 @@ INNER = ("gloo", "sagellm", "sagellm_gloo")
 
 
 def fresh(groups, inner):
-    """A group that a test may break, of the same library."""
-    return dist.new_group(backend=dist.get_backend(groups[inner]))
+    """A group that a test may break, of the same library, and that all ranks have."""
+    group = dist.new_group(backend=dist.get_backend(groups[inner]))
+    dist.barrier()  # torch lets a rank go on while others still connect to it
+    return group
 
 
 def records_and_hooks(groups, inner):

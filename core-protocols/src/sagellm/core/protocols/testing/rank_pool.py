@@ -354,6 +354,8 @@ def torch_group(
 ) -> Iterator[Any]:  # Any: torch is not imported here
     """The default torch process group of these ranks, over a file, for as long as the block.
 
+    The block begins once every rank has its end of the group.
+
     Args:
         rank: This rank.
         size: Number of ranks.
@@ -377,6 +379,9 @@ def torch_group(
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     try:
+        # Torch lets a rank go on while others still connect to it; if it fails, they would, too.
+        store.set(f"made/{rank}", "")
+        store.wait([f"made/{r}" for r in range(size)], datetime.timedelta(seconds=timeout_s))
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()

@@ -23,6 +23,7 @@ __all__ = [
     "MAX_UNITS",
     "RAW_BIT",
     "REF",
+    "SEALED",
     "Header",
     "block_sum",
     "block_sums",
@@ -36,6 +37,9 @@ CODED = 1
 
 REF = 2
 """Flag: the payload is a reference to the bytes."""
+
+SEALED = 8
+"""Flag: the transfer is whole, no message seals it; for those that use an invitation."""
 
 RAW_BIT = 1 << 31
 """In a coded length: this block did not shrink and is sent as it is."""
@@ -56,7 +60,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED`, `REF` or 0.
+        flags: `CODED` or `REF`, and `SEALED`.
         table_digest: xxh3 of the table.
 
     """
@@ -106,7 +110,7 @@ class Header:
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
-        if flags not in (0, CODED, REF):
+        if flags & ~SEALED not in (0, CODED, REF):
             raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
 

@@ -82,6 +82,15 @@ def library_group(library: str, device_type: str, plan: GroupPlan) -> TorchObjec
     return group
 
 
+def _meet(store: TorchObject, plan: GroupPlan) -> None:
+    """Wait until every rank has its end of the group.
+
+    A rank that is ahead and fails at once would cut off one that still connects.
+    """
+    store.set(f"made/{plan.rank}", "")
+    store.wait([f"made/{r}" for r in range(plan.size)], plan.deadline)
+
+
 def forget_group(group: TorchObject) -> None:
     """Undo what `library_group` told torch."""
     distributed_c10d._world.pg_group_ranks.pop(group, None)
@@ -92,6 +101,7 @@ def _backend(library: str, store: TorchObject, plan: GroupPlan) -> TorchObject:
     if library == "gloo" and dist.is_gloo_available():
         gloo = c10d.ProcessGroupGloo(store, plan.rank, plan.size, plan.deadline)
         gloo._set_sequence_number_for_group()
+        _meet(store, plan)
         return gloo
     if library == "nccl" and dist.is_nccl_available():  # pragma: device-only
         options = c10d.ProcessGroupNCCL.Options()

@@ -2,7 +2,9 @@
 
 from ._registry import (
     TRANSPORT_GROUP as TRANSPORT_GROUP,
-    load_transport as load_transport,
+    load_spec as load_spec,
+    transport_names as transport_names,
+    transport_registry as transport_registry,
 )
 from .shm import (
     SHM as SHM,
@@ -13,4 +15,13 @@ from .tcp import (
     TcpTransport as TcpTransport,
 )
 
-__all__ = ["SHM", "TCP", "TRANSPORT_GROUP", "ShmTransport", "TcpTransport", "load_transport"]
+__all__ = [
+    "SHM",
+    "TCP",
+    "TRANSPORT_GROUP",
+    "ShmTransport",
+    "TcpTransport",
+    "load_spec",
+    "transport_names",
+    "transport_registry",
+]

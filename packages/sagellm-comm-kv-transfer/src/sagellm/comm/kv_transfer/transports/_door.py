@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import selectors
 import socket
@@ -11,12 +12,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sagellm.comm.kv_transfer.auth import token_id, token_proof
+from sagellm.comm.kv_transfer.tls import Tls, TlsSocket
 from sagellm.core.protocols import CommTimeoutError, PeerLostError
 
-__all__ = ["TokenDoor", "present"]
+__all__ = ["TokenDoor", "binding_of", "present"]
 
 _HELLO_BYTES = 16 + 32
 _MAX_PENDING = 64
+_PAUSE_S = 0.1
 
 
 class _Presented(NamedTuple):
@@ -35,6 +38,7 @@ class TokenDoor:
         handshake_s: A connection that presents no token by then is closed.
         name: Of the thread.
         admit: Whether a fresh connection may present a token at all.
+        tls: Our side of TLS; None takes plain connections.
 
     """
 
@@ -44,7 +48,9 @@ class TokenDoor:
         handshake_s: float,
         name: str,
         admit: Callable[[socket.socket], bool] = lambda _: True,
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self._listener = listener
         self._handshake_s = handshake_s
         self._admit = admit
@@ -79,14 +85,16 @@ class TokenDoor:
                         raise PeerLostError("the transport is closed")
                     found = self._presented.pop(name)
                     sock = found.sock
-                    if hmac.compare_digest(found.proof, token_proof(token, initiator=True)):
+                    binding = binding_of(self._tls, sock)
+                    proof = token_proof(token, initiator=True, binding=binding)
+                    if hmac.compare_digest(found.proof, proof):
                         break
                     self._reject(sock)
             finally:
                 self._expected.discard(name)
         try:
-            sock.setblocking(True)
-            sock.sendall(token_proof(token, initiator=False))
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            sock.sendall(token_proof(token, initiator=False, binding=binding))
         except OSError as e:
             sock.close()
             raise PeerLostError(f"the data connection broke: {e}") from e
@@ -130,7 +138,9 @@ class TokenDoor:
     ) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):  # it stays in the queue: do not spin
+                time.sleep(_PAUSE_S)
             return
         if not self._admit(sock):
             self._reject(sock)
@@ -139,6 +149,12 @@ class TokenDoor:
             oldest = next(iter(pending))  # the one that has had the longest time to prove itself
             self._drop(selector, pending, oldest)
         sock.setblocking(False)
+        if self._tls is not None:
+            try:
+                sock = self._tls.server(sock)
+            except OSError:  # it is gone already
+                self._reject(sock)
+                return
         pending[sock] = (bytearray(), time.monotonic() + self._handshake_s)
         selector.register(sock, selectors.EVENT_READ)
 
@@ -205,7 +221,12 @@ class TokenDoor:
         self.rejected += 1
 
 
-def present(sock: socket.socket, token: bytes) -> None:
+def binding_of(tls: Tls | None, sock: socket.socket) -> bytes:
+    """What ties a token's proof to the certificates of a connection; nothing without TLS."""
+    return tls.binding(sock) if tls is not None and isinstance(sock, TlsSocket) else b""
+
+
+def present(sock: socket.socket, token: bytes, binding: bytes = b"") -> None:
     """Prove a token at a peer's door, which proves it, too.
 
     Raises:
@@ -213,12 +234,12 @@ def present(sock: socket.socket, token: bytes) -> None:
         OSError: The connection broke.
 
     """
-    sock.sendall(token_id(token) + token_proof(token, initiator=True))
+    sock.sendall(token_id(token) + token_proof(token, initiator=True, binding=binding))
     answer = b""
     while len(answer) < 32:
         got = sock.recv(32 - len(answer))
         if not got:
             raise ConnectionResetError("closed by the peer")
         answer += got
-    if not hmac.compare_digest(answer, token_proof(token, initiator=False)):
+    if not hmac.compare_digest(answer, token_proof(token, initiator=False, binding=binding)):
         raise PeerLostError("the peer does not know the data connection's token")

@@ -55,8 +55,7 @@ class ShmTransport(KVTransport):
     Args:
         socket_buffer_bytes: Kernel buffer of a connection over which bytes have to be sent.
         handshake_timeout_s: A connection that presents no token by then is closed.
-        host: Unused; every transport is told.
-        advertise: Unused; every transport is told.
+        ignored: What other transports need.
 
     Raises:
         BackendUnavailableError: This system cannot share memory.
@@ -68,8 +67,7 @@ class ShmTransport(KVTransport):
         *,
         socket_buffer_bytes: int = 1 << 20,
         handshake_timeout_s: float = 5.0,
-        host: str = "",
-        advertise: str | None = None,
+        **ignored: object,
     ) -> None:
         if not (probe := _probe()).available:
             raise BackendUnavailableError(f"shm: {probe.reason}")
@@ -86,9 +84,15 @@ class ShmTransport(KVTransport):
         """Connections of other users, and those that did not prove a token."""
         return self._door.rejected
 
-    def endpoint(self) -> str:
+    def endpoint(self, reached_at: str = "") -> str:
         """The host's boot id and the name of the socket."""
         return self._endpoint
+
+    def reaches(self, endpoint: str) -> Probe:
+        """Whether it is on this host."""
+        if endpoint.partition("/")[0] != _boot_id():
+            return Probe(False, "the peer is on another host: its boot id differs")
+        return Probe(True, "same host")
 
     def connect(self, endpoint: str, token: bytes, deadline_s: float) -> KVConnection:
         """Open a connection to a process of this host.
@@ -99,11 +103,11 @@ class ShmTransport(KVTransport):
             AuthenticationError: It is another user's, or does not know the token.
 
         """
-        boot, _, name = endpoint.partition("/")
+        name = endpoint.partition("/")[2]
         if not name:
             raise ConfigError(f"{endpoint!r} is not the endpoint of a shm transport")
-        if boot != _boot_id():
-            raise BackendUnavailableError("the peer is on another host: its boot id differs")
+        if not (probe := self.reaches(endpoint)).available:
+            raise BackendUnavailableError(probe.reason)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as undo:
             undo.callback(sock.close)

@@ -6,6 +6,7 @@ import errno
 import socket
 import time
 
+from sagellm.comm.kv_transfer.tls import Tls, TlsConnection, TlsSocket
 from sagellm.core.protocols import (
     ConfigError,
     KVConnection,
@@ -17,12 +18,14 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.ports import SagePorts
 
-from ._door import TokenDoor, present
+from ._door import TokenDoor, binding_of, present
 from ._socket import SocketConnection
 
-__all__ = ["TCP", "TcpConnection", "TcpTransport", "listen", "parse_address"]
+__all__ = ["ANY_HOST", "TCP", "TcpConnection", "TcpTransport", "bracket", "listen", "parse_address"]
 
 _TRIES = 4
+ANY_HOST = ("0.0.0.0", "::", "")
+"""Hosts that stand for every address of this machine."""
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -91,9 +94,11 @@ class TcpTransport(KVTransport):
 
     Args:
         host: Address to bind.
-        advertise: Host that peers are told.
+        advertise: Host that peers are told; None is `host`, or for a wildcard the one at which
+            a peer has reached us.
         socket_buffer_bytes: Kernel buffer of each connection.
         handshake_timeout_s: A connection that presents no token by then is closed.
+        tls: Our side of TLS; None uses plain connections.
 
     """
 
@@ -104,21 +109,24 @@ class TcpTransport(KVTransport):
         advertise: str | None = None,
         socket_buffer_bytes: int = 1 << 20,
         handshake_timeout_s: float = 5.0,
+        tls: Tls | None = None,
+        **_others: object,
     ) -> None:
+        self._tls = tls
         self._buffer_bytes = socket_buffer_bytes
         listener = listen(host, 0, "kv_transfer_data")
-        port = listener.getsockname()[1]
-        self._endpoint = f"{_bracket(advertise or host)}:{port}"
-        self._door = TokenDoor(listener, handshake_timeout_s, f"kv-tcp-{port}")
+        self._host = advertise or ("" if host in ANY_HOST else host)
+        self._port = listener.getsockname()[1]
+        self._door = TokenDoor(listener, handshake_timeout_s, f"kv-tcp-{self._port}", tls=tls)
 
     @property
     def rejected(self) -> int:
         """Connections that did not prove a token."""
         return self._door.rejected
 
-    def endpoint(self) -> str:
+    def endpoint(self, reached_at: str = "") -> str:
         """`host:port` of the data listener."""
-        return self._endpoint
+        return f"{bracket(self._host or reached_at or 'localhost')}:{self._port}"
 
     def connect(self, endpoint: str, token: bytes, deadline_s: float) -> KVConnection:
         """Open a data connection and prove the token; the peer proves it too."""
@@ -126,7 +134,7 @@ class TcpTransport(KVTransport):
         for left in reversed(range(_TRIES)):
             sock = self._dial(endpoint, end)
             try:
-                present(sock, token)
+                present(sock, token, binding_of(self._tls, sock))
                 break
             except PeerLostError:
                 sock.close()
@@ -135,22 +143,36 @@ class TcpTransport(KVTransport):
                 sock.close()
                 if not left or time.monotonic() >= end or self._door.closed:
                     raise PeerLostError(f"{endpoint} dropped the data connection: {e}") from e
-        return TcpConnection(sock, endpoint, self._buffer_bytes)
+        return self._connection(sock, endpoint)
 
-    @staticmethod
-    def _dial(endpoint: str, end: float) -> socket.socket:
+    def _dial(self, endpoint: str, end: float) -> socket.socket:
         left = max(0.001, end - time.monotonic())
         try:
-            return socket.create_connection(parse_address(endpoint), timeout=left)
+            sock = socket.create_connection(parse_address(endpoint), timeout=left)
+            if self._tls is None:
+                return sock
+            secured = self._tls.client(sock)
         except OSError as e:
             raise PeerLostError(f"no data connection to {endpoint}: {e}") from e
+        try:
+            secured.settimeout(left)
+            secured.handshake()
+        except OSError as e:
+            secured.close()
+            raise PeerLostError(f"no TLS connection to {endpoint}: {e}") from e
+        return secured
+
+    def _connection(self, sock: socket.socket, peer: str) -> KVConnection:
+        if isinstance(sock, TlsSocket):
+            return TlsConnection(sock, peer)
+        return TcpConnection(sock, peer, self._buffer_bytes)
 
     def accept(self, token: bytes, deadline_s: float) -> KVConnection:
         """Wait for the connection that presents `token`; it is good once."""
         sock = self._door.take(token, deadline_s)
         try:
             peer = f"{sock.getpeername()[0]}:{sock.getpeername()[1]}"
-            return TcpConnection(sock, peer, self._buffer_bytes)
+            return self._connection(sock, peer)
         except OSError as e:
             sock.close()
             raise PeerLostError(f"the data connection broke: {e}") from e
@@ -160,7 +182,8 @@ class TcpTransport(KVTransport):
         self._door.close()
 
 
-def _bracket(host: str) -> str:
+def bracket(host: str) -> str:
+    """The host as it stands before a colon."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -173,4 +196,6 @@ TCP = TransportSpec(
     integrity=False,
     probe=lambda: Probe(True, "sockets are always there"),
     load=lambda: TcpTransport,
+    start_lanes=2,
+    max_lanes=4,
 )

@@ -221,5 +221,7 @@ class Engine:
             return
         self.links.release(10.0)
         self.loop.stop()
+        if self.pool is not None:
+            self.pool.close()
         self.completions.close()
         self.discovery.withdraw()

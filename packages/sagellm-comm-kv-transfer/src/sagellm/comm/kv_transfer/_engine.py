@@ -87,6 +87,7 @@ class Engine:
         self._ends: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._past = Counter[str]()
+        self.ignored: Counter[str] = Counter()
         self._meters = Meters(settings.transport)
         self._closed = False
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
@@ -386,8 +387,9 @@ class Engine:
                 self.sending.on_fetch(link, message)
             case wire.Fail():
                 error = error_of(message)
-                if not self.sending.on_fail(link, message.tid, error):
-                    self.receiving.on_fail(link, message.tid, error)
+                ours = self.sending.on_fail(link, message.tid, error)
+                if not ours and not self.receiving.on_fail(link, message.tid, error):
+                    self.ignore("fail")
             case wire.KeyFail():
                 key = TransferKey(message.id, message.attempt)
                 error = error_of(message)
@@ -403,6 +405,10 @@ class Engine:
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()
                 link.lose(PeerLostError(text, rank=link.peer))
+
+    def ignore(self, what: str) -> None:
+        """Count a message that came too late, twice, or for an earlier epoch."""
+        self.ignored[what] += 1
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""

@@ -40,6 +40,7 @@ from .compression import load_codec_spec
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
+from .state import Role
 from .stream import Stream
 from .transfer import TransferHandle
 from .transports import load_transport
@@ -293,11 +294,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
         table = self._own_blocks(blocks)
         if table is None:
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
-        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel)
+        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
         offered = Offered(handle, self._pool(), table, num_tokens, after)
         handle.owner = offered
-        self._engine.loop.run(lambda: self._engine.sending.offer(offered, ttl_s))
+        self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
         return handle
 
     def fetch(
@@ -462,6 +463,6 @@ class KVTransferChannel(KVTransferChannelProtocol):
             elif isinstance(owner, Receive):
                 engine.receiving.fail(owner, error)
             elif isinstance(owner, Offered):
-                engine.sending.fail_offer(owner, error)
+                engine.sending.offering.fail(owner, error)
 
         return engine.loop.call(end)

@@ -86,7 +86,7 @@ class Sending:
                 f"{len(self._active)} transfers are in flight already; max_in_flight is "
                 f"{self.engine.settings.max_in_flight}"
             )
-        link = self.engine.link_to(p.target, p.handle.deadline)
+        link = self.engine.links.to(p.target, p.handle.deadline)
         if p.pool is not None:
             p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
         self._active[name] = p
@@ -130,7 +130,9 @@ class Sending:
             link.lose(DistributedRuntimeError(f"node {link.peer} invites out of turn"))
             return
         key, pool = TransferKey(invite.id, invite.attempt), self.engine.pool
-        crossed = invite.layouts != link.layouts_told or (link.peer, key) in self._active
+        p = self._active.get((link.peer, key))
+        offered = p is not None and p.link is not None
+        crossed = offered or invite.layouts != link.layouts_told
         if crossed or pool is None or self._failed.get(key) is not None:
             self.engine.ignore("invite")
             return
@@ -139,7 +141,7 @@ class Sending:
 
     def on_fetch(self, link: Link, fetch: wire.Fetch) -> None:
         """A peer wants to pull."""
-        self.engine.ensure_writer(link)
+        self.engine.links.ensure_both_ways(link)
         name = (link, fetch.tid)
         if name in self._by_tid or name in self.offering.fetches or fetch.tid >= wire.INVITED:
             link.lose(
@@ -287,7 +289,7 @@ class Sending:
     def _expire(self, p: Push) -> None:
         state = p.handle.state
         if p.link is None:
-            what = f"node {p.target} never came ({self.engine.why_absent(p.target)})"
+            what = f"node {p.target} never came ({self.engine.links.why_absent(p.target)})"
         elif p.handle.phase is Phase.OFFERED:
             what = f"node {p.target} has not said `receive`"
         else:

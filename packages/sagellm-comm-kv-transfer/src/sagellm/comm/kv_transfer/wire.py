@@ -33,9 +33,11 @@ __all__ = [
     "Hello",
     "Invite",
     "KeyFail",
+    "Lane",
     "LayerDone",
     "LayoutChanged",
     "Message",
+    "MoreLanes",
     "Nack",
     "Offer",
     "Proof",
@@ -76,6 +78,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     nonce: bytes
     min_version: int
     max_version: int
+    instance: bytes = b""
 
 
 class Challenge(_Message, frozen=True, tag="challenge"):
@@ -84,6 +87,7 @@ class Challenge(_Message, frozen=True, tag="challenge"):
     node_id: int
     nonce: bytes
     version: int
+    instance: bytes = b""
 
 
 class Proof(_Message, frozen=True, tag="proof"):
@@ -241,6 +245,20 @@ class KeyFail(_Message, frozen=True, tag="key_fail"):
     theirs: str = ""
 
 
+class Lane(_Message, frozen=True, tag="lane"):
+    """I → A: I am about to open this data connection, by this transport; others I could not."""
+
+    number: int
+    transport: str
+    refused: dict[str, str] = {}
+
+
+class MoreLanes(_Message, frozen=True, tag="more_lanes"):
+    """A → I: I have much to send; open data connections until there are so many."""
+
+    count: int
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this channel closes."""
 
@@ -261,6 +279,8 @@ Session = (
     | Release
     | Fail
     | KeyFail
+    | Lane
+    | MoreLanes
     | Bye
 )
 Message = Handshake | Session

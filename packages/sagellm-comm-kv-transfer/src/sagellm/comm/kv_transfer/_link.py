@@ -114,6 +114,11 @@ class Link:
         used = min(len(self._lanes), self.writer.tuner.lanes)
         return f"{self.transport}:{max(1, used)}"
 
+    @property
+    def unread_bytes(self) -> int:
+        """Control bytes that the peer has not taken yet."""
+        return self._out_bytes
+
     def new_tid(self) -> int:
         """A number for a transfer, never given out before on this link."""
         self._next_tid += 1

@@ -60,11 +60,17 @@ class Receiving:
         self._next: list[Receive] = []
         limits = engine.settings
         self.live: set[Receive] = set()
-        self._parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
+        self.unconfirmed: set[Receive] = set()
+        self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
         self._ended: Memory[TransferKey, End] = Memory(limits.max_remembered)
         self._granter = Granter(lambda: engine.pool, limits.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Memory of transfers without destination, now."""
+        return self._granter.used
 
     def in_flight(self) -> list[TransferHandle]:
         """Receives that have not ended."""
@@ -97,13 +103,13 @@ class Receiving:
             self._next.append(r)
         self._watch(r)
         if not r.named:
-            for link, offer in self._parked:
+            for link, offer in self.parked:
                 if self._name(r, link, TransferKey(offer.id, offer.attempt)):
                     break
         if self._active.get(r.key) is r:
-            for link, offer in self._parked.of(r.key.id):
+            for link, offer in self.parked.of(r.key.id):
                 if offer.attempt == r.key.attempt and r.error is None:
-                    self._parked.pop(link, offer.tid)
+                    self.parked.pop(link, offer.tid)
                     self._join(r, link, offer)
             for link in self._engine.links:
                 self._refuse_misfits(link)
@@ -171,7 +177,7 @@ class Receiving:
     def on_offer(self, link: Link, offer: wire.Offer) -> None:
         """A peer wants to push."""
         name = (link, offer.tid)
-        if name in self._by_tid or name in self._parked or offer.tid >= wire.INVITED:
+        if name in self._by_tid or name in self.parked or offer.tid >= wire.INVITED:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {offer.tid} twice")
             )
@@ -190,15 +196,15 @@ class Receiving:
                 if self._name(candidate, link, key):
                     self._join(candidate, link, offer)
                     return
-            if not self._parked.add(link, offer):
+            if not self.parked.add(link, offer):
                 full = f"node {self._engine.node_id} holds too many offers nobody has received"
                 link.send(failure(offer.tid, ResourceError(full)))
 
     def on_sealed(self, link: Link, message: wire.Sealed) -> None:
         """A stream is complete."""
-        if (parked := self._parked.get(link, message.tid)) is not None:
+        if (parked := self.parked.get(link, message.tid)) is not None:
             tokens = message.num_tokens
-            self._parked.replace(
+            self.parked.replace(
                 link, msgspec.structs.replace(parked, sealed=True, num_tokens=tokens)
             )
         elif (entry := self._by_tid.get((link, message.tid))) is not None:
@@ -228,7 +234,7 @@ class Receiving:
 
     def on_fail(self, link: Link, tid: int, error: CommError) -> bool:
         """The sender gave up; False when it is none of ours."""
-        if (offer := self._parked.pop(link, tid)) is not None:
+        if (offer := self.parked.pop(link, tid)) is not None:
             self._ended[TransferKey(offer.id, offer.attempt)] = End(error, None)
             return True
         if (entry := self._by_tid.get((link, tid))) is not None:
@@ -245,9 +251,9 @@ class Receiving:
         if (r := self._active.get(key)) is not None:
             self.fail(r, error)
             return
-        for link, offer in self._parked.of(key.id):
+        for link, offer in self.parked.of(key.id):
             if offer.attempt == key.attempt:
-                self._parked.pop(link, offer.tid)
+                self.parked.pop(link, offer.tid)
                 link.send(failure(offer.tid, error))
         if self._ended.get(key) is None:
             self._ended[key] = End(error, None)
@@ -298,7 +304,7 @@ class Receiving:
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what came over a link, or was to come from its node."""
-        self._parked.drop(link)
+        self.parked.drop(link)
         for key in [k for k in self._by_tid if k[0] is link]:
             if (entry := self._by_tid.get(key)) is None:
                 continue
@@ -509,6 +515,10 @@ class Receiving:
                 self._next.remove(r)
         if rule.safe:
             self.live.discard(r)
+        if r.handle.phase is Phase.LANDED:
+            self.unconfirmed.add(r)
+        else:
+            self.unconfirmed.discard(r)
         if r.watch is not None:
             r.watch.follow()
 

@@ -38,6 +38,7 @@ from ._paths import AUTO, Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._records import CANCELLED
+from ._snapshot import Snapshot, take
 from .compression import load_codec_spec
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
@@ -403,6 +404,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
             f"connections; {refused + '; ' if refused else ''}codec {s.codec}; checksums "
             f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; layouts: {known}"
         )
+
+    def snapshot(self) -> Snapshot:
+        """Who holds which blocks and waits for whom, now; plain data that JSON can carry."""
+        return self._engine.loop.run(lambda: take(self._engine))
 
     def get_stats(self) -> TransferStats:
         """A snapshot of the counters."""

@@ -70,7 +70,7 @@ def test_an_impostor_that_answers_is_not_believed(channel):
 @pytest.mark.parametrize("port", ["control", "data"])
 def test_garbage_is_turned_away(channel, port, works, strangers):
     a, b = channel(), channel(settings=KVTransferSettings(handshake_timeout_s=0.2))
-    address = b.address if port == "control" else b._engine.transport.endpoint()
+    address = b.address if port == "control" else b._engine.paths["tcp"].endpoint()
     rng = random.Random(0)
     good = wire.encode(wire.Hello(wire.PROTOCOL, 0, 1, b"n" * 32, 1, 1))
     hostile = [
@@ -101,7 +101,7 @@ def test_garbage_is_turned_away(channel, port, works, strangers):
 def test_connections_that_say_nothing_are_bounded(channel, port, eventually, works, strangers):
     settings = KVTransferSettings(max_unauthenticated=4, handshake_timeout_s=0.3)
     a, b = channel(), channel(settings=settings)
-    address = b.address if port == "control" else b._engine.transport.endpoint()
+    address = b.address if port == "control" else b._engine.paths["tcp"].endpoint()
     silent = [strangers.dial(address) for _ in range(12)]
     if port == "control":
         eventually(lambda: len(b._engine.links._door._guests) <= 4)
@@ -183,7 +183,7 @@ def test_tokens_are_good_once():
 def test_a_flood_of_garbage_does_not_keep_peers_out(channel, port, works, strangers):
     """Four attackers at once, each a few hundred connections, while new links are made."""
     b = channel(node_id=1, peers={}, key=KEY)
-    address = b.address if port == "control" else b._engine.transport.endpoint()
+    address = b.address if port == "control" else b._engine.paths["tcp"].endpoint()
     over = threading.Event()
     tried = [0] * 4
 

@@ -151,9 +151,9 @@ def test_nothing_of_the_blocks_crosses_the_wire_in_the_open(channel, authority, 
         return data
 
     control = proxy(into.address)
-    data = proxy(into._engine.transport.endpoint())
+    data = proxy(into._engine.paths["tcp"].endpoint())
     control.flip = data.flip = look
-    into._engine.transport._endpoint = data.address
+    into._engine.paths["tcp"]._endpoint = data.address
     out.add_peer(1, control.address)
     secret = torch.full((1 << 16,), 0x5A, dtype=torch.uint8)
     t = out.transfer([secret], 1, key=TransferKey("hidden-name"))
@@ -245,7 +245,7 @@ def test_a_peer_without_certificate_is_refused(channel, authority, strangers, ca
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.load_verify_locations(ca.path)
-    for address in (b.address, b._engine.transport.endpoint()):
+    for address in (b.address, b._engine.paths["tcp"].endpoint()):
         with context.wrap_socket(strangers.dial(address)) as sock:
             with pytest.raises(OSError, match=r"CERTIFICATE_REQUIRED|reset"):
                 sock.recv(4096)
@@ -319,7 +319,7 @@ def test_garbage_does_not_keep_tls_peers_out(channel, authority, strangers, work
     ca = authority()
     b = channel(node_id=1, peers={}, key=KEY, settings=ca.node())
     hello = bytes.fromhex("160301") + b"\x02\x00\x01\x00\x01\xfc\x03\x03"
-    for address in (b.address, b._engine.transport.endpoint()):
+    for address in (b.address, b._engine.paths["tcp"].endpoint()):
         for data in (b"\x16", hello, hello + os.urandom(600), os.urandom(64), b"\x16" * 4096):
             with strangers.dial(address) as sock:
                 sock.sendall(data)

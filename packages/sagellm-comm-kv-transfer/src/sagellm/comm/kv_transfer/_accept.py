@@ -51,7 +51,7 @@ class Doorkeeper:
         key: The shared key.
         tls: Our side of TLS; None takes plain connections only.
         admit: Raises what speaks against a node that has proven the key.
-        welcome: Makes our welcome, given our proof.
+        welcome: Makes our welcome, given our proof and the host that the peer has reached us at.
         on_accepted: Gets every proven connection.
         max_unauthenticated: Connections that are not proven yet; the oldest gives way.
         timeout_s: For the whole handshake.
@@ -70,7 +70,7 @@ class Doorkeeper:
         key: bytes,
         tls: Tls | None,
         admit: Callable[[int, bytes], None],
-        welcome: Callable[[bytes], wire.Welcome],
+        welcome: Callable[[bytes, str], wire.Welcome],
         on_accepted: Callable[[Accepted], None],
         max_unauthenticated: int,
         timeout_s: float,
@@ -211,7 +211,8 @@ class Doorkeeper:
                 max_message_bytes=self._max_message_bytes,
             )
             mac = auth.proof(self._key, guest.digest, initiator=False)
-            guest.out = memoryview(guest.control.seal(self._welcome(mac)))
+            welcome = self._welcome(mac, guest.sock.getsockname()[0])
+            guest.out = memoryview(guest.control.seal(welcome))
             self._flush(guest)
         else:
             raise DistributedRuntimeError(f"{type(message).__name__} out of turn")

@@ -11,7 +11,6 @@ from sagellm.core.protocols import (
     DistributedRuntimeError,
     KVLayout,
     KVTransferError,
-    KVTransport,
     PeerLostError,
     TransferKey,
     TransferStats,
@@ -23,6 +22,7 @@ from ._link import Link
 from ._links import Links
 from ._loop import EventLoop
 from ._meters import Meters
+from ._paths import Paths
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
 from ._sending import Sending
@@ -42,7 +42,7 @@ class Engine:
     Args:
         discovery: Who we are and where the others are.
         settings: Bounds and choices.
-        transport: Moves the blocks.
+        paths: What moves the blocks.
         host: Address to listen on.
         port: Port to listen on; 0 lets the kernel choose.
         advertise: Host that peers are told.
@@ -54,7 +54,7 @@ class Engine:
         self,
         discovery: Discovery,
         settings: KVTransferSettings,
-        transport: KVTransport,
+        paths: Paths,
         *,
         host: str,
         port: int,
@@ -65,16 +65,16 @@ class Engine:
         self.discovery = discovery
         self.node_id = discovery.node_id
         self.settings = settings
-        self.transport = transport
+        self.paths = paths
         self.pool: RegisteredPool | None = None
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.receiving = Receiving(self)
         self.sending = Sending(self)
-        self.meters = Meters(settings.transport)
+        self.meters = Meters()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
-        self.links = Links(self, listener, transport, tls)
+        self.links = Links(self, listener, paths, tls)
         self._ends: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._closed = False
@@ -103,6 +103,8 @@ class Engine:
                 self.receiving.on_offer(link, message)
             case wire.Grant():
                 self.sending.on_grant(link, message)
+            case wire.Invite():
+                self.sending.on_invite(link, message)
             case wire.LayerDone():
                 self.sending.on_layer_done(link, message)
             case wire.Done():
@@ -125,10 +127,15 @@ class Engine:
                 self.sending.fail_key(key, error)
                 self.receiving.fail_key(key, error)
             case wire.LayoutChanged():
+                link.layouts_heard += 1
                 self.links.learn(link, message.layout)
                 if link.error is None:
                     link.compare(self.layout)
                     self.receiving.layout_changed(link)
+            case wire.Lane():
+                self.links.expect_lane(link, message)
+            case wire.MoreLanes():
+                self.links.more_lanes(link, message)
             case wire.Bye():
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()
@@ -149,7 +156,7 @@ class Engine:
         self.pool = pool
         for link in self.links:
             if link.up:
-                link.send(wire.LayoutChanged(self.layout))
+                self.links.tell_layout(link)
                 link.compare(self.layout)
                 self.receiving.layout_changed(link)
 

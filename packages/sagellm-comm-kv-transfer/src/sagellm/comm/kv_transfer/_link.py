@@ -1,4 +1,4 @@
-"""One link: a control connection on the event loop, and its data connection's two threads.
+"""One link: a control connection on the event loop, and lanes, data connections with threads.
 
 The side that opened it (`outgoing`) uses it for its own pushes and fetches; the other side
 answers on it. Two nodes that push to each other have two links.
@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sagellm.core.protocols import (
     CommError,
@@ -26,6 +26,7 @@ from ._control import Control
 from ._dataplane import DataReader, DataWriter
 from ._dial import Dialler
 from ._flows import Inflow
+from ._invitations import Invitations
 from ._loop import READ, WRITE, EventLoop
 from .plan import check_layouts
 
@@ -43,7 +44,9 @@ class Link:
         outgoing: Whether this side opened it.
         writer: Sends our blocks.
         make_reader: Makes the reader, given our inflows.
-        max_backlog_bytes: Control bytes that the peer may leave unread.
+        max_backlog_bytes: Control bytes that the peer may leave unread, and that its invitations
+            take.
+        max_invitations: Invitations of the peer that are kept.
         on_message: Gets every message of the peer.
         on_lost: Told once that the link is gone.
 
@@ -58,6 +61,7 @@ class Link:
         writer: DataWriter,
         make_reader: Callable[[dict[int, Inflow]], DataReader],
         max_backlog_bytes: int,
+        max_invitations: int,
         on_message: Callable[[Link, wire.Session], None],
         on_lost: Callable[[Link, CommError], None],
     ) -> None:
@@ -65,14 +69,21 @@ class Link:
         self.outgoing = outgoing
         self.address = ""
         self.version = 0
-        self.path = "unconnected"
+        self.session = b""
+        self.transport = ""
+        self.refused: Mapping[str, str] = {}
+        self.endpoints: Mapping[str, str] = {}
+        self.lanes_promised = 0
+        self.lanes_awaited = 0
         self.layout: KVLayout | None = None
         self.mismatch: LayoutMismatchError | None = None
         self.error: CommError | None = None
         self.up = False
-        self.wants_writer = outgoing
-        self.wants_reader = not outgoing
+        self.serves = False
         self.inflows: dict[int, Inflow] = {}
+        self.invitations = Invitations(max_invitations, max_backlog_bytes)
+        self.layouts_told = 0
+        self.layouts_heard = 0
         self.waiting: list[Callable[[CommError | None], None]] = []
         self.dialler: Dialler | None = None
         self.writer = writer
@@ -82,7 +93,7 @@ class Link:
         self.instance = b""
         self._sock: socket.socket | None = None
         self._control: Control | None = None
-        self._conn: KVConnection | None = None
+        self._lanes: list[KVConnection] = []
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
         self._max_backlog = max_backlog_bytes
@@ -91,14 +102,22 @@ class Link:
         self._next_tid = 0
 
     @property
-    def has_data(self) -> bool:
-        """Whether the data connection is open."""
-        return self._conn is not None
+    def lanes(self) -> Sequence[KVConnection]:
+        """The data connections that are open."""
+        return self._lanes
+
+    @property
+    def path(self) -> str:
+        """How blocks go, such as `tcp:2`: the transport, and its lanes that are in use."""
+        if not self.transport:
+            return "unconnected"
+        used = min(len(self._lanes), self.writer.tuner.lanes)
+        return f"{self.transport}:{max(1, used)}"
 
     def new_tid(self) -> int:
-        """A number for a transfer of this (outgoing) link."""
+        """A number for a transfer, never given out before on this link."""
         self._next_tid += 1
-        return self._next_tid
+        return self._next_tid if self.outgoing else wire.INVITED + self._next_tid
 
     def when_up(self, callback: Callable[[CommError | None], None]) -> None:
         """Call back with None once the link is up, or with why it never will be."""
@@ -124,13 +143,13 @@ class Link:
         self._loop.watch(control.sock, READ, self._ready)
         self._take(control.feed(b""))  # what came with the handshake
 
-    def open_data(self, conn: KVConnection, path: str) -> bool:
-        """Take over the data connection; False when the link is gone already."""
+    def open_lane(self, conn: KVConnection) -> bool:
+        """Take over a data connection; False when the link is gone already."""
         if self.error is not None:
             conn.abort()
             conn.close()
             return False
-        self._conn, self.path, self.up = conn, path, True
+        self._lanes.append(conn)
         return True
 
     def settle(self) -> None:
@@ -159,8 +178,7 @@ class Link:
         if self.dialler is not None:
             self.dialler.stop()
         self.writer.stop()
-        if self._conn is not None:
-            self._conn.abort()
+        self.abort_data()
         if self._sock is not None:
             self._loop.unwatch(self._sock)
             self._sock.close()
@@ -168,10 +186,8 @@ class Link:
         self._on_lost(self, error)
         self.settle()
 
-    def run_data(self, body: Callable[[KVConnection], None]) -> None:
-        """Run one direction of the data connection; on its own thread."""
-        conn = self._conn
-        assert conn is not None, "the data connection was opened before its threads"
+    def run_data(self, conn: KVConnection, body: Callable[[KVConnection], None]) -> None:
+        """Run one direction of a lane, whose end is the link's; on its own thread."""
         try:
             body(conn)
         except CommError as e:
@@ -184,17 +200,17 @@ class Link:
             self._loop.call(lambda: self.lose(bug))
 
     def abort_data(self) -> None:
-        """Break the data connection, so that no thread stays in the middle of a frame."""
-        if self._conn is not None:
-            self._conn.abort()
+        """Break the data connections, so that no thread stays in the middle of a frame."""
+        for conn in self._lanes:
+            conn.abort()
 
     def release(self, timeout_s: float) -> None:
-        """Join the threads and free the connection; off the loop, after `lose`."""
+        """Join the threads and free the connections; off the loop, after `lose`."""
         for thread in self.threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
-        if self._conn is not None:
-            self._conn.close()
+        for conn in self._lanes:
+            conn.close()
 
     # -- the control socket -----------------------------------------------------------------
 

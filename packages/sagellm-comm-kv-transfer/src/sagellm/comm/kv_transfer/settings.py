@@ -28,7 +28,9 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         tls_key: PEM file with its private key, mode 0600.
         tls_ca: PEM file with the CA that all nodes' certificates come from.
         codec: Codec of what this channel sends: `none`, `lz4`, `zstd` or an installed one.
-        transport: What carries the blocks.
+        transport: What carries the blocks: `auto` takes the best that leads to a peer, a name
+            that one only.
+        lanes: Data connections of a link; 0 begins with what suits the transport and tunes it.
         checksum: Check every block with xxh3 on arrival; on for a link when either side says so.
         chunk_bytes: Bytes that one frame carries at most, unless one block is larger.
         page_bytes: Plain tensors are cut into pieces of this size.
@@ -56,7 +58,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     tls_key: str | None = None
     tls_ca: str | None = None
     codec: str = "none"
-    transport: str = "tcp"
+    transport: str = "auto"
+    lanes: Annotated[int, pydantic.Field(ge=0, le=8)] = 0
     checksum: bool = True
     chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 4 * MIB
     page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB

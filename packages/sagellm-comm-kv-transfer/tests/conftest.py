@@ -256,7 +256,7 @@ class Attacker:
     def connect_data(self, b, number=0):
         """The link's data connection of that number, as bytes: nothing is sent but the token."""
         token = auth.data_token(self.session, number)
-        sock = Strangers.dial(b._engine.transport.endpoint())
+        sock = Strangers.dial(b._engine.paths["tcp"].endpoint())
         sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
         assert sock.recv(32) == auth.token_proof(token, initiator=False)
         return sock

@@ -192,7 +192,7 @@ def test_lanes_are_added_while_much_flows(pair, eventually):
 
     for link, engine in zip(links, (out._engine, into._engine), strict=True):
         before = len(link.lanes)
-        engine.loop.run(lambda e=engine, k=link, n=before: e.links.want_lanes(k, n + 1))
+        engine.loop.run(lambda e=engine, k=link, n=before: e.links.data.want(k, n + 1))
         eventually(lambda n=before: all(len(k.lanes) == n + 1 for k in links))
 
     assert len(links[0].lanes) == 4
@@ -212,7 +212,7 @@ def test_a_lane_that_fails_to_open_is_done_without(pair, monkeypatch, eventually
 
     monkeypatch.setattr(out._engine.paths["tcp"], "connect", refuse)
     link.writer.tuner.lanes = 3
-    out._engine.loop.run(lambda: out._engine.links.want_lanes(link, 3))
+    out._engine.loop.run(lambda: out._engine.links.data.want(link, 3))
 
     eventually(lambda: out.path(1) == "tcp:2")
     assert moves(out, a, into, b, "still")

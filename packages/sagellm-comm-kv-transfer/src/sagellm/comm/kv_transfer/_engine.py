@@ -133,9 +133,9 @@ class Engine:
                     link.compare(self.layout)
                     self.receiving.layout_changed(link)
             case wire.Lane():
-                self.links.expect_lane(link, message)
+                self.links.data.expect(link, message)
             case wire.MoreLanes():
-                self.links.more_lanes(link, message)
+                self.links.data.on_more(link, message)
             case wire.Bye():
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()

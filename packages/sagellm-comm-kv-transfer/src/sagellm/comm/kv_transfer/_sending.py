@@ -211,7 +211,7 @@ class Sending:
 
     def on_fetch(self, link: Link, fetch: wire.Fetch) -> None:
         """A peer wants to pull."""
-        self._engine.links.ensure_both_ways(link)
+        self._engine.links.data.both_ways(link)
         if (link, fetch.tid) in self._by_tid or (link, fetch.tid) in self._fetches:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {fetch.tid} twice")

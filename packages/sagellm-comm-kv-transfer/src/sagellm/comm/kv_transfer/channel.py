@@ -341,7 +341,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
                 if error is not None:
                     engine.receiving.fail(r, error)
                 elif r.error is None:
-                    engine.links.ensure_both_ways(link)
+                    engine.links.data.both_ways(link)
                     engine.receiving.request(r, link, wanted, deadline_s)
 
             link.when_up(up)

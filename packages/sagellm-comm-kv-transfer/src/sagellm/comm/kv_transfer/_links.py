@@ -255,7 +255,8 @@ class Links:
                     rank=peer,
                 )
         limit = self._engine.settings.max_links
-        others = sum(not k.outgoing and k.peer != peer for k in self)
+        self._reap()
+        others = sum(not k.outgoing and k.peer != peer for k in self) + len(self._gone)
         if others >= limit:
             raise ResourceError(f"{others} nodes are connected already; max_links is {limit}")
 

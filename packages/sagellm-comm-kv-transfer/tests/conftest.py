@@ -1,14 +1,15 @@
 """Channels that are closed, layouts and tensors to move, a proxy that damages bytes."""
 
 import socket
+import struct
 import threading
 import time
 
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferChannel
-from sagellm.core.protocols import CacheGroup, KVLayout, Shard
+from sagellm.comm.kv_transfer import KVTransferChannel, auth, wire
+from sagellm.core.protocols import CacheGroup, KVLayout, Shard, TransferKey
 from sagellm.core.protocols.testing.pytest_plugin import (
     rank_pool as rank_pool,
     rank_pools as rank_pools,
@@ -146,6 +147,112 @@ def proxy():
     yield make
     for p in made:
         p.close()
+
+
+class Strangers:
+    """What a test does with sockets of its own."""
+
+    @staticmethod
+    def dial(address):
+        """A connection to `host:port`."""
+        host, port = address.rsplit(":", 1)
+        return socket.create_connection((host, int(port)), timeout=5)
+
+    @staticmethod
+    def closed(sock):
+        """Whether the other side ends the connection in time."""
+        try:
+            while sock.recv(65536):
+                pass
+        except (ConnectionError, TimeoutError) as e:
+            return not isinstance(e, TimeoutError)
+        return True
+
+
+@pytest.fixture
+def strangers():
+    """Connections that are no channel's."""
+    return Strangers
+
+
+@pytest.fixture
+def works():
+    """Tells whether a small transfer goes through."""
+
+    def check(a, b, attempt=0):
+        key = TransferKey("works", attempt)
+        t = a.transfer([torch.ones(3)], b.node_id, key=key)
+        got = b.receive(key).wait(10)
+        t.wait(10)
+        return torch.equal(got.blocks[0].tensor, torch.ones(3))
+
+    return check
+
+
+class Attacker:
+    """A peer that has the key, and says what it likes: a control connection made by hand."""
+
+    def __init__(self, b, node_id=9, then=b""):
+        self.sock = Strangers.dial(b.address)
+        hello = wire.encode(wire.Hello(wire.PROTOCOL, node_id, b.node_id, b"n" * 32, 1, 1))
+        self.sock.sendall(hello)
+        self._buffer = wire.FrameBuffer(1 << 20)
+        self._bodies = []
+        body = self._body()
+        digest = auth.transcript(hello[4:], body)
+        key = b._engine.discovery.key
+        self.sock.sendall(wire.encode(wire.Proof(auth.proof(key, digest, initiator=True))))
+        session = auth.session_key(key, digest)
+        self._ours = auth.Seal(session, initiator=True)
+        self._theirs = auth.Seal(session, initiator=False)
+        self.welcome = self.read()
+        self.token = auth.data_token(session, 0)
+        ready = wire.Ready(b._engine.pool.layout, [], "none", "tcp", True, "")
+        self.sock.sendall(self.sealed(ready) + then)
+
+    def _body(self):
+        while not self._bodies:
+            data = self.sock.recv(65536)
+            assert data, "closed"
+            self._bodies.extend(self._buffer.feed(data))
+        return self._bodies.pop(0)
+
+    def read(self):
+        return wire.decode(self._theirs.open(self._body()))
+
+    def sealed(self, *messages):
+        return b"".join(self.sealed_body(wire.encode(m)[4:]) for m in messages)
+
+    def sealed_body(self, body):
+        body = self._ours.close(body)
+        return struct.pack(">I", len(body)) + body
+
+    def say(self, *messages):
+        self.sock.sendall(self.sealed(*messages))
+
+    def answer(self, kind):
+        """The next message of that kind; others are passed over."""
+        while not isinstance(message := self.read(), kind):
+            pass
+        return message
+
+    def lost(self):
+        """Whether the other side ends the link in time."""
+        return Strangers.closed(self.sock)
+
+
+@pytest.fixture
+def attacker():
+    """Makes peers that have the key, and closes them."""
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Attacker(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for enemy in made:
+        enemy.sock.close()
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import (
     BlockIds,
@@ -33,6 +34,7 @@ from sagellm.core.protocols.ports import PortSettings
 
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
+from ._inspect import describe
 from ._link import Link
 from ._paths import AUTO, Paths
 from ._push import Offered, Push
@@ -200,24 +202,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
-        wait_s = 30.0 if timeout_s is None else timeout_s
-        met = threading.Event()
-        found: list[Link] = []
-        engine = self._engine
-
-        def begin() -> None:
-            link = engine.links.to(peer, time.monotonic() + wait_s)
-            found.append(link)
-            link.when_up(lambda _: met.set())
-
-        engine.loop.run(begin)
-        link = found[0]
-        if not met.wait(wait_s):
-            raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
-            )
-        if link.error is not None:
-            raise link.error
+        link = self._meet(peer, 30.0 if timeout_s is None else timeout_s)
         if link.mismatch is not None:
             raise link.mismatch
         return PeerInfo(peer, link.address, link.version, link.layout, link.path)
@@ -407,7 +392,47 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """A snapshot of the counters."""
         return self._engine.loop.run(self._engine.stats)
 
+    def inspect(self, peer: int | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
+        """What this node or a peer holds and waits for: links, pool, transfers, as plain JSON.
+
+        Raises:
+            CommTimeoutError: The peer has not answered in time.
+            PeerLostError: It is gone.
+
+        """
+        engine = self._engine
+        if peer is None:
+            return engine.loop.run(lambda: describe(engine))
+        link = self._meet(peer, timeout_s)
+        answers: queue.SimpleQueue[dict[str, Any] | CommError] = queue.SimpleQueue()
+        engine.loop.run(lambda: engine.inquiries.ask(link, answers.put))
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise CommTimeoutError(f"node {peer} has not answered in {timeout_s:g} s") from None
+        if isinstance(answer, CommError):
+            raise answer
+        return answer
+
     # -- inside -----------------------------------------------------------------------------
+
+    def _meet(self, peer: int, wait_s: float) -> Link:
+        met = threading.Event()
+        engine = self._engine
+
+        def begin() -> Link:
+            link = engine.links.to(peer, time.monotonic() + wait_s)
+            link.when_up(lambda _: met.set())
+            return link
+
+        link = engine.loop.run(begin)
+        if not met.wait(wait_s):
+            raise CommTimeoutError(
+                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
+            )
+        if link.error is not None:
+            raise link.error
+        return link
 
     def _link(self, peer: int) -> Link | None:
         def find() -> Link | None:

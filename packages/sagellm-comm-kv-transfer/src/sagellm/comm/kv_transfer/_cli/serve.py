@@ -36,7 +36,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--advertise", help="host that peers are told; for a wildcard host")
     add_node_arguments(parser, 0)
-    parser.add_argument("--output", help="folder for files that are sent; without it they are dropped")
+    parser.add_argument(
+        "--output", help="folder for files that are sent; without it they are dropped"
+    )
     parser.add_argument(
         "--max-file-bytes", type=positive_bytes, default=16 << 30,
         help="refuse to store files larger than this, default 16G",

@@ -1,0 +1,211 @@
+"""`doctor`: whether channels can work on this host, and what a running node waits for."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import resource
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from sagellm.core.protocols import BackendUnavailableError, CommError
+from sagellm.core.protocols.checkup import (
+    Finding,
+    check_environment,
+    check_memfd,
+    check_open_files,
+    check_settings,
+    check_shared_memory,
+    check_sockets,
+    print_findings,
+)
+from sagellm.core.protocols.ports import SagePorts
+from sagellm.core.protocols.show import bytes_text, print_json, print_line, print_table
+
+from .node import add_node_arguments, open_channel
+
+__all__ = ["add_doctor", "doctor", "examine"]
+
+_BUFFER_BYTES = 1 << 20
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("--address", help="host:port of a running node to ask what it waits for")
+    parser.add_argument("--peer", type=int, default=0, help="that node's id, default 0")
+    parser.add_argument("--timeout-s", type=float, default=10.0, help="how long to wait for it")
+    add_node_arguments(parser, None)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Run it; the exit code."""
+    if arguments.address is None:
+        return print_findings(examine(), as_json=arguments.json)
+    with open_channel(arguments) as channel:
+        report = channel.inspect(arguments.peer, arguments.timeout_s)
+    if arguments.json:
+        print_json(report)
+    else:
+        _print_report(report)
+    return 0
+
+
+def examine() -> list[Finding]:
+    """Every check, in order; none changes anything that lasts."""
+    return [
+        *check_environment(),
+        *check_settings(os.environ),
+        *check_sockets(),
+        *_ports(),
+        *_socket_buffers(),
+        *check_memfd(),
+        *check_shared_memory(),
+        *_locked_memory(),
+        *_reading_processes(),
+        *check_open_files(),
+        *_transports(),
+    ]
+
+
+def _ports() -> list[Finding]:
+    try:
+        with SagePorts().listen("kv_transfer") as listener:
+            host, port = listener.getsockname()[:2]
+            return [Finding("ports", "ok", f"could listen on {host}:{port}")]
+    except CommError as e:
+        step = "free the port, or configure another host or range for the section `ports`"
+        return [Finding("ports", "error", str(e), step)]
+
+
+def _socket_buffers() -> list[Finding]:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        # Linux answers with twice what it gave
+        sizes = [
+            sock.getsockopt(socket.SOL_SOCKET, option) // (2 if sys.platform == "linux" else 1)
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF)
+        ]
+    text = f"{bytes_text(sizes[0])} to send, {bytes_text(sizes[1])} to receive"
+    if min(sizes) < _BUFFER_BYTES:
+        step = f"sysctl -w net.core.wmem_max={_BUFFER_BYTES} net.core.rmem_max={_BUFFER_BYTES}"
+        return [Finding("socket buffers", "warning", f"the kernel allows {text}", step)]
+    return [Finding("socket buffers", "ok", text)]
+
+
+def _locked_memory() -> list[Finding]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return [Finding("locked memory", "ok", "no limit")]
+    text = f"{bytes_text(soft)} may be locked; enough here, RDMA and pinned pools want more"
+    return [Finding("locked memory", "note", text, "ulimit -l unlimited, where such are used")]
+
+
+def _reading_processes() -> list[Finding]:
+    """Whether another process of this user may be read, as shm does with pools not its own."""
+    name = "process_vm_readv"
+    if sys.platform != "linux":
+        return [Finding(name, "note", f"not on {sys.platform}")]
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    yama = scope.read_text().strip() if scope.exists() else None
+    detail = "no yama" if yama is None else f"yama's ptrace_scope is {yama}"
+    if error := _read_of_child():
+        step = (
+            "shm then serves only pools of `allocate`, and other pools go by tcp; or sysctl -w "
+            "kernel.yama.ptrace_scope=0, docker run --cap-add=SYS_PTRACE"
+        )
+        return [Finding(name, "note", f"{error} ({detail})", step)]
+    if yama is not None and yama != "0":
+        step = "a child could be read, but a process that is none of ours cannot without it at 0"
+        return [Finding(name, "note", detail, step)]
+    return [Finding(name, "ok", f"another process of this user was read ({detail})")]
+
+
+def _read_of_child() -> str:
+    """Read a byte of a child's memory; why it could not be read, empty when it could."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "process_vm_readv"):
+        return "this C library has no process_vm_readv"
+    secret = ctypes.create_string_buffer(b"x")  # at the same address in the child
+    inward, outward = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(outward)
+        os.read(inward, 1)
+        os._exit(0)
+    try:
+        into = ctypes.create_string_buffer(1)
+
+        class Iovec(ctypes.Structure):
+            _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+        local = Iovec(ctypes.addressof(into), 1)
+        remote = Iovec(ctypes.addressof(secret), 1)
+        got = libc.process_vm_readv(
+            child, ctypes.byref(local), 1, ctypes.byref(remote), 1, ctypes.c_ulong(0)
+        )
+        return "" if got == 1 and into.raw == b"x" else os.strerror(ctypes.get_errno())
+    finally:
+        os.close(outward)
+        os.close(inward)
+        os.waitpid(child, 0)
+
+
+def _transports() -> list[Finding]:
+    from sagellm.comm.kv_transfer.transports import load_spec, transport_names
+
+    found = []
+    for name in transport_names():
+        label = f"transport {name}"
+        try:
+            spec = load_spec(name)
+        except BackendUnavailableError as e:
+            found.append(Finding(label, "error", str(e), "reinstall the package that brings it"))
+            continue
+        probe = spec.probe()
+        found.append(Finding(label, "ok" if probe.available else "note", probe.reason))
+    return found
+
+
+def _print_report(report: dict[str, Any]) -> None:  # Any: JSON of a peer
+    stats = report.get("stats", {})
+    print_line(f"node {report.get('node')} at {report.get('address')}")
+    pool = report.get("pool")
+    print_line(f"pool: {pool['blocks']}, {pool['leases']} leases" if pool else "no pool")
+    print_line(
+        f"ended: {stats.get('transfers')}; failures: {stats.get('failures')}; "
+        f"refused connections: {stats.get('rejected_connections')}"
+    )
+    links = [
+        [str(k["peer"]), k["address"], k["path"], k["opened_by"]] for k in report.get("links", [])
+    ]
+    if links:
+        print_table("", ["peer", "address", "path", "opened by"], links)
+    rows = [
+        [
+            f"{t['id']}/{t['attempt']}", t["direction"], t["state"],
+            ", ".join(map(str, t["waits_for"])) or "nobody", _held(t),
+            f"{t['bytes_done']} of {t['bytes_total']}", f"{t['deadline_in_s']:.1f}",
+        ]
+        for t in report.get("transfers", [])
+    ]  # fmt: skip
+    if rows:
+        columns = ["transfer", "direction", "state", "waits for", "blocks", "bytes", "deadline s"]
+        print_table("", columns, rows)
+    else:
+        print_line("nothing is in flight")
+    if report.get("transfers_left_out"):
+        print_line(f"and {report['transfers_left_out']} transfers more")
+
+
+def _held(transfer: dict[str, Any]) -> str:
+    use = "writes" if "writes" in transfer else "reads"
+    parts = []
+    for group, held in transfer.get(use, {}).items():
+        ids = ", ".join(map(str, held["first"][:8]))
+        more = ", …" if held["count"] > 8 else ""
+        parts.append(f"{use} {held['count']} of {group}: {ids}{more}")
+    return "; ".join(parts) or "none of a pool"

@@ -52,6 +52,8 @@ def add_send(parser: argparse.ArgumentParser) -> None:
 
 def send(arguments: argparse.Namespace) -> int:
     """Run it; the exit code."""
+    import torch  # noqa: F401 - it takes seconds, which are not the transfer's
+
     if arguments.blocks <= 0:
         raise ConfigError(f"--blocks {arguments.blocks} is not positive")
     if arguments.file is not None and arguments.into_pool:

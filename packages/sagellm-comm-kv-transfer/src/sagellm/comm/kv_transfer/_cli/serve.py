@@ -53,6 +53,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run it; the exit code."""
+    import torch  # noqa: F401 - it takes seconds, which nobody should wait for who sends
+
     host, _, port = arguments.listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdecimal() or int(port) > 65535:

@@ -74,6 +74,7 @@ class Engine:
         self.sending = Sending(self)
         self.inquiries = Inquiries(lambda: describe(self))
         self.meters = Meters()
+        self.ignored: Counter[str] = Counter()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
         self.links = Links(self, listener, paths, tls)
@@ -122,8 +123,9 @@ class Engine:
                 self.sending.on_fetch(link, message)
             case wire.Fail():
                 error = error_of(message)
-                if not self.sending.on_fail(link, message.tid, error):
-                    self.receiving.on_fail(link, message.tid, error)
+                ours = self.sending.on_fail(link, message.tid, error)
+                if not ours and not self.receiving.on_fail(link, message.tid, error):
+                    self.ignore("fail")
             case wire.KeyFail():
                 key = TransferKey(message.id, message.attempt)
                 error = error_of(message)
@@ -147,6 +149,10 @@ class Engine:
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()
                 link.lose(PeerLostError(text, rank=link.peer))
+
+    def ignore(self, what: str) -> None:
+        """Count a message that came too late, twice, or for an earlier epoch."""
+        self.ignored[what] += 1
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""

@@ -40,10 +40,12 @@ from ._paths import AUTO, Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._records import CANCELLED
+from ._snapshot import Snapshot, take
 from .compression import load_codec_spec
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
+from .state import Role
 from .stream import Stream
 from .tls import Tls
 from .transfer import TransferHandle
@@ -288,11 +290,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
         table = self._own_blocks(blocks)
         if table is None:
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
-        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel)
+        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
         offered = Offered(handle, self._pool(), table, num_tokens, after)
         handle.owner = offered
-        self._engine.loop.run(lambda: self._engine.sending.offer(offered, ttl_s))
+        self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
         return handle
 
     def fetch(
@@ -387,6 +389,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
             f"connections; {refused + '; ' if refused else ''}codec {s.codec}; checksums "
             f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; layouts: {known}"
         )
+
+    def snapshot(self) -> Snapshot:
+        """Who holds which blocks and waits for whom, now; plain data that JSON can carry."""
+        return self._engine.loop.run(lambda: take(self._engine))
 
     def get_stats(self) -> TransferStats:
         """A snapshot of the counters."""
@@ -499,6 +505,6 @@ class KVTransferChannel(KVTransferChannelProtocol):
             elif isinstance(owner, Receive):
                 engine.receiving.fail(owner, error)
             elif isinstance(owner, Offered):
-                engine.sending.fail_offer(owner, error)
+                engine.sending.offering.fail(owner, error)
 
         return engine.loop.call(end)

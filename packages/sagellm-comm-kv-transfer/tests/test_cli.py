@@ -149,8 +149,8 @@ def test_probe_and_doctor_tell_what_a_node_has(key_file, channel, layout, tensor
     assert 0 < found["round_trip_s"] < 10
     assert found["bytes_per_s"] > 0
     assert "awaited/0" in text
-    assert "9" in text
-    assert "writes 2 of kv: 4, 2" in text
+    assert "node 9" in text
+    assert "in use, 2 of kv: 4, 2" in text
 
 
 def test_a_wrong_key_learns_nothing(tmp_path, key_file, channel, capsys):

@@ -18,7 +18,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
-from ._inspect import Inquiries, describe
+from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
 from ._loop import EventLoop
@@ -72,7 +72,7 @@ class Engine:
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.receiving = Receiving(self)
         self.sending = Sending(self)
-        self.inquiries = Inquiries(lambda: describe(self))
+        self.inquiries = Inquiries(self)
         self.meters = Meters()
         self.ignored: Counter[str] = Counter()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise

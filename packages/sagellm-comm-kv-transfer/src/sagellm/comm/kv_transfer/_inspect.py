@@ -1,6 +1,6 @@
-"""What a node holds and whom it waits for: told to its owner, and to peers that ask.
+"""Questions to peers about what they hold and whom they wait for, and answers to theirs.
 
-Questions go over the control connection of a link, so that whoever asks has proved the key. An
+They go over the control connection of a link, so that whoever asks has proved the key. An
 answer names transfers and blocks and has none of their bytes.
 """
 
@@ -8,110 +8,72 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
+import queue
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sagellm.core.protocols import CommError, DistributedRuntimeError
+from sagellm.core.protocols import CommError, CommTimeoutError, DistributedRuntimeError
 
 from . import wire
 from ._link import Link
-from ._push import Offered, Push
-from ._receive import Receive
+from ._snapshot import take
 
 if TYPE_CHECKING:
     from ._engine import Engine
-    from .pool import BlockTable
-    from .transfer import TransferHandle
 
-__all__ = ["Inquiries", "describe"]
+__all__ = ["Inquiries"]
 
-_MAX_TRANSFERS = 256
-_MAX_IDS = 64
+_MAX_LISTED = 256
 _MAX_WAITING = 64
 
-Report = dict[str, Any]  # Any: JSON
-Told = Callable[[Report | CommError], None]
+Told = Callable[[dict[str, Any] | CommError], None]  # Any: JSON
 
 
-def describe(engine: Engine) -> Report:
-    """Links, pool, counters, and the transfers in flight, at most some hundreds; on the loop."""
-    handles = engine.in_flight()
+def _report(engine: Engine) -> str:
+    """The snapshot, its lists cut to a length that a control message bears, and the counters."""
+    snapshot: dict[str, Any] = {**take(engine)}  # Any: a part may be cut
+    left_out = {n: len(v) - _MAX_LISTED for n, v in snapshot.items() if isinstance(v, list)}
+    for name in left_out:
+        snapshot[name] = snapshot[name][:_MAX_LISTED]
     pool = engine.pool
-    return {
-        "node": engine.node_id,
-        "address": engine.address,
-        "pool": None if pool is None else {"blocks": dict(pool.num_blocks), "leases": pool.leases},
-        "links": [
-            {
-                "peer": link.peer,
-                "address": link.address,
-                "path": link.path,
-                "opened_by": "us" if link.outgoing else "peer",
-            }
-            for link in engine.links
-            if link.up
-        ],
-        "transfers": [_transfer(h) for h in handles[:_MAX_TRANSFERS]],
-        "transfers_left_out": max(0, len(handles) - _MAX_TRANSFERS),
-        "stats": asdict(engine.stats()),
-    }
-
-
-def _transfer(handle: TransferHandle) -> Report:
-    owner, progress, now = handle.owner, handle.progress, time.monotonic()
-    waits_for: list[int | str]
-    blocks: BlockTable = {}
-    use = "reads"
-    if isinstance(owner, Push):
-        waits_for, blocks = [owner.target], owner.blocks
-    elif isinstance(owner, Receive):
-        use, blocks = "writes", owner.blocks or {}
-        waits_for = _awaited(owner)
-    elif isinstance(owner, Offered):
-        waits_for, blocks = ["any node that fetches it"], owner.blocks
-    else:
-        waits_for = []
-    return {
-        "id": handle.key.id,
-        "attempt": handle.key.attempt,
-        "direction": handle.direction,
-        "state": handle.state.value,
-        "waits_for": waits_for,
-        use: {n: {"count": len(i), "first": i[:_MAX_IDS].tolist()} for n, i in blocks.items()},
-        "bytes_done": progress.bytes_done,
-        "bytes_total": progress.bytes_total,
-        "age_s": round(now - handle.started, 3),
-        "deadline_in_s": round(handle.deadline - now, 3),
-    }
-
-
-def _awaited(r: Receive) -> list[int | str]:
-    """Senders that have not brought all of theirs."""
-    if r.fetch_from is not None:
-        return [r.fetch_from]
-    here = {s.link.peer for s in r.sources if s.sealed and s.inflow.complete}
-    come = {s.link.peer for s in r.sources}
-    named = set(r.senders or ()) | come
-    return [*sorted(named - here)] if named else ["any node that sends it"]
+    return json.dumps(
+        {
+            **snapshot,
+            "left_out": {n: count for n, count in left_out.items() if count > 0},
+            "pool": None if pool is None else dict(pool.num_blocks),
+            "stats": asdict(engine.stats()),
+        }
+    )
 
 
 class Inquiries:
-    """Questions to peers and their answers. Everything runs on the loop.
+    """Questions to peers and their answers. Methods without a note run on the loop.
 
     Args:
-        report: Makes what peers are told.
+        engine: What peers may ask about.
 
     """
 
-    def __init__(self, report: Callable[[], Report]) -> None:
-        self._report = report
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._numbers = itertools.count(1)
         self._open: dict[tuple[Link, int], Told] = {}
 
-    def ask(self, link: Link, told: Told) -> None:
-        """Ask a peer; `told` is called with its answer, or with why there will be none."""
+    def inspect(self, link: Link, timeout_s: float) -> dict[str, Any]:
+        """Ask a peer and wait for its answer; off the loop."""
+        answers: queue.SimpleQueue[dict[str, Any] | CommError] = queue.SimpleQueue()
+        self._engine.loop.run(lambda: self._ask(link, answers.put))
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            text = f"node {link.peer} has not answered in {timeout_s:g} s"
+            raise CommTimeoutError(text) from None
+        if isinstance(answer, CommError):
+            raise answer
+        return answer
+
+    def _ask(self, link: Link, told: Told) -> None:
         if link.error is not None:
             told(link.error)
             return
@@ -128,7 +90,7 @@ class Inquiries:
 
     def on_ask(self, link: Link, message: wire.Ask) -> None:
         """Answer."""
-        link.send(wire.Answer(message.number, json.dumps(self._report())))
+        link.send(wire.Answer(message.number, _report(self._engine)))
 
     def on_answer(self, link: Link, message: wire.Answer) -> None:
         """Hand over what was asked for; what was not is no reason to end the link."""
@@ -141,5 +103,7 @@ class Inquiries:
             report = None
         if isinstance(report, dict):
             told(report)
-        else:
-            link.lose(DistributedRuntimeError(f"node {link.peer}: its report is no JSON object"))
+            return
+        error = DistributedRuntimeError(f"node {link.peer}: its report is no JSON object")
+        told(error)
+        link.lose(error)

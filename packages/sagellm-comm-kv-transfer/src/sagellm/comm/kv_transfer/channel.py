@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 import uuid
@@ -34,7 +33,6 @@ from sagellm.core.protocols.ports import PortSettings
 
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
-from ._inspect import describe
 from ._link import Link
 from ._paths import AUTO, Paths
 from ._push import Offered, Push
@@ -398,27 +396,17 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """A snapshot of the counters."""
         return self._engine.loop.run(self._engine.stats)
 
-    def inspect(self, peer: int | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
-        """What this node or a peer holds and waits for: links, pool, transfers, as plain JSON.
+    def inspect(self, peer: int, timeout_s: float = 10.0) -> dict[str, Any]:
+        """The `snapshot` of a peer with its counters, as it tells us over the control connection.
+
+        Long lists are cut; `left_out` says by how much.
 
         Raises:
-            CommTimeoutError: The peer has not answered in time.
+            CommTimeoutError: The peer has not come, or not answered, in time.
             PeerLostError: It is gone.
 
         """
-        engine = self._engine
-        if peer is None:
-            return engine.loop.run(lambda: describe(engine))
-        link = self._meet(peer, timeout_s)
-        answers: queue.SimpleQueue[dict[str, Any] | CommError] = queue.SimpleQueue()
-        engine.loop.run(lambda: engine.inquiries.ask(link, answers.put))
-        try:
-            answer = answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise CommTimeoutError(f"node {peer} has not answered in {timeout_s:g} s") from None
-        if isinstance(answer, CommError):
-            raise answer
-        return answer
+        return self._engine.inquiries.inspect(self._meet(peer, timeout_s), timeout_s)
 
     # -- inside -----------------------------------------------------------------------------
 

@@ -167,41 +167,53 @@ def _transports() -> list[Finding]:
 
 
 def _print_report(report: dict[str, Any]) -> None:  # Any: JSON of a peer
-    stats = report.get("stats", {})
-    print_line(f"node {report.get('node')} at {report.get('address')}")
-    pool = report.get("pool")
-    print_line(f"pool: {pool['blocks']}, {pool['leases']} leases" if pool else "no pool")
+    stats = report["stats"]
+    print_line(f"node {report['node_id']} at {report['address']}")
+    leases = f", leased by {', '.join(report['pool_leases'])}" if report["pool_leases"] else ""
+    print_line(f"pool: {report['pool']}{leases}" if report["pool"] else "no pool")
     print_line(
-        f"ended: {stats.get('transfers')}; failures: {stats.get('failures')}; "
-        f"refused connections: {stats.get('rejected_connections')}"
+        f"buffers for transfers without destination: {bytes_text(report['bounce_bytes'])} of "
+        f"{bytes_text(report['bounce_limit_bytes'])}"
     )
-    links = [
-        [str(k["peer"]), k["address"], k["path"], k["opened_by"]] for k in report.get("links", [])
-    ]
-    if links:
-        print_table("", ["peer", "address", "path", "opened by"], links)
-    rows = [
+    print_line(
+        f"ended: {stats['transfers']}; failures: {stats['failures']}; "
+        f"refused connections: {stats['rejected_connections']}"
+    )
+    _print_rows(
+        ["peer", "address", "path", "direction", "unread bytes"],
         [
-            f"{t['id']}/{t['attempt']}", t["direction"], t["state"],
-            ", ".join(map(str, t["waits_for"])) or "nobody", _held(t),
-            f"{t['bytes_done']} of {t['bytes_total']}", f"{t['deadline_in_s']:.1f}",
-        ]
-        for t in report.get("transfers", [])
-    ]  # fmt: skip
+            [k["peer"], k["address"], k["path"], k["direction"], k["unread_bytes"]]
+            for k in report["links"]
+        ],
+        "no peer is connected",
+    )
+    _print_rows(
+        ["transfer", "kind", "phase", "waits for", "blocks", "bytes", "deadline s"],
+        [
+            [
+                f"{t['id']}/{t['attempt']}", t["kind"], t["phase"], t["why"], _held(t),
+                f"{t['bytes_done']} of {t['bytes_total']}", f"{t['left_s']:.1f}",
+            ]
+            for t in report["transfers"]
+        ],
+        "nothing is in flight",
+    )  # fmt: skip
+    for w in report["waiting"]:
+        print_line(f"node {w['peer']} waits: its {w['what']} of {w['id']}/{w['attempt']}")
+    for name, count in report["left_out"].items():
+        print_line(f"and {count} {name} more")
+
+
+def _print_rows(columns: list[str], rows: list[list[Any]], none: str) -> None:
     if rows:
-        columns = ["transfer", "direction", "state", "waits for", "blocks", "bytes", "deadline s"]
-        print_table("", columns, rows)
+        print_table("", columns, [[str(cell) for cell in row] for row in rows])
     else:
-        print_line("nothing is in flight")
-    if report.get("transfers_left_out"):
-        print_line(f"and {report['transfers_left_out']} transfers more")
+        print_line(none)
 
 
 def _held(transfer: dict[str, Any]) -> str:
-    use = "writes" if "writes" in transfer else "reads"
     parts = []
-    for group, held in transfer.get(use, {}).items():
-        ids = ", ".join(map(str, held["first"][:8]))
-        more = ", …" if held["count"] > 8 else ""
-        parts.append(f"{use} {held['count']} of {group}: {ids}{more}")
-    return "; ".join(parts) or "none of a pool"
+    for group, count in transfer["counts"].items():
+        ids = ", ".join(map(str, transfer["block_ids"][group][:8]))
+        parts.append(f"{count} of {group}: {ids}{', …' if count > 8 else ''}")
+    return f"{transfer['blocks']}, {'; '.join(parts)}" if parts else "none of a pool"

@@ -196,6 +196,17 @@ def test_memory_and_completions_are_bounded():
     queue.close()
 
 
+def test_a_timer_may_be_years_away():
+    loop = EventLoop("test")
+    loop.start()
+    try:
+        loop.run(lambda: loop.call_later(9e8, print))
+
+        assert [loop.run(lambda: 7, 5.0) for _ in range(20)] == [7] * 20
+    finally:
+        loop.stop()
+
+
 def test_the_loop_survives_bugs_and_says_when_it_is_over(caplog):
     loop = EventLoop("test")
     loop.start()

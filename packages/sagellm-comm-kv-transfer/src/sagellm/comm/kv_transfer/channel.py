@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import (
     BlockIds,
@@ -231,24 +231,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
-        wait_s = 30.0 if timeout_s is None else timeout_s
-        met = threading.Event()
-        found: list[Link] = []
-        engine = self._engine
-
-        def begin() -> None:
-            link = engine.links.to(peer, time.monotonic() + wait_s)
-            found.append(link)
-            link.when_up(lambda _: met.set())
-
-        engine.loop.run(begin)
-        link = found[0]
-        if not met.wait(wait_s):
-            raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
-            )
-        if link.error is not None:
-            raise link.error
+        link = self._meet(peer, 30.0 if timeout_s is None else timeout_s)
         if link.mismatch is not None:
             raise link.mismatch
         return PeerInfo(peer, link.address, link.version, link.layout, link.path)
@@ -442,7 +425,37 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """A snapshot of the counters."""
         return self._engine.loop.run(self._engine.stats)
 
+    def inspect(self, peer: int, timeout_s: float = 10.0) -> dict[str, Any]:
+        """The `snapshot` of a peer with its counters, as it tells us over the control connection.
+
+        Long lists are cut; `left_out` says by how much.
+
+        Raises:
+            CommTimeoutError: The peer has not come, or not answered, in time.
+            PeerLostError: It is gone.
+
+        """
+        return self._engine.inquiries.inspect(self._meet(peer, timeout_s), timeout_s)
+
     # -- inside -----------------------------------------------------------------------------
+
+    def _meet(self, peer: int, wait_s: float) -> Link:
+        met = threading.Event()
+        engine = self._engine
+
+        def begin() -> Link:
+            link = engine.links.to(peer, time.monotonic() + wait_s)
+            link.when_up(lambda _: met.set())
+            return link
+
+        link = engine.loop.run(begin)
+        if not met.wait(wait_s):
+            raise CommTimeoutError(
+                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
+            )
+        if link.error is not None:
+            raise link.error
+        return link
 
     def _link(self, peer: int) -> Link | None:
         def find() -> Link | None:

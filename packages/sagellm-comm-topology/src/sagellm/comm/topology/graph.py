@@ -17,6 +17,7 @@ from sagellm.core.protocols import (
     Device,
     Link,
     LinkKind,
+    Pair,
     Path,
     PathClass,
     TopologyInfo,
@@ -72,7 +73,12 @@ class TopologyGraph:
             table = self._table(link.kind)
             table.setdefault(link.a, []).append((link.b, link))
             table.setdefault(link.b, []).append((link.a, link))
+        self._pairs = {frozenset((p.a, p.b)): p for p in info.pairs}
         self._searches: dict[tuple[str, bool], _Search] = {}
+
+    def stated(self, a: str, b: str) -> Pair | None:
+        """What a source said of the pair without naming the links between; None if nothing."""
+        return self._pairs.get(frozenset((a, b)))
 
     def device(self, device_id: str) -> Device:
         """The device of that id.
@@ -93,6 +99,8 @@ class TopologyGraph:
     def path(self, a: str, b: str) -> Path:
         """The path of the best class, then the fewest hops, then the widest bottleneck.
 
+        Where no links are known, the class that a source stated for the pair, without hops.
+
         Raises:
             ConfigError: An id is unknown.
 
@@ -108,7 +116,8 @@ class TopologyGraph:
         host = self._search(a, fabric=False)
         if b in host:
             return self._walk(a, b, host, None)
-        return Path(a, b, None, None)
+        pair = self.stated(a, b)
+        return Path(a, b, pair.path if pair else None, None)
 
     def quality(self, a: str, b: str) -> Quality:
         """How good the best path is, to sort by; unknown paths come last."""

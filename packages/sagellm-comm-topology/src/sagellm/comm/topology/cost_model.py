@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,7 +29,7 @@ from ._cost_curve import Curve, Reading
 from ._cost_prior import ALGORITHMS, LinkCost, busbw_factor, check, link_cost, prior_us
 from .graph import TopologyGraph
 
-__all__ = ["CostModel"]
+__all__ = ["CostModel", "Drift"]
 
 _Key = tuple[str, str, int]
 
@@ -36,8 +38,29 @@ _PRIOR = "prior:"  # marks the op of a curve that is a formula's line, not a mea
 _PRIOR_SPREAD = math.log(4.0)
 _SCALED_SPREAD = math.log(2.0)
 _KEPT_REPEATS = 64
+_DRIFT_SAMPLES = 5
 _LINE = (1, 1 << 30)  # two payloads fix a formula's straight line
 _FROZEN_SIZES = (*range(2, 17), 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A measured curve that the machine no longer follows.
+
+    Attributes:
+        op: Operation.
+        algorithm: Algorithm.
+        group_size: Ranks.
+        ratio: Measured over predicted time, the median of the samples.
+        samples: Measurements that were compared.
+
+    """
+
+    op: str
+    algorithm: str
+    group_size: int
+    ratio: float
+    samples: int
 
 
 class CostModel(CostModelProtocol):
@@ -106,6 +129,80 @@ class CostModel(CostModelProtocol):
                     [_spread(times) for _, times in knots],
                 )
             self._curves = fresh
+
+    def drift(self, samples: Sequence[Mapping[str, Any]]) -> tuple[Drift, ...]:  # Any: as above
+        """Curves that fresh measurements contradict; learns nothing from them.
+
+        A curve has drifted when, of at least five samples within its sizes, more than half lie
+        outside of their intervals on the same side. `forget` it and calibrate anew.
+
+        Args:
+            samples: Rows as for `observe`.
+
+        Raises:
+            ConfigError: A row lacks a field or has an impossible value.
+
+        """
+        seen: dict[_Key, list[tuple[float, int]]] = {}
+        for key, nbytes, time_us in [_row(i, sample) for i, sample in enumerate(samples)]:
+            curve = self._curves.get(key)
+            if curve is None:
+                continue
+            expected, low, high, basis = curve.read(nbytes)
+            if basis == "calibrated":
+                side = (time_us > high) - (time_us < low)
+                seen.setdefault(key, []).append((time_us / expected, side))
+        found = []
+        for key, compared in sorted(seen.items()):
+            sides = [side for _, side in compared]
+            worst = max(sides.count(1), sides.count(-1))
+            if len(compared) >= _DRIFT_SAMPLES and 2 * worst > len(compared):
+                found.append(Drift(*key, median(ratio for ratio, _ in compared), len(compared)))
+        return tuple(found)
+
+    def forget(self, op: str, algorithm: str, group_size: int) -> None:
+        """Drop what was measured of one curve; a curve that is not there is no error."""
+        key = (op, algorithm, group_size)
+        with self._lock:
+            self._repeats.pop(key, None)
+            self._curves = {k: curve for k, curve in self._curves.items() if k != key}
+
+    def save(self, library: str, folder: Path | None = None) -> Path:
+        """Keep what was measured, for this topology and library version; the file's path.
+
+        Args:
+            library: Name and version of what ran the collectives: `gloo torch-2.6`.
+            folder: Where; None is the user's cache folder.
+
+        Raises:
+            OSError: The folder cannot be written.
+
+        """
+        from ._cost_profile import default_folder, save_rows  # msgspec, at the first use only
+
+        with self._lock:
+            rows = [
+                {"op": op, "algorithm": algorithm, "group_size": size, "nbytes": n, "time_us": t}
+                for (op, algorithm, size), knots in self._repeats.items()
+                for n, times in knots.items()
+                for t in times
+            ]
+        return save_rows(folder or default_folder(), self._topology.fingerprint, library, rows)
+
+    def load(self, library: str, folder: Path | None = None) -> int:
+        """Learn what `save` kept for this topology and library version; how many rows.
+
+        Measurements of another topology or version are left where they are.
+
+        Raises:
+            ConfigError: The file is no profile; the message names it.
+
+        """
+        from ._cost_profile import default_folder, load_rows
+
+        rows = load_rows(folder or default_folder(), self._topology.fingerprint, library)
+        self.observe(rows)
+        return len(rows)
 
     def freeze(self) -> CostTable:
         """The model as data, to be broadcast from rank 0 before anybody chooses by it.

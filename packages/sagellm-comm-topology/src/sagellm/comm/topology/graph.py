@@ -17,6 +17,7 @@ from sagellm.core.protocols import (
     DeviceKind,
     Link,
     LinkKind,
+    Pair,
     Path,
     PathClass,
     TopologyInfo,
@@ -74,10 +75,15 @@ class TopologyGraph:
             table = self._table(link.kind)
             table.setdefault(link.a, []).append((link.b, link))
             table.setdefault(link.b, []).append((link.a, link))
+        self._pairs = {frozenset((p.a, p.b)): p for p in info.pairs}
         self._fabric_routes = Routes(self._fabric, lambda d: self._kind(d) in _FABRIC_TRANSIT)
         self._host_routes = Routes(self._host, lambda d: self._kind(d) in _HOST_TRANSIT)
         self._network_routes = Routes(self._networks, lambda d: self._kind(d) != "nic")
         self._exits: dict[str, list[_Exit]] = {}
+
+    def stated(self, a: str, b: str) -> Pair | None:
+        """What a source said of the pair without naming the links between; None if nothing."""
+        return self._pairs.get(frozenset((a, b)))
 
     def device(self, device_id: str) -> Device:
         """The device of that id.
@@ -98,6 +104,8 @@ class TopologyGraph:
     def path(self, a: str, b: str) -> Path:
         """The path of the best class, then the fewest hops, then the widest bottleneck.
 
+        Where no links are known, the class that a source stated for the pair, without hops.
+
         Raises:
             ConfigError: An id is unknown.
 
@@ -111,7 +119,10 @@ class TopologyGraph:
         if first.node != last.node:
             return self._across(first, last)
         host = self._host_routes.way(a, b)
-        return Path(a, b, None, None) if host is None else self._make(a, b, host, None)
+        if host is not None:
+            return self._make(a, b, host, None)
+        pair = self.stated(a, b)
+        return Path(a, b, pair.path if pair else None, None)
 
     def quality(self, a: str, b: str) -> Quality:
         """How good the best path is, to sort by; unknown paths come last."""

@@ -120,12 +120,13 @@ class Network:
         return found
 
     def _find(self, a: str, b: str) -> tuple[tuple[int, ...], float]:
-        path = self._graph.path(a, b)
-        if path.kind is None:
+        links = self._graph.links(a, b)
+        if links is None:
             raise ConfigError(f"{a} and {b} are not known to be joined: nothing to simulate")
-        settings, numbers, latency = self.settings, [], self.settings.message_us
-        for here, link in zip(path.devices, path.links, strict=False):
+        settings, numbers, latency, here = self.settings, [], self.settings.message_us, a
+        for link in links:
             key = (id(link), here)
+            here = link.b if link.a == here else link.a
             if key not in self._numbers:
                 width = link.bandwidth_bytes_per_s
                 if not width:
@@ -259,7 +260,8 @@ class _Play:
 
     def _share(self, touched: dict[int, None]) -> None:
         """Rate anew every flow that the touched links bear upon, directly or through others."""
-        links, flows = list(touched), {}
+        links = list(touched)
+        flows: dict[_Flow, None] = {}
         for link in links:
             for flow in self._users[link]:
                 if flow not in flows:

@@ -134,8 +134,9 @@ def test_a_lost_prefill_rank_fails_all_sides(channel, layout, tensors):
         streams[0, t].seal(4)
 
     started = time.monotonic()
-    for link in list(prefill[1]._engine.links):
-        link._sock.shutdown(2)  # as if its process had died
+    # as if its process had died: on its loop, so that it can tell nobody in between
+    engine = prefill[1]._engine
+    engine.loop.run(lambda: [link._sock.shutdown(2) for link in engine.links])
 
     for handle in (*received, streams[0, 0].transfer, streams[0, 1].transfer):
         with pytest.raises(KVTransferError, match="node 1") as caught:
@@ -182,10 +183,11 @@ def test_a_port_in_use_is_refused(channel):
 
 
 def through_proxy(channel, proxy, layout, tensors, **settings):
-    out = channel(node_id=0, peers={}, key=KEY)
+    out = channel(node_id=0, peers={}, key=KEY, settings=KVTransferSettings(lanes=1))
     into = channel(node_id=1, peers={}, key=KEY, settings=KVTransferSettings(**settings))
-    gate = proxy(into._engine.transport.endpoint())
-    into._engine.transport._endpoint = gate.address
+    tcp = into._engine.paths["tcp"]
+    gate = proxy(tcp.endpoint())
+    tcp.endpoint = lambda reached_at="": gate.address
     out.add_peer(1, into.address)
     out.register(layout(), a := tensors(layout()))
     into.register(layout(), b := tensors(layout()))

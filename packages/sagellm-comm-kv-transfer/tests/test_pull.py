@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -45,6 +47,26 @@ def test_one_standing_offer_serves_chosen_blocks_and_layers(pair):
     assert o.cancel()
     with pytest.raises(KVTransferError):
         o.wait(10)
+
+
+def test_an_offer_that_is_cancelled_while_it_is_fetched_has_not_landed(pair):
+    out, _, into, _ = pair()
+    o = out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=30)
+    key = TransferKey("o", 1)
+    hold, served = threading.Event(), out._engine.sending
+
+    def late(link, tid, on_done=served.on_done):
+        assert o.cancel()  # before the receiver's word has been taken in
+        out._engine.loop.call(lambda: on_done(link, tid))
+        out._engine.loop.call(hold.set)
+
+    served.on_done = late
+    into.fetch(key, 0, [5], src_blocks=[1]).wait(10)
+    assert hold.wait(10)
+
+    with pytest.raises(KVTransferError, match="cancelled"):
+        o.wait(10)
+    assert o.state is TransferState.CANCELLED
 
 
 def test_an_offer_ends_when_all_parts_were_fetched(channel, layout, tensors):

@@ -63,7 +63,7 @@ def test_blocks_land_where_the_receiver_wants_them(pair, codec, receiver_first):
     p, m = r.progress, r.metrics
     assert (p.blocks_done, p.layers_done, p.bytes_done) == (9, 3, p.bytes_total)
     assert m.bytes == p.bytes_total == t.metrics.bytes
-    assert m.path == "tcp:1"
+    assert m.path == "tcp:2"
     assert m.wire_bytes == t.metrics.wire_bytes
 
 
@@ -282,9 +282,9 @@ def test_what_is_known_of_a_peer(pair):
     info = out.connect(1, timeout_s=5)
 
     assert info.layout == into._engine.pool.layout
-    assert (info.node_id, info.address, info.path) == (1, into.address, "tcp:1")
+    assert (info.node_id, info.address, info.path) == (1, into.address, "tcp:2")
     assert "checksums on" in out.explain(1)
-    assert out.path(1) == "tcp:1"
+    assert out.path(1) == "tcp:2"
 
 
 def test_bounce_memory_is_bounded_and_waits_for_room(channel):

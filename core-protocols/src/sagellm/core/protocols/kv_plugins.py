@@ -44,8 +44,18 @@ class KVTransport(ABC):
     """Moves bytes for the channel, whose control plane has already met and proven the peer."""
 
     @abstractmethod
-    def endpoint(self) -> str:
-        """What a peer needs to reach us; travels over the authenticated control connection."""
+    def endpoint(self, reached_at: str = "") -> str:
+        """What a peer needs to reach us; travels over the authenticated control connection.
+
+        Args:
+            reached_at: Host at which that peer has reached our control port, for a transport
+                that listens at every address.
+
+        """
+
+    def reaches(self, endpoint: str) -> Probe:
+        """Whether `connect` may work, as far as can be told at once; else why not."""
+        return Probe(True, "nothing speaks against it")
 
     @abstractmethod
     def connect(self, endpoint: str, token: bytes, deadline_s: float) -> KVConnection:
@@ -79,8 +89,14 @@ class TransportSpec:
         cancel: A started move can be stopped.
         integrity: The transport itself detects changed bytes.
         probe: Cheap, without side effects.
-        load: Returns the class or factory of the transport; called with the channel's settings
-            as keyword arguments.
+        load: Returns the class or factory of the transport. It is called with keyword arguments,
+            of which it takes what it needs and ignores the rest: `host` to listen on,
+            `advertise` (host that peers are told, None leaves it open), `socket_buffer_bytes`,
+            `handshake_timeout_s`, and `comm`, a communication backend or None. It raises
+            BackendUnavailableError when it cannot work with these.
+        install_hint: Line that brings what the probe misses.
+        start_lanes: Connections per peer to begin with.
+        max_lanes: Connections per peer that may make it faster.
 
     """
 
@@ -93,6 +109,8 @@ class TransportSpec:
     probe: Callable[[], Probe]
     load: Callable[[], Callable[..., KVTransport]]
     install_hint: str = ""
+    start_lanes: int = 1
+    max_lanes: int = 1
 
 
 class KVCodec(ABC):

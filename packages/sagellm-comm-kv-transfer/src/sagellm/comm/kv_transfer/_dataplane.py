@@ -1,4 +1,4 @@
-"""The two threads at the ends of a data connection: one writes frames, one reads them."""
+"""The threads at the ends of data connections: some write frames, some read them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import xxhash
 from sagellm.core.protocols import IntegrityError, KVCodec, KVConnection
 
 from ._flows import Chunk, Inflow, Outflow
+from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
 from .frames import CODED, HEADER_BYTES, RAW_BIT, Header, block_sums
 from .memory import Extent, Views
@@ -21,74 +22,130 @@ __all__ = ["DataReader", "DataWriter"]
 
 _NOT_READY_S = 0.0005
 _SCRATCH_BYTES = 1 << 16
+_SHARED_BYTES = 1 << 20
 
 
 class DataWriter:
-    """Sends the chunks of its flows in turn, one frame each.
+    """Sends the chunks of its flows in turn, one frame each, over one or several lanes.
+
+    A lane is a thread in `run` with a connection of its own. What is small goes over one lane;
+    as long as much is waiting, each busy lane wakes the next.
 
     Args:
         chunk_bytes: Payload of a frame at most, unless one block is larger.
         io_timeout_s: Without progress for so long, the peer is lost.
         traffic: Counts what is sent.
+        tuner: Says how many lanes are used.
+        want_lanes: Told when more lanes are wanted than run; called on a lane's thread.
 
     """
 
-    def __init__(self, chunk_bytes: int, io_timeout_s: float, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        chunk_bytes: int,
+        io_timeout_s: float,
+        traffic: Traffic,
+        tuner: LaneTuner,
+        want_lanes: Callable[[int], object],
+    ) -> None:
         self.traffic = traffic
         self.checksum = True
-        self.codec: KVCodec | None = None
+        self.make_codec: Callable[[], KVCodec] | None = None
+        self.tuner = tuner
+        self._want_lanes = want_lanes
         self._chunk_bytes = chunk_bytes
         self._io_timeout_s = io_timeout_s
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._wakes: list[threading.Condition] = []
+        self._asleep: list[bool] = []
         self._flows: deque[Outflow] = deque()
-        self._poked = False
+        self._rate = RateMeter()
         self._stopped = False
 
     def add(self, flow: Outflow) -> None:
         """Begin to serve a flow that has been granted."""
-        with self._changed:
+        with self._lock:
             if flow not in self._flows:
                 self._flows.append(flow)
-            self._poked = True
-            self._changed.notify()
+            self._wake_one()
 
     def stop(self) -> None:
         """Let `run` return."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
-            self._changed.notify()
+            for lane in range(len(self._wakes)):
+                self._wake(lane)
 
     def run(self, conn: KVConnection) -> None:
-        """Send until stopped; raises what the connection raises."""
-        while (work := self._next()) is not None:
+        """Send until stopped, as one lane more; raises what the connection raises."""
+        codec = self.make_codec() if self.make_codec is not None else None
+        with self._lock:
+            lane = len(self._wakes)
+            self._wakes.append(threading.Condition(self._lock))
+            self._asleep.append(False)
+        while (work := self._next(lane)) is not None:
             flow, chunk = work
+            sent = 0
             try:
-                self._send(conn, flow, chunk)
+                sent = self._send(conn, codec, flow, chunk)
             finally:
                 flow.leave()
+                self._sent(sent)
 
-    def _next(self) -> tuple[Outflow, Chunk] | None:
-        with self._changed:
+    def _next(self, lane: int) -> tuple[Outflow, Chunk] | None:
+        with self._lock:
             while not self._stopped:
-                self._poked = False
                 blocked = False
-                for _ in range(len(self._flows)):
-                    flow = self._flows[0]
-                    self._flows.rotate(-1)
-                    chunk = flow.claim(self._chunk_bytes)
-                    if chunk is not None:
-                        return flow, chunk
-                    if flow.waiting:
-                        blocked = True
-                    else:
-                        self._flows.pop()  # comes back with its next span
+                if lane < self.tuner.lanes:
+                    for _ in range(len(self._flows)):
+                        flow = self._flows[0]
+                        self._flows.rotate(-1)
+                        chunk = flow.claim(self._chunk_bytes)
+                        if chunk is not None:
+                            self._rate.begin()
+                            if self._much_waits():
+                                self._wake_one()
+                            return flow, chunk
+                        if flow.waiting:
+                            blocked = True
+                        else:
+                            self._flows.pop()  # comes back with its next span
+                self._asleep[lane] = True
                 # an event has no descriptor to wait for: look again soon
-                self._changed.wait_for(
-                    lambda: self._poked or self._stopped, _NOT_READY_S if blocked else None
-                )
+                pause_s = _NOT_READY_S if blocked and not lane else None
+                self._wakes[lane].wait_for(lambda: not self._asleep[lane], pause_s)
+                self._asleep[lane] = False
             return None
 
-    def _send(self, conn: KVConnection, flow: Outflow, chunk: Chunk) -> None:
+    def _much_waits(self) -> bool:
+        left = _SHARED_BYTES
+        for flow in self._flows:
+            left -= flow.waiting_bytes(left)
+            if left <= 0:
+                return True
+        return False
+
+    def _wake_one(self) -> None:
+        """Wake the first lane that is in use and has nothing to do."""
+        for lane in range(min(self.tuner.lanes, len(self._wakes))):
+            if self._asleep[lane]:
+                self._wake(lane)
+                return
+
+    def _wake(self, lane: int) -> None:
+        self._asleep[lane] = False
+        self._wakes[lane].notify()
+
+    def _sent(self, count: int) -> None:
+        with self._lock:
+            if (rate := self._rate.end(count)) is None:
+                return
+            wanted, running = self.tuner.measured(rate), len(self._wakes)
+        if wanted > running:
+            self._want_lanes(wanted)
+
+    def _send(self, conn: KVConnection, codec: KVCodec | None, flow: Outflow, chunk: Chunk) -> int:
+        """Send one frame; the bytes of the blocks in it."""
         extent = flow.extent
         assert extent is not None, "claimed without an extent"
         layer, first, count = chunk
@@ -96,21 +153,21 @@ class DataWriter:
         verify_s = codec_s = 0.0
         sums = np.zeros(count, dtype="<u8")
         units: list[Views] = []
-        if self.checksum or self.codec is not None:
+        if self.checksum or codec is not None:
             units = extent.unit_views(layer, first, count)
         if self.checksum:
             start = time.perf_counter()
             sums = block_sums(units, layer, first)
             verify_s = time.perf_counter() - start
-        if self.codec is None:
+        if codec is None:
             payload = extent.views(layer, first, count)
-            head = Header(flow.tid, layer, first, count, raw, 0).pack(sums.tobytes())
+            head = Header(flow.tid, layer, first, count, raw, flow.flags).pack(sums.tobytes())
         else:
             start = time.perf_counter()
-            payload, lengths = self._encode(self.codec, extent, layer, units)
+            payload, lengths = self._encode(codec, extent, layer, units)
             codec_s = time.perf_counter() - start
             size = sum(map(len, payload))
-            head = Header(flow.tid, layer, first, count, size, CODED).pack(
+            head = Header(flow.tid, layer, first, count, size, CODED | flow.flags).pack(
                 sums.tobytes() + lengths.tobytes()
             )
         runs = len(payload)
@@ -126,6 +183,7 @@ class DataWriter:
             verify_s=verify_s,
             codec_s=codec_s,
         )
+        return raw
 
     @staticmethod
     def _encode(
@@ -145,6 +203,8 @@ class DataWriter:
 
 class DataReader:
     """Receives frames into the blocks they were granted, and verifies them there.
+
+    Every lane runs `run` on a thread of its own; they share the flows.
 
     Args:
         flows: Flows of the link by number.
@@ -167,15 +227,15 @@ class DataReader:
     ) -> None:
         self.traffic = traffic
         self.checksum = True
-        self.codec: KVCodec | None = None
+        self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
         self._scratch_bytes = scratch_bytes
-        self._trash = memoryview(bytearray(_SCRATCH_BYTES))
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
+        codec = self.make_codec() if self.make_codec is not None else None
         head_bytes = memoryview(bytearray(HEADER_BYTES))
         while True:
             conn.receive([head_bytes], float("inf"))
@@ -188,13 +248,18 @@ class DataReader:
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
             try:
-                fresh, again = self._take(conn, flow, head, table)
+                fresh, again = self._take(conn, codec, flow, head, table)
             finally:
                 flow.leave()
             self._on_landed(flow, head, fresh, again)
 
     def _take(
-        self, conn: KVConnection, flow: Inflow, head: Header, table: memoryview
+        self,
+        conn: KVConnection,
+        codec: KVCodec | None,
+        flow: Inflow,
+        head: Header,
+        table: memoryview,
     ) -> tuple[list[int], list[int]]:
         extent, layer = flow.extent, head.layer
         raw = extent.span_bytes(layer, head.first, head.count)
@@ -210,7 +275,7 @@ class DataReader:
                 units = extent.unit_views(layer, head.first, head.count)
             if head.flags & CODED:
                 lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
-                bad, more, codec_s = self._decode(conn, head, lengths, extent, units)
+                bad, more, codec_s = self._decode(conn, codec, head, lengths, extent, units)
                 calls += more
                 runs = head.count
             else:
@@ -227,12 +292,11 @@ class DataReader:
                 wrong = np.flatnonzero(block_sums(units, layer, head.first) != sums)
                 bad = sorted({*bad, *wrong.tolist()})
                 verify_s = time.perf_counter() - start
-        fresh, again = flow.landed(head, bad)
         good = head.count - len(bad)
         done = raw if not bad else good * extent.unit_bytes(layer)
         wire = HEADER_BYTES + len(table) + head.payload_bytes
         self.traffic.count(done, wire)
-        flow.handle.moved(
+        flow.handle.moved(  # before `landed`: whoever sees it complete sees all of it counted
             done,
             good,
             wire_bytes=wire,
@@ -241,11 +305,12 @@ class DataReader:
             verify_s=verify_s,
             codec_s=codec_s,
         )
-        return fresh, again
+        return flow.landed(head, bad)
 
     def _decode(
         self,
         conn: KVConnection,
+        codec: KVCodec | None,
         head: Header,
         lengths: np.ndarray[tuple[int], np.dtype[np.uint32]],
         extent: Extent,
@@ -255,7 +320,7 @@ class DataReader:
         sizes = (lengths & (RAW_BIT - 1)).tolist()
         plain = (lengths & RAW_BIT).astype(bool).tolist()
         limit = extent.unit_bytes(head.layer)
-        if self.codec is None and not all(plain):
+        if codec is None and not all(plain):
             raise IntegrityError("a coded frame on a link without codec")
         if sum(sizes) != head.payload_bytes or max(sizes) > limit:
             raise IntegrityError(f"a coded frame whose lengths do not fit blocks of {limit} bytes")
@@ -275,23 +340,24 @@ class DataReader:
                 frame = scratch[offset : offset + sizes[i]]
                 offset += sizes[i]
                 try:
-                    self._place(frame, units[i], dtype, plain=plain[i])
+                    self._place(codec if not plain[i] else None, frame, units[i], dtype)
                 except IntegrityError:
                     bad.append(i)
             codec_s += time.perf_counter() - start
             at = stop
         return bad, calls, codec_s
 
-    def _place(self, frame: memoryview, views: Views, dtype: str, *, plain: bool) -> None:
+    @staticmethod
+    def _place(codec: KVCodec | None, frame: memoryview, views: Views, dtype: str) -> None:
+        """Put a block where it belongs, decoded unless it came as it is (no codec)."""
         size = sum(map(len, views))
-        if plain:
+        if codec is None:
             if len(frame) != size:
                 raise IntegrityError(f"a raw frame of {len(frame)} bytes for a block of {size}")
             out = frame
         else:
-            assert self.codec is not None, "checked with the frame"
             out = views[0] if len(views) == 1 else memoryview(bytearray(size))
-            self.codec.decode(frame, out, dtype=dtype)
+            codec.decode(frame, out, dtype=dtype)
             if len(views) == 1:
                 return
         at = 0
@@ -300,7 +366,8 @@ class DataReader:
             at += len(view)
 
     def _discard(self, conn: KVConnection, count: int) -> None:
+        trash = memoryview(bytearray(min(count, _SCRATCH_BYTES)))
         while count:
-            piece = self._trash[: min(count, len(self._trash))]
+            piece = trash[: min(count, len(trash))]
             conn.receive([piece], self._io_timeout_s)
             count -= len(piece)

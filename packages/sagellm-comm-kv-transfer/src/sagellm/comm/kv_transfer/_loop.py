@@ -149,8 +149,12 @@ class EventLoop:
             if self._stopping:
                 self._run_calls()
                 return
-            for key, events in self._selector.select(self._run_timers()):
-                self._guard(functools.partial(key.data, events))
+            ready = self._selector.select(self._run_timers())
+            self._run_calls()  # before answers to what their callers have sent since
+            watched = self._selector.get_map()
+            for key, events in ready:
+                if watched.get(key.fd) is key:
+                    self._guard(functools.partial(key.data, events))
 
     def _run_calls(self) -> None:
         while True:

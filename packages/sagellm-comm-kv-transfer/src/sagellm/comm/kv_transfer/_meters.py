@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from sagellm.core.protocols import metrics
@@ -12,15 +13,9 @@ __all__ = ["Meters", "Traffic"]
 
 
 class Meters:
-    """The instruments of one channel, from the sink that is set when the channel is made.
+    """The instruments of one channel, from the sink that is set when the channel is made."""
 
-    Args:
-        transport: Name of what carries the blocks, a label.
-
-    """
-
-    def __init__(self, transport: str) -> None:
-        self.transport = transport
+    def __init__(self) -> None:
         self.payload = metrics.counter(metrics.KV_PAYLOAD_BYTES)
         self.wire = metrics.counter(metrics.KV_WIRE_BYTES)
         self._transfers = metrics.counter(metrics.KV_TRANSFERS)
@@ -30,11 +25,12 @@ class Meters:
         """Count the end of a transfer, and how long it took."""
         self._transfers.add(direction=handle.direction, status=status, code=cause)
         seconds = time.monotonic() - handle.started
-        self._seconds.observe(seconds, direction=handle.direction, transport=self.transport)
+        transport = handle.metrics.path.partition(":")[0]
+        self._seconds.observe(seconds, direction=handle.direction, transport=transport)
 
 
 class Traffic:
-    """Bytes of one direction of a link; written by one thread.
+    """Bytes of one direction of a link. Thread-safe.
 
     Args:
         meters: Where they are counted, too.
@@ -45,12 +41,16 @@ class Traffic:
     def __init__(self, meters: Meters, direction: str) -> None:
         self.payload = 0
         self.wire = 0
+        self.transport = ""
         self._meters = meters
-        self._labels = {"direction": direction, "transport": meters.transport}
+        self._direction = direction
+        self._lock = threading.Lock()
 
     def count(self, payload: int, wire: int) -> None:
         """Add a frame's bytes."""
-        self.payload += payload
-        self.wire += wire
-        self._meters.payload.add(payload, **self._labels)
-        self._meters.wire.add(wire, **self._labels)
+        with self._lock:
+            self.payload += payload
+            self.wire += wire
+        labels = {"direction": self._direction, "transport": self.transport}
+        self._meters.payload.add(payload, **labels)
+        self._meters.wire.add(wire, **labels)

@@ -29,13 +29,25 @@ class Source:
     """One sender of a receive."""
 
     def __init__(
-        self, link: Link, inflow: Inflow, parts: Mapping[str, Part], *, sealed: bool
+        self,
+        link: Link,
+        inflow: Inflow,
+        parts: Mapping[str, Part],
+        *,
+        sealed: bool,
+        invited: bool = False,
     ) -> None:
         self.link = link
         self.inflow = inflow
         self.parts = parts
         self.sealed = sealed
+        self.invited = invited
         self.released = False
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it was invited and has sent nothing yet."""
+        return self.invited and not self.sealed and not self.inflow.begun
 
 
 class Receive:
@@ -78,6 +90,24 @@ class Receive:
     def key(self) -> TransferKey:
         """Its key."""
         return self.handle.key
+
+    @property
+    def came(self) -> set[int]:
+        """Nodes that have begun to send."""
+        return {s.link.peer for s in self.sources if not s.awaited}
+
+    def whom(self) -> str:
+        """Who has to do something before it can land, in words."""
+        came = self.came
+        if self.fetch_from is not None:
+            return f"node {self.fetch_from}" + ("" if came else ", which never came")
+        if self.senders is not None and (absent := sorted(self.senders - came)):
+            return f"node {', '.join(map(str, absent))}, which never came"
+        if not came:
+            return "any node: nobody sent it"
+        if unsealed := sorted({s.link.peer for s in self.sources if not s.sealed}):
+            return f"node {', '.join(map(str, unsealed))} to seal its stream"
+        return f"node {', '.join(map(str, sorted(came)))}; {self.handle.progress}"
 
     def fingerprint(self) -> int | None:
         """Tells destinations apart; None when there are none."""

@@ -32,7 +32,7 @@ from ._granting import Granter
 from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, failure
-from .frames import Header
+from .frames import SEALED, Header
 from .plan import check_layouts, coverage_gap, shared_parts
 from .pool import BlockTable, PoolExtent
 from .transfer import TransferHandle, transfer_error
@@ -104,7 +104,8 @@ class Receiving:
                     del self._parked[link, tid]
                     self._join(r, link, offer)
             for link in self._engine.links:
-                self.layout_changed(link)
+                self._refuse_misfits(link)
+            self._invite(r)
         return r.handle
 
     def _repeat(self, r: Receive, end: End) -> TransferHandle:
@@ -167,7 +168,8 @@ class Receiving:
 
     def on_offer(self, link: Link, offer: wire.Offer) -> None:
         """A peer wants to push."""
-        if (link, offer.tid) in self._by_tid or (link, offer.tid) in self._parked:
+        name = (link, offer.tid)
+        if name in self._by_tid or name in self._parked or offer.tid >= wire.INVITED:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {offer.tid} twice")
             )
@@ -257,7 +259,9 @@ class Receiving:
         """A frame is in place; called on the link's reader thread."""
         if (entry := self._by_tid.get((link, flow.tid))) is None:
             return
-        r = entry[0]
+        r, source = entry
+        if head.flags & SEALED:
+            source.sealed = True
         loop = self._engine.loop
         if again:
             where = [head.first + i for i in again[:8]]
@@ -278,7 +282,15 @@ class Receiving:
                 loop.call(lambda: self._maybe_land(r))
 
     def layout_changed(self, link: Link) -> None:
-        """Fail what waits for a node whose layout does not fit."""
+        """Fail what waits for a node whose layout does not fit, and invite it anew if it does."""
+        self._refuse_misfits(link)
+        if link.mismatch is None and not link.outgoing:
+            for r in list(self._active.values()):
+                if r.senders is not None and link.peer in r.senders:
+                    self._withdraw(r, link)
+                    self._invite(r)
+
+    def _refuse_misfits(self, link: Link) -> None:
         if link.mismatch is None:
             return
         for r in list(self._active.values()):
@@ -292,11 +304,13 @@ class Receiving:
         for key in [k for k in self._by_tid if k[0] is link]:
             if (entry := self._by_tid.get(key)) is None:
                 continue
-            r = entry[0]
+            r, source = entry
             if r.landed:
                 self.on_release(*key)
-            else:
+            elif not source.awaited:
                 self.fail(r, error)
+            else:
+                self._withdraw(r, link)
         others = {of.peer for of in self._engine.links if of.up and of is not link}
         for r in list(self._active.values()):
             named = r.senders is not None and link.peer in r.senders and link.peer not in others
@@ -310,22 +324,11 @@ class Receiving:
         r.timer = self._engine.loop.call_later(left, lambda: self._expire(r))
 
     def _expire(self, r: Receive) -> None:
-        came = {s.link.peer for s in r.sources}
-        if r.fetch_from is not None:
-            who = f"node {r.fetch_from}" if came else f"node {r.fetch_from}, which never came"
-        elif r.senders is not None and (absent := sorted(r.senders - came)):
-            who = f"node {', '.join(map(str, absent))}, which never came"
-        elif not came:
-            who = "any node: nobody sent it"
-        elif unsealed := sorted({s.link.peer for s in r.sources if not s.sealed}):
-            who = f"node {', '.join(map(str, unsealed))} to seal its stream"
-        else:
-            who = f"node {', '.join(map(str, sorted(came)))}; {r.handle.progress}"
         self.fail(
             r,
             CommTimeoutError(
                 f"not landed within {r.handle.deadline_s:g} s, "
-                f"{r.handle.state.value}; waited for {who}"
+                f"{r.handle.state.value}; waited for {r.whom()}"
             ),
         )
 
@@ -338,8 +341,36 @@ class Receiving:
         self._active[key] = r
         return True
 
+    def _invite(self, r: Receive) -> None:
+        """Tell the named senders ahead, once all are there and have nothing in common."""
+        if r.error is not None or r.sources or r.senders is None or not r.blocks:
+            return
+        here = {k.peer: k for k in self._engine.links if k.up and not k.outgoing}
+        links = [here[n] for n in sorted(r.senders) if n in here]
+        if len(links) < len(r.senders) or any(k.layout is None or k.mismatch for k in links):
+            return
+        for link, extent, parts in self._granter.ahead(r, links):
+            inflow = Inflow(r.handle, link.new_tid(), extent)
+            if inflow.total_units:
+                self._enter(r, Source(link, inflow, parts, sealed=False, invited=True))
+                counts = {n: len(ids) for n, ids in r.blocks.items()}
+                heard = link.layouts_heard
+                link.send(wire.Invite(inflow.tid, *r.key, counts, parts, heard))
+
+    def _withdraw(self, r: Receive, link: Link) -> None:
+        """Forget an invitation that its sender has not taken and will not take."""
+        for s in r.sources:
+            if s.link is link and s.awaited:
+                s.inflow.stop()
+                del self._by_tid[link, s.inflow.tid]
+                link.inflows.pop(s.inflow.tid, None)
+                r.sources.remove(s)
+                self._expect(r)
+                return
+
     def _join(self, r: Receive, link: Link, offer: wire.Offer) -> None:
         """Let a sender contribute to a receive."""
+        self._withdraw(r, link)
         if r.senders is not None and link.peer not in r.senders:
             refused = f"node {self._engine.node_id} takes it from {sorted(r.senders)} only"
             link.send(failure(offer.tid, ConfigError(refused)))
@@ -374,6 +405,14 @@ class Receiving:
     def _enter(self, r: Receive, source: Source) -> None:
         r.sources.append(source)
         link, inflow = source.link, source.inflow
+        self._expect(r)
+        r.handle.via(link.path)
+        self._by_tid[link, inflow.tid] = (r, source)
+        link.inflows[inflow.tid] = inflow
+        self._check_layers(r, range(inflow.extent.layers))
+
+    @staticmethod
+    def _expect(r: Receive) -> None:
         r.open_groups = {
             name
             for name, part in r.wanted.items()
@@ -382,12 +421,8 @@ class Receiving:
         r.handle.expect(
             sum(s.inflow.total_bytes for s in r.sources),
             sum(s.inflow.total_units for s in r.sources),
-            inflow.extent.layers,
+            max((s.inflow.extent.layers for s in r.sources), default=0),
         )
-        r.handle.via(link.path)
-        self._by_tid[link, inflow.tid] = (r, source)
-        link.inflows[inflow.tid] = inflow
-        self._check_layers(r, range(inflow.extent.layers))
 
     def _check_layers(self, r: Receive, layers: Sequence[int]) -> None:
         names = r.destination.group_names if r.destination is not None else []
@@ -457,7 +492,7 @@ class Receiving:
         assert r.error is not None, "only failed receives come here"
         self._free(r)
         invalid = r.destination_ids()
-        came = sorted({s.link.peer for s in r.sources} | (r.senders or frozenset()))
+        came = sorted(r.came | (r.senders or frozenset()))
         who = f"from node {', '.join(map(str, came))}" if came else "from any node"
         error = transfer_error(r.key, who, r.error, invalid)
         r.handle.fail(error)

@@ -30,6 +30,7 @@ from ._flows import Span
 from ._link import Link
 from ._push import Offered, Push
 from ._records import Memory, failure, key_failure
+from .frames import SEALED
 from .memory import TensorExtent
 from .plan import Part, held_part, inner_axes
 from .pool import BlockTable, PoolExtent
@@ -90,7 +91,7 @@ class Sending:
                 f"{len(self._active)} transfers are in flight already; max_in_flight is "
                 f"{self._engine.settings.max_in_flight}"
             )
-        link = self._engine.link_to(p.target, p.handle.deadline)
+        link = self._engine.links.to(p.target, p.handle.deadline)
         if p.pool is not None:
             p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
         self._active[name] = p
@@ -106,11 +107,29 @@ class Sending:
         if error is not None:
             self.fail(p, error)
             return
-        p.link, p.tid = link, link.new_tid()
+        invite = link.invitations.take(p.key)
+        p.link = link
         if p.tensors is None and link.mismatch is not None:
             self.fail(p, link.mismatch)
-            return
-        p.flow.tid = p.tid
+        elif invite is not None and p.pool is self._engine.pool and _fits(p, invite):
+            self._accept(p, link, invite)
+        else:
+            self._offer_to(p, link)
+
+    def _accept(self, p: Push, link: Link, invite: wire.Invite) -> None:
+        """Send what the receiver has asked for ahead."""
+        assert p.pool is not None, "an invitation fits blocks of a pool only"
+        p.tid = p.flow.tid = invite.tid
+        self._by_tid[link, p.tid] = p
+        p.flow.extent = extent = PoolExtent(p.pool, p.blocks, invite.parts)
+        if p.sealed:
+            p.flow.flags = SEALED
+            if not any(map(extent.units, range(extent.layers))):  # no frame will say so
+                link.send(wire.Sealed(p.tid, p.num_tokens))
+        self._go(p, link)
+
+    def _offer_to(self, p: Push, link: Link) -> None:
+        p.tid = p.flow.tid = link.new_tid()
         self._by_tid[link, p.tid] = p
         infos = None
         if p.tensors is not None:
@@ -178,9 +197,21 @@ class Sending:
             p.flow.extent = PoolExtent(p.pool, p.blocks, grant.parts)
         self._go(p, link)
 
+    def on_invite(self, link: Link, invite: wire.Invite) -> None:
+        """A receiver is ready before we have begun."""
+        if not link.outgoing or not link.invitations.fresh(invite.tid):
+            link.lose(DistributedRuntimeError(f"node {link.peer} invites out of turn"))
+            return
+        key, pool = TransferKey(invite.id, invite.attempt), self._engine.pool
+        if invite.layouts != link.layouts_told or (link.peer, key) in self._active:
+            return  # it crossed our new layout, or our offer
+        if pool is not None and self._failed.get(key) is None:
+            _check_parts(pool.layout, invite.parts, link.peer)
+            link.invitations.add(invite)
+
     def on_fetch(self, link: Link, fetch: wire.Fetch) -> None:
         """A peer wants to pull."""
-        self._engine.ensure_writer(link)
+        self._engine.links.ensure_both_ways(link)
         if (link, fetch.tid) in self._by_tid or (link, fetch.tid) in self._fetches:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {fetch.tid} twice")
@@ -242,6 +273,9 @@ class Sending:
     def on_fail(self, link: Link, tid: int, error: CommError) -> bool:
         """The receiver gave up; False when it is none of ours."""
         if self._fetches.pop((link, tid), None) is not None:
+            return True
+        if (invite := link.invitations.forget(tid)) is not None:
+            self._failed[TransferKey(invite.id, invite.attempt)] = error
             return True
         if (p := self._by_tid.get((link, tid))) is None:
             return False
@@ -307,7 +341,7 @@ class Sending:
     def _expire(self, p: Push) -> None:
         state = p.handle.state
         if p.link is None:
-            what = f"node {p.target} never came ({self._engine.why_absent(p.target)})"
+            what = f"node {p.target} never came ({self._engine.links.why_absent(p.target)})"
         elif state is TransferState.OFFERED:
             what = f"node {p.target} has not said `receive`"
         else:
@@ -348,6 +382,7 @@ class Sending:
         del self._offers[o.handle.key.id]
         if o.timer is not None:
             o.timer.cancel()
+        o.ending = error  # before the last of what is served ends it
         for p in list(o.served):
             self.fail(p, error)
         self._end_offer(o, error)
@@ -457,6 +492,13 @@ def _check_parts(layout: KVLayout, parts: Mapping[str, Part], peer: int) -> None
             if held.first <= part.first < part.stop <= held.stop:
                 continue
         raise DistributedRuntimeError(f"node {peer} asks for {name!r} {part}, not held here")
+
+
+def _fits(p: Push, invite: wire.Invite) -> bool:
+    """Whether an invitation says all there is to agree on; if not, an offer finds out what."""
+    if p.tensors is not None or p.dst_blocks is not None:
+        return False
+    return {n: len(ids) for n, ids in p.blocks.items()} == invite.counts
 
 
 def _chosen(offered: BlockTable, raw: Mapping[str, bytes]) -> BlockTable:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sagellm.core.protocols import (
     BlockIds,
     Blocks,
+    CommBackendProtocol,
     CommError,
     CommTimeoutError,
     Completion,
@@ -33,6 +34,7 @@ from sagellm.core.protocols.ports import PortSettings
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
 from ._link import Link
+from ._paths import AUTO, Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._records import CANCELLED
@@ -41,8 +43,8 @@ from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
 from .stream import Stream
+from .tls import Tls
 from .transfer import TransferHandle
-from .transports import load_transport
 from .transports.tcp import parse_address
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     takes the lowest free id among the channels of this process. It listens on loopback unless
     `host` says otherwise, and every connection proves the shared key.
 
-    The key authenticates and does not encrypt.
+    The key authenticates and does not encrypt; TLS does, when `settings` name certificates.
 
     Args:
         node_id: Id of this node; None as above.
@@ -76,6 +78,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         advertise: Host that peers are told; needed when `host` is a wildcard.
         settings: Bounds and choices; None takes the configured ones.
         codec: Codec of what this node sends, over the one in `settings`.
+        comm: A communication backend, used by nothing else, that may carry blocks between its
+            ranks; it stays the caller's.
 
     Raises:
         ConfigError: The node id is taken, the arguments do not fit, or this is Windows.
@@ -96,6 +100,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         advertise: str | None = None,
         settings: KVTransferSettings | None = None,
         codec: str | None = None,
+        comm: CommBackendProtocol | None = None,
     ) -> None:
         require_supported_platform()
         chosen = settings or KVTransferSettings.load()
@@ -107,7 +112,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if peers is None:
             peers = chosen.peers_file
         load_codec_spec(chosen.codec)
-        make_transport = load_transport(chosen.transport)
+        tls = Tls.of(chosen)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
         try:
             expected = discovery.listen_at()
@@ -117,18 +122,23 @@ class KVTransferChannel(KVTransferChannelProtocol):
             if host in _ANY_HOST and advertise is None:
                 raise ConfigError(f"host={host!r} needs advertise=, the name peers reach it by")
             shown = advertise or host
-            transport = make_transport(
-                host=host,
-                advertise=shown,
-                socket_buffer_bytes=chosen.socket_buffer_bytes,
-                handshake_timeout_s=chosen.handshake_timeout_s,
+            paths = Paths(
+                chosen.transport,
+                {
+                    "host": host,
+                    "advertise": advertise,
+                    "socket_buffer_bytes": chosen.socket_buffer_bytes,
+                    "handshake_timeout_s": chosen.handshake_timeout_s,
+                    "tls": tls,
+                    "comm": comm,
+                },
             )
             try:
                 self._engine = Engine(
-                    discovery, chosen, transport, host=host, port=port, advertise=shown
+                    discovery, chosen, paths, host=host, port=port, advertise=shown, tls=tls
                 )
             except BaseException:
-                transport.close()
+                paths.close()
                 raise
         except BaseException:
             discovery.withdraw()
@@ -196,7 +206,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         engine = self._engine
 
         def begin() -> None:
-            link = engine.link_to(peer, time.monotonic() + wait_s)
+            link = engine.links.to(peer, time.monotonic() + wait_s)
             found.append(link)
             link.when_up(lambda _: met.set())
 
@@ -204,7 +214,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         link = found[0]
         if not met.wait(wait_s):
             raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.why_absent(peer)})"
+                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
             )
         if link.error is not None:
             raise link.error
@@ -323,7 +333,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         handle.owner = r
 
         def begin() -> None:
-            link = engine.link_to(peer, handle.deadline)
+            link = engine.links.to(peer, handle.deadline)
             pool.lease(r, f"{key.id}/{key.attempt}", table)
             engine.receiving.fetch(r, peer, layers)
 
@@ -331,7 +341,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
                 if error is not None:
                     engine.receiving.fail(r, error)
                 elif r.error is None:
-                    engine.ensure_reader(link)
+                    engine.links.ensure_both_ways(link)
                     engine.receiving.request(r, link, wanted, deadline_s)
 
             link.when_up(up)
@@ -372,7 +382,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- what is known ----------------------------------------------------------------------
 
     def path(self, peer: int) -> str:
-        """How bytes go to a peer, such as `tcp:1`."""
+        """How bytes go to a peer, such as `tcp:2`: the transport and its lanes in use."""
         link = self._link(peer)
         return link.path if link is not None else "unconnected"
 
@@ -380,14 +390,16 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Why that path, in words."""
         link = self._link(peer)
         if link is None or not link.up:
-            why = self._engine.why_absent(peer)
+            why = self._engine.links.why_absent(peer)
             return f"node {peer}: unconnected ({why}); known: {self._engine.discovery.known()}"
         s = self._engine.settings
         fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"
         known = "one side has none" if link.layout is None else fits
+        how = "chosen" if s.transport == AUTO else "configured"
+        refused = "; ".join(f"{n} not taken: {why}" for n, why in sorted(link.refused.items()))
         return (
-            f"node {peer} at {link.address}: {link.path}, the transport {s.transport!r} that was "
-            f"configured; one data connection; codec {s.codec}; checksums "
+            f"node {peer} at {link.address}: {link.path}, {how}, {len(link.lanes)} data "
+            f"connections; {refused + '; ' if refused else ''}codec {s.codec}; checksums "
             f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; layouts: {known}"
         )
 

@@ -18,13 +18,25 @@ from numpy.typing import NDArray
 
 from sagellm.core.protocols import IntegrityError
 
-__all__ = ["CODED", "HEADER_BYTES", "MAX_UNITS", "RAW_BIT", "Header", "block_sum", "block_sums"]
+__all__ = [
+    "CODED",
+    "HEADER_BYTES",
+    "MAX_UNITS",
+    "RAW_BIT",
+    "SEALED",
+    "Header",
+    "block_sum",
+    "block_sums",
+]
 
 MAX_UNITS = 4096
 """Blocks in one frame at most; bounds what a header can make a reader allocate."""
 
 CODED = 1
 """Flag: the payload is coded and the table holds lengths."""
+
+SEALED = 8
+"""Flag: the transfer is whole, no message seals it; for those that use an invitation."""
 
 RAW_BIT = 1 << 31
 """In a coded length: this block did not shrink and is sent as it is."""
@@ -45,7 +57,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED` or 0.
+        flags: `CODED` and `SEALED`.
         table_digest: xxh3 of the table.
 
     """

@@ -16,7 +16,7 @@ __all__ = ["TRANSITIONS", "advance"]
 
 TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
-        State.OFFERED: frozenset({State.ACCEPTED, State.FAILED, State.CANCELLED}),
+        State.OFFERED: frozenset({State.ACCEPTED, State.MOVING, State.FAILED, State.CANCELLED}),
         State.ACCEPTED: frozenset({State.MOVING, State.LANDED, State.FAILED, State.CANCELLED}),
         State.MOVING: frozenset({State.LANDED, State.FAILED, State.CANCELLED}),
         State.LANDED: frozenset({State.RELEASED}),

@@ -225,7 +225,7 @@ class TransferHandle:
         """Count a frame."""
         now = time.monotonic()
         with self._changed:
-            if self._state is TransferState.ACCEPTED:
+            if self._state in (TransferState.OFFERED, TransferState.ACCEPTED):
                 self._state = advance(self._state, TransferState.MOVING)
             self._first = self._first or now
             self._last = now

@@ -3,7 +3,8 @@
 A message is a 4-byte big-endian length and a msgpack map with a `type`. Fields that a reader
 does not know are ignored; a version is agreed on in the handshake. Nothing is ever unpickled.
 "I" is the side that opened the link, "A" the one that accepted it; "S" sends blocks and "R"
-receives them. Transfer ids (`tid`) are given out by I and mean something on this link only.
+receives them. Transfer ids (`tid`) mean something on this link only and are never used again:
+I gives out those below `INVITED`, A the others, each in rising order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sagellm.core.protocols import DistributedRuntimeError, KVLayout
 from .plan import Part
 
 __all__ = [
+    "INVITED",
     "MAX_HANDSHAKE_BYTES",
     "PROTOCOL",
     "VERSIONS",
@@ -29,10 +31,13 @@ __all__ = [
     "FrameBuffer",
     "Grant",
     "Hello",
+    "Invite",
     "KeyFail",
+    "Lane",
     "LayerDone",
     "LayoutChanged",
     "Message",
+    "MoreLanes",
     "Nack",
     "Offer",
     "Proof",
@@ -50,6 +55,9 @@ __all__ = [
 PROTOCOL = "sagellm-kv"
 VERSIONS = (1, 1)
 """Oldest and newest version of this protocol that is spoken here."""
+
+INVITED = 1 << 31
+"""The first transfer id of invitations."""
 
 MAX_HANDSHAKE_BYTES = 4096
 """Longest message of a peer that has not authenticated."""
@@ -70,6 +78,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     nonce: bytes
     min_version: int
     max_version: int
+    instance: bytes = b""
 
 
 class Challenge(_Message, frozen=True, tag="challenge"):
@@ -78,6 +87,7 @@ class Challenge(_Message, frozen=True, tag="challenge"):
     node_id: int
     nonce: bytes
     version: int
+    instance: bytes = b""
 
 
 class Proof(_Message, frozen=True, tag="proof"):
@@ -152,6 +162,22 @@ class Grant(_Message, frozen=True, tag="grant"):
     parts: dict[str, Part]
 
 
+class Invite(_Message, frozen=True, tag="invite"):
+    """R → S, on a link that S opened: a grant ahead of the offer.
+
+    S may take it, by sending frames under this tid, or ignore it and offer. An offer of the same
+    key withdraws it: whoever has offered never takes one.
+    """
+
+    tid: int
+    id: str
+    attempt: int
+    counts: dict[str, int]
+    parts: dict[str, Part]
+    layouts: int
+    """How many layouts of S were known to R; S ignores the invitation when it has told more."""
+
+
 class Sealed(_Message, frozen=True, tag="sealed"):
     """S → R: every layer of a stream has been queued."""
 
@@ -219,6 +245,20 @@ class KeyFail(_Message, frozen=True, tag="key_fail"):
     theirs: str = ""
 
 
+class Lane(_Message, frozen=True, tag="lane"):
+    """I → A: I am about to open this data connection, by this transport; others I could not."""
+
+    number: int
+    transport: str
+    refused: dict[str, str] = {}
+
+
+class MoreLanes(_Message, frozen=True, tag="more_lanes"):
+    """A → I: I have much to send; open data connections until there are so many."""
+
+    count: int
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this channel closes."""
 
@@ -230,6 +270,7 @@ Session = (
     LayoutChanged
     | Offer
     | Grant
+    | Invite
     | Sealed
     | Fetch
     | Nack
@@ -238,6 +279,8 @@ Session = (
     | Release
     | Fail
     | KeyFail
+    | Lane
+    | MoreLanes
     | Bye
 )
 Message = Handshake | Session
@@ -265,8 +308,10 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
         raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {e}") from None
 
 
-def held_bytes(message: Offer | Fetch) -> int:
+def held_bytes(message: Offer | Fetch | Invite) -> int:
     """Bytes of memory that a message takes while it waits for its other half, about."""
+    if isinstance(message, Invite):
+        return 512 + sum(256 + len(n) for n in [*message.counts, *message.parts])
     if isinstance(message, Offer):
         ids, names = message.dst_blocks, [*message.counts]
         more = sum(256 + 32 * len(i.shape) + len(i.dtype) for i in message.tensors or ())

@@ -16,10 +16,10 @@ from sagellm.core.protocols import BackendUnavailableError, CommError, ConfigErr
 from sagellm.core.protocols.config import load_all
 from sagellm.core.protocols.doctor import diagnose
 from sagellm.core.protocols.selection import backend_registry
+from sagellm.core.protocols.show import bytes_text
 
 from .host import quota_cpus, usable_cpus
 from .launch import is_launched
-from .show import bytes_text
 
 __all__ = ["Finding", "examine"]
 

@@ -10,13 +10,20 @@ from dataclasses import asdict
 
 from sagellm.core.protocols import CommError, ConfigError
 from sagellm.core.protocols.selection import backend_registry
+from sagellm.core.protocols.show import (
+    bytes_text,
+    parse_bytes,
+    print_json,
+    print_line,
+    print_table,
+    rate_text,
+)
 
 from .bench import OPS, run_bench
 from .checkup import examine
 from .choose import run_explain
 from .info import collect_info, print_info
 from .launch import is_launched
-from .show import bytes_text, parse_bytes, print_json, print_line, print_table, rate_text
 
 __all__ = ["main"]
 

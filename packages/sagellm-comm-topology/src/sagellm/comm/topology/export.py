@@ -14,9 +14,11 @@ SCHEMA = "sagellm.topology/1"
 """Schema of the JSON; readers ignore fields they do not know."""
 
 _LANE_NAMES = {
-    "nvlink": "NV", "xgmi": "XGMI", "hccs": "HCCS", "sio": "SIO", "ub": "UB", "mlulink": "MLU",
-    "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XPU",
+    "nvlink": "NV", "xgmi": "XGMI", "hccs": "HCCS", "sio": "SIO", "ub": "UB", "mlulink": "MLK",
+    "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XL", "c2c": "C2C",
 }  # fmt: skip
+_COUNTED = ("nvlink", "mtlink", "mlulink")
+_VIA_NAMES = {"pcie": "PCIE", "ethernet": "ETH"}
 _MAX_JSON_BYTES = 256 << 20
 
 
@@ -86,10 +88,18 @@ def column_labels(devices: list[Device]) -> list[str]:
 
 
 def pair_label(graph: TopologyGraph, a: Device, b: Device) -> str:
-    """`X`, `NV18`, `PIX`, … or `?` for a pair of devices."""
+    """`X`, `NV18`, `HCCS`, `PIX`, … or `?` for a pair of devices."""
     if a.id == b.id:
         return "X"
     path = graph.path(a.id, b.id)
     if path.kind == "LINK":
-        return f"{_LANE_NAMES.get(path.links[0].kind, 'LINK')}{min(x.count for x in path.links)}"
+        kind = path.links[0].kind
+        if kind == "hccs" and len(path.links) > 1:
+            return "HCCS_SW"
+        name = _LANE_NAMES.get(kind, "LINK")
+        counted = kind in _COUNTED or max(x.count for x in path.links) > 1
+        return f"{name}{min(x.count for x in path.links)}" if counted else name
+    pair = graph.stated(a.id, b.id)
+    if path.kind is None and pair is not None and pair.via is not None:
+        return _VIA_NAMES.get(pair.via, "?")
     return path.kind or "?"

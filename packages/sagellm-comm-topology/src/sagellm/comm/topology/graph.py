@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
     Device,
     Link,
     LinkKind,
+    Pair,
     Path,
     PathClass,
     TopologyInfo,
@@ -79,7 +80,12 @@ class TopologyGraph:
         self._host_routes = Routes(self._host, bridges.__contains__)
         self._network_routes = Routes(self._networks, switches.__contains__)
         self._forwarding = switches | bridges
+        self._pairs = {frozenset((p.a, p.b)): p for p in info.pairs}
         self._exits: dict[str, list[_Exit]] = {}
+
+    def stated(self, a: str, b: str) -> Pair | None:
+        """What a source said of the pair without naming the links between; None if nothing."""
+        return self._pairs.get(frozenset((a, b)))
 
     def device(self, device_id: str) -> Device:
         """The device of that id.
@@ -100,13 +106,16 @@ class TopologyGraph:
     def path(self, a: str, b: str) -> Path:
         """The path of the best class, then the fewest hops, then the widest bottleneck.
 
+        Where no links are known, the class that a source stated for the pair, without hops.
+
         Raises:
             ConfigError: An id is unknown.
 
         """
         links = self.links(a, b)
         if links is None:
-            return Path(a, b, None, None)
+            pair = self.stated(a, b)
+            return Path(a, b, pair.path if pair else None, None)
         return self._make(a, b, links) if links else Path(a, b, "LOC", 0, (a,))
 
     def links(self, a: str, b: str) -> tuple[Link, ...] | None:
@@ -130,7 +139,7 @@ class TopologyGraph:
         rank = len(PATH_CLASSES) if path.kind is None else PATH_CLASSES.index(path.kind)
         width = path.bottleneck_bytes_per_s
         if width is None and path.kind == "LINK":
-            width = float(min(link.count for link in path.links))
+            width = float(min((link.count for link in path.links), default=0))
         return rank, -(width or 0.0), path.hops or 0
 
     def widest(self, a: str, b: str) -> Path:

@@ -277,6 +277,17 @@ class Attacker:
             pass
         return message
 
+    def gone(self):
+        """Whether the link has ended by now; what came is thrown away, and nothing waits."""
+        try:
+            while data := self.sock.recv(1 << 20):
+                assert data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
     def lost(self):
         """Whether the other side ends the link in time."""
         return Strangers.closed(self.sock)

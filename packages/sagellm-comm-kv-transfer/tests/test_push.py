@@ -74,7 +74,7 @@ def test_blocks_land_where_the_receiver_wants_them(pair, transport, codec, path,
     p, m = r.progress, r.metrics
     assert (p.blocks_done, p.layers_done, p.bytes_done) == (9, 3, p.bytes_total)
     assert m.bytes == p.bytes_total == t.metrics.bytes
-    assert m.path == path
+    assert m.path in (path, path.replace("2", "1"))  # a second lane may come after the offer
     assert m.wire_bytes == t.metrics.wire_bytes
 
 
@@ -214,7 +214,7 @@ async def _coroutine(handle):
     return await handle
 
 
-def test_poll_reports_every_end_once_and_the_descriptor_tells(pair):
+def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
     out, _, into, _ = pair()
     assert not select.select([into.fileno()], [], [], 0)[0]
     for i in range(3):
@@ -223,7 +223,8 @@ def test_poll_reports_every_end_once_and_the_descriptor_tells(pair):
 
     assert select.select([into.fileno()], [], [], 5)[0]
     first = into.poll(1)
-    rest = into.poll()
+    rest = []
+    eventually(lambda: rest.extend(into.poll()) or len(rest) == 2)
 
     assert [c.key.id for c in first + rest] == ["k0", "k1", "k2"]
     assert {(c.status, c.direction, c.blocks_safe) for c in first + rest} == {

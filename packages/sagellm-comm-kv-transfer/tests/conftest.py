@@ -1,5 +1,9 @@
 """Channels that are closed, layouts and tensors to move, a proxy that damages bytes."""
 
+import collections
+import contextlib
+import gc
+import os
 import socket
 import struct
 import threading
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 from sagellm.comm.kv_transfer import KVTransferChannel, auth, wire
-from sagellm.core.protocols import CacheGroup, KVLayout, Shard, TransferKey
+from sagellm.core.protocols import CacheGroup, IntegrityError, KVLayout, Shard, TransferKey
 from sagellm.core.protocols.testing.pytest_plugin import (
     rank_pool as rank_pool,
     rank_pools as rank_pools,
@@ -20,6 +24,28 @@ from sagellm.core.protocols.testing.pytest_plugin import (
 def clean_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+
+
+def held_by_this_process():
+    """Descriptors by kind, threads and mappings that channels may hold."""
+    kinds = collections.Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists the others
+            kinds[os.readlink(f"/proc/self/fd/{fd}").split(":")[0]] += 1
+    with open("/proc/self/maps") as f:
+        kinds["mapped"] = sum("memfd:" in line or "/dev/shm" in line for line in f)
+    kinds["threads"] = sum(t.name.startswith("kv-") for t in threading.enumerate())
+    names = ("socket", "pipe", "anon_inode", "/memfd", "mapped", "threads")
+    return {name: kinds[name] for name in names}
+
+
+@pytest.fixture
+def leakless(eventually):
+    """Holds a test to leaving no descriptor, port, thread or mapping; name it first."""
+    before = held_by_this_process()
+    yield
+    gc.collect()
+    eventually(lambda: held_by_this_process() == before)
 
 
 @pytest.fixture
@@ -192,9 +218,11 @@ def works():
 class Attacker:
     """A peer that has the key, and says what it likes: a control connection made by hand."""
 
-    def __init__(self, b, node_id=9, then=b""):
+    def __init__(self, b, node_id=9, then=b"", instance=b""):
         self.sock = Strangers.dial(b.address)
-        hello = wire.encode(wire.Hello(wire.PROTOCOL, node_id, b.node_id, b"n" * 32, 1, 1))
+        hello = wire.encode(
+            wire.Hello(wire.PROTOCOL, node_id, b.node_id, b"n" * 32, 1, 1, instance)
+        )
         self.sock.sendall(hello)
         self._buffer = wire.FrameBuffer(1 << 20)
         self._bodies = []
@@ -202,12 +230,17 @@ class Attacker:
         digest = auth.transcript(hello[4:], body)
         key = b._engine.discovery.key
         self.sock.sendall(wire.encode(wire.Proof(auth.proof(key, digest, initiator=True))))
-        session = auth.session_key(key, digest)
+        self.session = session = auth.session_key(key, digest)
         self._ours = auth.Seal(session, initiator=True)
         self._theirs = auth.Seal(session, initiator=False)
-        self.welcome = self.read()
+        try:
+            self.welcome = self.read()
+        except IntegrityError:  # nothing but a refusal comes without a seal
+            self.welcome = None
+            return
         self.token = auth.data_token(session, 0)
-        ready = wire.Ready(b._engine.pool.layout, [], "none", "tcp", True, "")
+        pool = b._engine.pool
+        ready = wire.Ready(pool.layout if pool is not None else None, [], "none", "tcp", True, "")
         self.sock.sendall(self.sealed(ready) + then)
 
     def _body(self):
@@ -219,6 +252,14 @@ class Attacker:
 
     def read(self):
         return wire.decode(self._theirs.open(self._body()))
+
+    def connect_data(self, b, number=0):
+        """The link's data connection of that number, as bytes: nothing is sent but the token."""
+        token = auth.data_token(self.session, number)
+        sock = Strangers.dial(b._engine.paths["tcp"].endpoint())
+        sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
+        assert sock.recv(32) == auth.token_proof(token, initiator=False)
+        return sock
 
     def sealed(self, *messages):
         return b"".join(self.sealed_body(wire.encode(m)[4:]) for m in messages)
@@ -235,6 +276,17 @@ class Attacker:
         while not isinstance(message := self.read(), kind):
             pass
         return message
+
+    def gone(self):
+        """Whether the link has ended by now; what came is thrown away, and nothing waits."""
+        try:
+            while data := self.sock.recv(1 << 20):
+                assert data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def lost(self):
         """Whether the other side ends the link in time."""

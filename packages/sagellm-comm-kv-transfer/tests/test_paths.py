@@ -2,11 +2,12 @@
 
 import logging
 import socket
+import threading
 
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, wire
 from sagellm.comm.kv_transfer._lanes import LaneTuner
 from sagellm.comm.kv_transfer.transports import TcpTransport, transport_registry
 from sagellm.core.protocols import (
@@ -182,6 +183,24 @@ def test_a_lost_lane_is_a_lost_link_and_the_next_transfer_redials(pair, eventual
     eventually(lambda: link.error is not None)
     assert isinstance(link.error, PeerLostError)
     assert moves(out, a, into, b, "again")
+
+
+def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+    (link,) = into._engine.links
+    ended = threading.Event()
+
+    def both():  # on the loop, as when the thread of a lane is faster than the control socket
+        (theirs,) = out._engine.links
+        out._engine.loop.run(lambda: theirs.send(wire.Bye("for lunch")))
+        link._lane_lost(PeerLostError("the lane is closed"))
+        ended.set()
+
+    into._engine.loop.run(both)
+
+    assert ended.is_set()
+    assert "has closed its channel for lunch" in str(link.error)
 
 
 def test_lanes_are_added_while_much_flows(pair, eventually):

@@ -23,7 +23,6 @@ from sagellm.core.protocols import (
 from . import wire
 from ._accept import Accepted, Doorkeeper
 from ._data import DataConnections
-from ._dataplane import DataReader, DataWriter
 from ._dial import Dialled, Dialler
 from ._flows import Inflow
 from ._lanes import LaneTuner
@@ -31,6 +30,8 @@ from ._link import Link
 from ._meters import Traffic
 from ._opening import Opened, open_lanes
 from ._paths import Paths
+from ._reader import DataReader
+from ._writer import DataWriter
 from .compression import codec_names, create_codec
 from .plan import check_sound
 from .tls import Tls

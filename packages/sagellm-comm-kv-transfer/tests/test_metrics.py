@@ -29,7 +29,7 @@ def test_bytes_ends_and_failures_are_counted(sink, pair):
         ("send", stats["send"].bytes_sent, stats["send"].wire_bytes_sent),
         ("receive", stats["receive"].bytes_received, stats["receive"].wire_bytes_received),
     ):
-        labels = {"direction": direction, "transport": "tcp"}
+        labels = {"direction": direction, "transport": out.path(1).partition(":")[0]}
         assert sink.value("sagellm_kv_payload_bytes_total", **labels) == payload > 0
         assert sink.value("sagellm_kv_wire_bytes_total", **labels) == wire > 0
         assert sink.value("sagellm_kv_transfer_seconds", **labels) > 0

@@ -138,9 +138,9 @@ class Engine:
                     link.compare(self.layout)
                     self.receiving.layout_changed(link)
             case wire.Lane():
-                self.links.expect_lane(link, message)
+                self.links.data.expect(link, message)
             case wire.MoreLanes():
-                self.links.more_lanes(link, message)
+                self.links.data.on_more(link, message)
             case wire.Ask():
                 self.inquiries.on_ask(link, message)
             case wire.Answer():
@@ -234,5 +234,7 @@ class Engine:
             return
         self.links.release(10.0)
         self.loop.stop()
+        if self.pool is not None:
+            self.pool.close()
         self.completions.close()
         self.discovery.withdraw()

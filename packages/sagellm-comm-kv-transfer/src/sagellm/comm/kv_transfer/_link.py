@@ -23,11 +23,12 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._control import Control
-from ._dataplane import DataReader, DataWriter
 from ._dial import Dialler
 from ._flows import Inflow
 from ._invitations import Invitations
 from ._loop import READ, WRITE, EventLoop
+from ._reader import DataReader
+from ._writer import DataWriter
 from .plan import check_layouts
 
 __all__ = ["Link"]

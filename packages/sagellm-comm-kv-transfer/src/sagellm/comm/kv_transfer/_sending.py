@@ -141,7 +141,7 @@ class Sending:
 
     def on_fetch(self, link: Link, fetch: wire.Fetch) -> None:
         """A peer wants to pull."""
-        self.engine.links.ensure_both_ways(link)
+        self.engine.links.data.both_ways(link)
         name = (link, fetch.tid)
         if name in self._by_tid or name in self.offering.fetches or fetch.tid >= wire.INVITED:
             link.lose(

@@ -174,16 +174,43 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- pools and peers --------------------------------------------------------------------
 
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
-        """Make KV memory known; one pool per channel at a time."""
+        """Make KV memory known; one pool per channel at a time.
+
+        Tensors that lie in a pool which `allocate` made in this process are shared like it.
+        """
         pool = RegisteredPool(layout, tensors)
-
-        def begin() -> None:
-            if self._engine.pool is not None:
-                raise ConfigError("a pool is registered already: unregister it first")
-            self._engine.set_pool(pool)
-
-        self._engine.loop.run(begin)
+        self._engine.loop.run(lambda: self._use(pool))
         return pool
+
+    def allocate(self, layout: KVLayout, num_blocks: int | Mapping[str, int]) -> Pool:
+        """Make a zeroed pool that processes of this host can read, and register it.
+
+        Its blocks are copied out of it in place by receivers of the same host and user, who can
+        neither write nor resize it. The memory is given back by `unregister` or `close`, once
+        no tensor over it is left.
+
+        Args:
+            layout: What the pool's `tensors` hold.
+            num_blocks: Blocks of each cache group, or of each by name.
+
+        Raises:
+            ConfigError: The numbers do not fit the layout, or a pool is registered already.
+            ResourceError: There is not that much memory; the message says how much there is.
+            UnsupportedOperationError: This system cannot share memory; use `register`.
+
+        """
+        pool = RegisteredPool.allocate(layout, num_blocks)
+        try:
+            self._engine.loop.run(lambda: self._use(pool))
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    def _use(self, pool: RegisteredPool) -> None:
+        if self._engine.pool is not None:
+            raise ConfigError("a pool is registered already: unregister it first")
+        self._engine.set_pool(pool)
 
     def unregister(self, pool: Pool) -> None:
         """Forget a pool; refused while transfers lease it."""
@@ -199,6 +226,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
             self._engine.set_pool(None)
 
         self._engine.loop.run(end)
+        if isinstance(pool, RegisteredPool):
+            pool.close()
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
@@ -326,7 +355,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
                 if error is not None:
                     engine.receiving.fail(r, error)
                 elif r.error is None:
-                    engine.links.ensure_both_ways(link)
+                    engine.links.data.both_ways(link)
                     engine.receiving.request(r, link, wanted, deadline_s)
 
             link.when_up(up)

@@ -137,8 +137,14 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     return found + _each_case(rows)
 
 
+_BESIDE = {
+    "shm": ("memcpy, one thread", "NIXL", "NIXL, no progress thread"),
+    "tcp": tuple(n for n in PEERS if n not in ("NIXL", "NIXL, no progress thread")),
+}
+
+
 def _each_case(rows: Sequence[Row]) -> list[Ratio]:
-    """Ours over each peer in each case, without goals."""
+    """Ours over each peer of the same path in each case, without goals."""
     blocks = medians(rows, work="blocks")
     found = []
     for row in rows:
@@ -146,7 +152,7 @@ def _each_case(rows: Sequence[Row]) -> list[Ratio]:
             continue
         case = blocks.get(str(dict(row.case)), {})
         mine = case.get(row.contender)
-        for peer in PEERS:
+        for peer in _BESIDE[row.contender.partition(",")[0]]:
             theirs = case.get(peer)
             value = mine / theirs if mine is not None and theirs else None
             found.append(Ratio(f"{row.contender} / {peer}", row.case, value))

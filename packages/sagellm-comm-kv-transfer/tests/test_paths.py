@@ -194,7 +194,7 @@ def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
     def both():  # on the loop, as when the thread of a lane is faster than the control socket
         (theirs,) = out._engine.links
         out._engine.loop.run(lambda: theirs.send(wire.Bye("for lunch")))
-        link._lose_data(PeerLostError("the lane is closed"))
+        link._lane_lost(PeerLostError("the lane is closed"))
         ended.set()
 
     into._engine.loop.run(both)

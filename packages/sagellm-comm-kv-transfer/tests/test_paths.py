@@ -3,6 +3,7 @@
 import itertools
 import logging
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -324,3 +325,41 @@ def test_the_readme_says_what_each_transport_states():
         assert [cell.split()[0] == "yes" for cell in row[4:8]] == stated, name
         assert int(row[1]) == spec.priority
         assert row[3].split(",")[0] == str(spec.start_lanes)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_an_accept_that_nobody_needs_any_more_ends_at_once(transport):
+    made = load_spec(transport).load()()
+    failed = []
+
+    def accept():
+        try:
+            made.accept(b"t" * 32, 30)
+        except PeerLostError as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    while thread.is_alive():
+        made.forget(b"t" * 32)
+        thread.join(0.01)
+
+    assert "nobody wants it" in str(failed[0])
+    made.close()
+
+
+def test_no_thread_waits_for_lanes_of_a_transport_that_failed(pair, bus, eventually):
+    bus.fault = "connect"
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+
+    eventually(lambda: not any("-in-" in t.name and waits(t) for t in threading.enumerate()), 2)
+
+
+def waits(thread):
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None:
+        if frame.f_code.co_name == "accept":
+            return True
+        frame = frame.f_back
+    return False

@@ -76,6 +76,7 @@ class Link:
         self.endpoints: Mapping[str, str] = {}
         self.lanes_promised = 0
         self.lanes_awaited = 0
+        self.tokens_awaited: dict[bytes, str] = {}
         self.layout: KVLayout | None = None
         self.mismatch: LayoutMismatchError | None = None
         self.error: CommError | None = None

@@ -345,6 +345,7 @@ class Links:
             del self._outgoing[link.peer]
         self._past.update(_traffic_of(link))
         self._gone.append(link)
+        self.data.forget(link)
         if was_up:
             logger.info(
                 "node %d: link to node %d ended: %s", self._engine.node_id, link.peer, error

@@ -78,11 +78,15 @@ class TokenDoor:
                 while True:
                     left = end - time.monotonic()
                     if not self._changed.wait_for(
-                        lambda: name in self._presented or self.closed, max(0.0, left)
+                        lambda: (
+                            name in self._presented or self.closed or name not in self._expected
+                        ),
+                        max(0.0, left),
                     ):
                         raise CommTimeoutError(f"no data connection within {deadline_s:g} s")
-                    if self.closed:
-                        raise PeerLostError("the transport is closed")
+                    if self.closed or name not in self._expected:
+                        what = "the transport is closed" if self.closed else "nobody wants it now"
+                        raise PeerLostError(what)
                     found = self._presented.pop(name)
                     sock = found.sock
                     binding = binding_of(self._tls, sock)
@@ -99,6 +103,12 @@ class TokenDoor:
             sock.close()
             raise PeerLostError(f"the data connection broke: {e}") from e
         return sock
+
+    def forget(self, token: bytes) -> None:
+        """Have a `take` of this token that waits now give up."""
+        with self._changed:
+            self._expected.discard(token_id(token))
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Release listener, thread and whoever waits. Idempotent."""

@@ -175,7 +175,7 @@ class KVTransport(ABC):
         """The incoming connection that presents `token`; others are closed and counted."""
 
     def forget(self, token: bytes) -> None:
-        """Have an `accept` that waits for this token now raise PeerLostError at once.
+        """Have an `accept` of this token, which waits or is about to, raise PeerLostError.
 
         A transport that cannot lets it end at its deadline. From any thread.
         """

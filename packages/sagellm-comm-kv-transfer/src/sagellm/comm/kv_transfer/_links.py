@@ -156,7 +156,7 @@ class Links:
                     link, flow, head, fresh, again
                 ),
                 io_timeout_s=s.io_timeout_s,
-                scratch_bytes=s.chunk_bytes,
+                scratch_bytes=s.chunk_bytes // 4,
                 traffic=Traffic(self._engine.meters, "receive"),
             )
 

@@ -1,15 +1,22 @@
 """Which path leads to a peer, why, and over how many lanes."""
 
+import itertools
 import logging
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferSettings, wire
+from sagellm.comm.kv_transfer import KVTransferSettings, _lanes, wire
 from sagellm.comm.kv_transfer._lanes import LaneTuner
-from sagellm.comm.kv_transfer.transports import TcpTransport, transport_registry
+from sagellm.comm.kv_transfer.transports import (
+    TcpTransport,
+    load_spec,
+    transport_names,
+    transport_registry,
+)
 from sagellm.core.protocols import (
     BackendUnavailableError,
     ConfigError,
@@ -265,3 +272,55 @@ def test_the_tuner_never_changes_what_was_fixed():
     tuner = LaneTuner(3, 3, fixed=True)
 
     assert {tuner.measured(float(i)) for i in range(50)} == {3}
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_measured_rates_open_lanes_while_blocks_flow(pair, monkeypatch, eventually, pull):
+    """Whichever side sends is the one that measures; the side that dialled opens."""
+    monkeypatch.setattr(_lanes, "_WINDOW_BYTES", 1 << 16)
+    monkeypatch.setattr(_lanes, "_REST", 1)
+    rates = []
+
+    def measured(tuner, rate):
+        rates.append(rate)
+        tuner.lanes = 4
+        return 4
+
+    monkeypatch.setattr(LaneTuner, "measured", measured)
+    tcp = {"settings": KVTransferSettings(transport="tcp", chunk_bytes=1 << 16)}
+    out, a, into, b = pair(blocks=100, sender=tcp, receiver=tcp, page=32, dim=32)
+    ids = list(range(100))
+    names = itertools.count()
+
+    def grown():
+        name = f"k{next(names)}"
+        if pull:
+            out.offer(TransferKey(name), ids, num_tokens=1, ttl_s=10)
+            into.fetch(TransferKey(name), out.node_id, ids).wait(10)
+        else:
+            t = out.transfer(ids, into.node_id, key=TransferKey(name))
+            into.receive(TransferKey(name), ids).wait(10)
+            t.wait(10)
+        return out.path(into.node_id) == "tcp:4"
+
+    eventually(grown)
+
+    assert all(rate > 0 for rate in rates)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert {len(k.lanes) for c in (out, into) for k in c._engine.links} == {4}
+
+
+def test_the_readme_says_what_each_transport_states():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    header = "| name | priority |"
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    told = {row[0].strip("`"): row for row in rows}
+    assert set(told) == set(transport_names())
+    for name, row in told.items():
+        spec = load_spec(name)
+        stated = [spec.one_sided, spec.remote_write, spec.cancel, spec.integrity]
+        assert [cell.split()[0] == "yes" for cell in row[4:8]] == stated, name
+        assert int(row[1]) == spec.priority
+        assert row[3].split(",")[0] == str(spec.start_lanes)

@@ -141,6 +141,11 @@ class Links:
         self.data.spawn(link, "out", lambda: self._run_outgoing(link))
         return link
 
+    def ready(self, peer: int) -> Link | None:
+        """The link we opened to a peer, if it is up; from any thread."""
+        link = self._outgoing.get(peer)
+        return link if link is not None and link.up else None
+
     def why_absent(self, peer: int) -> str:
         """Why there is no link to a peer yet."""
         link = self._outgoing.get(peer)

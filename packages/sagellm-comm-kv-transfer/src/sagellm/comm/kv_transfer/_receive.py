@@ -41,6 +41,8 @@ class Source:
         self.inflow = inflow
         self.parts = parts
         self.sealed = sealed
+        self.whole = sealed
+        """Whether its sender never waits for a layer: it is no stream."""
         self.invited = invited
         self.released = False
 

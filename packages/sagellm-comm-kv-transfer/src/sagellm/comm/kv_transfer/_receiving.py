@@ -266,7 +266,7 @@ class Receiving:
             return
         r, source = entry
         if head.flags & SEALED:
-            source.sealed = True
+            source.sealed = source.whole = True
         loop = self._engine.loop
         if again:
             where = [head.first + i for i in again[:8]]
@@ -282,7 +282,8 @@ class Receiving:
             loop.call(lambda: link.send(wire.Nack(flow.tid, spans)))
         if flow.layer_complete(head.layer):
             r.check_layers((head.layer,))
-            loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
+            if not source.whole:
+                loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
             if flow.complete:
                 loop.call(lambda: self._maybe_land(r))
 

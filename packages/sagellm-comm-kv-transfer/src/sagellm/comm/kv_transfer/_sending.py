@@ -6,6 +6,7 @@ parts of it are in place, so that a failure anywhere reaches every side of the t
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import (
@@ -50,6 +51,7 @@ class Sending:
         self.engine = engine
         self.live: set[Push] = set()
         self.offering = Offering(self)
+        self._lock = threading.Lock()
         self._active: dict[tuple[int, TransferKey], Push] = {}
         self._by_tid: dict[tuple[Link, int], Push] = {}
         self._landed: Memory[tuple[int, TransferKey], bool] = Memory(engine.settings.max_remembered)
@@ -63,36 +65,58 @@ class Sending:
     # -- from this node ---------------------------------------------------------------------
 
     def push(self, p: Push) -> Push:
-        """Begin to push; the result may be an earlier, equal push."""
-        name = (p.target, p.key)
-        if (same := self._active.get(name)) is not None:
-            if not same.sends_what(p):
-                raise ConfigError(
-                    f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way already, "
-                    "with other blocks; another try needs another attempt number"
+        """Begin to push; the result may be an earlier, equal push. From any thread.
+
+        Over a link that is up it does not wait for the event loop.
+        """
+        name, limit = (p.target, p.key), self.engine.settings.max_in_flight
+        with self._lock:
+            if (same := self._active.get(name)) is not None:
+                if not same.sends_what(p):
+                    raise ConfigError(
+                        f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way "
+                        "already, with other blocks; another try needs another attempt number"
+                    )
+                return same
+            known = self._landed.get(name) or self._failed.get(p.key) is not None
+            if not known:
+                if len(self._active) >= limit:
+                    raise ResourceError(
+                        f"{len(self._active)} transfers are in flight already; max_in_flight is "
+                        f"{limit}"
+                    )
+                self._active[name] = p
+        if known:
+            self.engine.loop.run(lambda: self._repeat(p))
+            return p
+        try:
+            if p.pool is not None:
+                p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
+            link = self.engine.links.ready(p.target)
+            if link is None or not self.engine.loop.call(lambda: self._begin(p, link)):
+                self.engine.loop.run(
+                    lambda: self._begin(p, self.engine.links.to(p.target, p.handle.deadline))
                 )
-            return same
-        if self._landed.get(name):
+        except BaseException:
+            self._forget(p)
+            if p.pool is not None:
+                p.pool.release(p)
+            raise
+        return p
+
+    def _repeat(self, p: Push) -> None:
+        """End a push as its key has ended before."""
+        if (error := self._failed.get(p.key)) is None:
             for event in (Event.ACCEPT, Event.DONE, Event.IDLE):
                 p.handle.take(event)
-            return p
-        if (error := self._failed.get(p.key)) is not None:
-            p.handle.take(ending(error))
-            p.error = error
-            self._quiet(p)
-            return p
-        if len(self._active) >= self.engine.settings.max_in_flight:
-            raise ResourceError(
-                f"{len(self._active)} transfers are in flight already; max_in_flight is "
-                f"{self.engine.settings.max_in_flight}"
-            )
-        link = self.engine.links.to(p.target, p.handle.deadline)
-        if p.pool is not None:
-            p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
-        self._active[name] = p
+            return
+        p.handle.take(ending(error))
+        p.error = error
+        self._quiet(p)
+
+    def _begin(self, p: Push, link: Link) -> None:
         self._watch(p)
         link.when_up(lambda error: self._start(p, link, error))
-        return p
 
     def serve(self, p: Push, link: Link) -> None:
         """Send what a peer has fetched; it is ready for it."""
@@ -205,7 +229,7 @@ class Sending:
     def fail_key(self, key: TransferKey, error: CommError) -> None:
         """The attempt has failed somewhere else."""
         self._failed[key] = error
-        for p in [p for p in self._active.values() if p.key == key]:
+        for p in [p for p in list(self._active.values()) if p.key == key]:
             self.fail(p, error)
 
     def link_lost(self, link: Link, error: CommError) -> None:
@@ -351,8 +375,9 @@ class Sending:
             p.link.abort_data()
 
     def _forget(self, p: Push) -> None:
-        if self._active.get((p.target, p.key)) is p:
-            del self._active[p.target, p.key]
+        with self._lock:
+            if self._active.get((p.target, p.key)) is p:
+                del self._active[p.target, p.key]
 
     def close(self, error: CommError) -> None:
         """Fail everything."""

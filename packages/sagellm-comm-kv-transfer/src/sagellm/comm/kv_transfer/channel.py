@@ -267,7 +267,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Push blocks to a node. `dst_blocks` are used when its `receive` names none."""
         push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
         push.flow.queue(push.all_spans())
-        return self._engine.loop.run(lambda: self._engine.sending.push(push)).handle
+        return self._engine.sending.push(push).handle
 
     def begin(
         self,
@@ -281,8 +281,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         push = self._push(blocks, target_node, key, deadline_s, None, sealed=False)
         if push.pool is None:
             raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
-        started = self._engine.loop.run(lambda: self._engine.sending.push(push))
-        if started is not push:
+        if self._engine.sending.push(push) is not push:
             raise ConfigError(f"transfer {key.id}/{key.attempt} is being sent already")
         return Stream(self._engine, push)
 

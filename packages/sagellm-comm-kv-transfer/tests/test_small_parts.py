@@ -144,7 +144,7 @@ def test_its_own_entry_is_where_a_node_listens(channel):
         ({"peers": {-1: "a:1"}, "node_id": 0, "key": KEY}, "peers"),
         ({"node_id": -1}, "must be 0 or more"),
         ({"key": KEY, "key_file": "x"}, "not both"),
-        ({"host": "0.0.0.0"}, "advertise"),
+        ({"host": "0.0.0.0", "advertise": "localhost"}, "advertise"),
         ({"host": "192.0.2.1"}, "192.0.2.1"),
     ],
 )
@@ -194,6 +194,17 @@ def test_memory_and_completions_are_bounded():
     assert queue.take(None) == [1, 2]
     queue.close()
     queue.close()
+
+
+def test_a_timer_may_be_years_away():
+    loop = EventLoop("test")
+    loop.start()
+    try:
+        loop.run(lambda: loop.call_later(9e8, print))
+
+        assert [loop.run(lambda: 7, 5.0) for _ in range(20)] == [7] * 20
+    finally:
+        loop.stop()
 
 
 def test_the_loop_survives_bugs_and_says_when_it_is_over(caplog):

@@ -18,6 +18,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
+from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
 from ._loop import EventLoop
@@ -71,6 +72,7 @@ class Engine:
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.receiving = Receiving(self)
         self.sending = Sending(self)
+        self.inquiries = Inquiries(self)
         self.meters = Meters()
         self.ignored: Counter[str] = Counter()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
@@ -88,6 +90,7 @@ class Engine:
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what a lost link carried."""
+        self.inquiries.link_lost(link, error)
         self.sending.link_lost(link, error)
         self.receiving.link_lost(link, error, was_up=was_up)
 
@@ -138,6 +141,10 @@ class Engine:
                 self.links.data.expect(link, message)
             case wire.MoreLanes():
                 self.links.data.on_more(link, message)
+            case wire.Ask():
+                self.inquiries.on_ask(link, message)
+            case wire.Answer():
+                self.inquiries.on_answer(link, message)
             case wire.Bye():
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()

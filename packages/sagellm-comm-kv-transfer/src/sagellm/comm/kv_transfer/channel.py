@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import (
     BlockIds,
@@ -31,6 +31,7 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.doctor import require_supported_platform
 from sagellm.core.protocols.ports import PortSettings
 
+from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
 from ._link import Link
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KVTransferChannel"]
 
-_ANY_HOST = ("0.0.0.0", "::", "")
-
 
 class KVTransferChannel(KVTransferChannelProtocol):
     """Moves KV blocks between this node and others over TCP.
@@ -77,14 +76,16 @@ class KVTransferChannel(KVTransferChannelProtocol):
         key_file: File with the key, readable by its owner only.
         host: Address to listen on; None takes the configured one, loopback by default.
         port: Port to listen on; 0 takes the configured one, or the kernel's choice.
-        advertise: Host that peers are told; needed when `host` is a wildcard.
+        advertise: Host that peers are told; None takes `host`, or for a wildcard the address of
+            the interface that leads to the peers.
         settings: Bounds and choices; None takes the configured ones.
         codec: Codec of what this node sends, over the one in `settings`.
         comm: A communication backend, used by nothing else, that may carry blocks between its
             ranks; it stays the caller's.
 
     Raises:
-        ConfigError: The node id is taken, the arguments do not fit, or this is Windows.
+        ConfigError: The node id is taken, the arguments do not fit, peers on other hosts could not
+            reach this one, or this is Windows.
         ResourceError: The port is in use.
 
     """
@@ -121,9 +122,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             if expected is not None:
                 host, port = host or expected[0], port or expected[1]
             host = host or PortSettings.load().host
-            if host in _ANY_HOST and advertise is None:
-                raise ConfigError(f"host={host!r} needs advertise=, the name peers reach it by")
-            shown = advertise or host
+            shown = advertised_host(host, advertise, discovery.addresses())
             paths = Paths(
                 chosen.transport,
                 {
@@ -231,24 +230,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
-        wait_s = 30.0 if timeout_s is None else timeout_s
-        met = threading.Event()
-        found: list[Link] = []
-        engine = self._engine
-
-        def begin() -> None:
-            link = engine.links.to(peer, time.monotonic() + wait_s)
-            found.append(link)
-            link.when_up(lambda _: met.set())
-
-        engine.loop.run(begin)
-        link = found[0]
-        if not met.wait(wait_s):
-            raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
-            )
-        if link.error is not None:
-            raise link.error
+        link = self._meet(peer, 30.0 if timeout_s is None else timeout_s)
         if link.mismatch is not None:
             raise link.mismatch
         return PeerInfo(peer, link.address, link.version, link.layout, link.path)
@@ -441,7 +423,37 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """A snapshot of the counters."""
         return self._engine.loop.run(self._engine.stats)
 
+    def inspect(self, peer: int, timeout_s: float = 10.0) -> dict[str, Any]:
+        """The `snapshot` of a peer with its counters, as it tells us over the control connection.
+
+        Long lists are cut; `left_out` says by how much.
+
+        Raises:
+            CommTimeoutError: The peer has not come, or not answered, in time.
+            PeerLostError: It is gone.
+
+        """
+        return self._engine.inquiries.inspect(self._meet(peer, timeout_s), timeout_s)
+
     # -- inside -----------------------------------------------------------------------------
+
+    def _meet(self, peer: int, wait_s: float) -> Link:
+        met = threading.Event()
+        engine = self._engine
+
+        def begin() -> Link:
+            link = engine.links.to(peer, time.monotonic() + wait_s)
+            link.when_up(lambda _: met.set())
+            return link
+
+        link = engine.loop.run(begin)
+        if not met.wait(wait_s):
+            raise CommTimeoutError(
+                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
+            )
+        if link.error is not None:
+            raise link.error
+        return link
 
     def _link(self, peer: int) -> Link | None:
         def find() -> Link | None:

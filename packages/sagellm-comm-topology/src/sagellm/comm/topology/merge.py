@@ -9,10 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sagellm.core.protocols import Device, Link, SwitchDomain, TopologyFragment, TopologyInfo
+from sagellm.core.protocols import (
+    Device,
+    Link,
+    Pair,
+    SwitchDomain,
+    TopologyFragment,
+    TopologyInfo,
+)
 
 from ._fingerprint import fingerprint
 from ._sysfs import normal_bdf
+from .graph import TopologyGraph
 
 __all__ = ["merge"]
 
@@ -41,6 +49,7 @@ def merge(
     devices, names = _merge_devices([f for _, f in ordered], notes)
     links = _merge_links([f for _, f in ordered], devices, names, notes)
     domains = _merge_domains([f for _, f in ordered], devices, names, notes)
+    pairs = _merge_pairs([f for _, f in ordered], devices, names, notes)
     _materialise(domains, devices, links)
     _join_roots(devices, links)
     chosen = tuple(sorted(devices.values(), key=_order))
@@ -52,7 +61,10 @@ def merge(
         warnings=tuple(dict.fromkeys(notes)),
         provenance={f.source: f.elapsed_s for _, f in ordered},
         hostname=hostname,
+        pairs=pairs,
     )
+    told = _contradictions(info)
+    info = replace(info, warnings=(*info.warnings, *told)) if told else info
     return replace(info, fingerprint=fingerprint(info))
 
 
@@ -72,7 +84,7 @@ def _merge_devices(
     for fragment in fragments:
         for device in fragment.devices:
             bdf = normal_bdf(device.bdf) if device.bdf else None
-            keys = [k for k in (bdf, device.uuid, device.id) if k]
+            keys = [k for k in (bdf, device.uuid, device.id, *_names(device)) if k]
             known = next((names[k] for k in keys if k in names), None)
             if known is None:
                 final = bdf or device.id
@@ -84,6 +96,20 @@ def _merge_devices(
                 devices[final] = _combine(devices[final], device, bdf, pair, notes)
             names.update((k, final) for k in keys)
     return devices, names
+
+
+def _names(device: Device) -> list[str]:
+    """Ids that sources without bus addresses give it: by interface, or by the driver's number."""
+    if device.kind == "nic":
+        return [
+            f"{prefix}:{name}"
+            for prefix, attr in (("ib", "ib"), ("net", "netdev"))
+            for name in device.attrs.get(attr, "").split(",")
+            if name
+        ]
+    if device.kind in ("gpu", "npu") and device.index is not None and device.node == 0:
+        return [f"{device.vendor}:{device.index}"]
+    return []
 
 
 def _combine(
@@ -116,20 +142,25 @@ def _merge_links(
     notes: list[str],
 ) -> dict[tuple[str, str, str], Link]:
     links: dict[tuple[str, str, str], Link] = {}
+    parents: dict[str, str] = {}
+    moved = False
     for fragment in fragments:
+        unknown: dict[str, None] = {}
         for link in fragment.links:
             a, b = names.get(link.a, link.a), names.get(link.b, link.b)
             absent = [end for end in (a, b) if end not in devices]
             if absent or a == b:
-                if absent and not absent[0].startswith("numa:"):
-                    notes.append(
-                        f"{fragment.source}: {link.kind} link to unknown {absent[0]} left out"
-                    )
+                unknown.update(dict.fromkeys(x for x in absent if not x.startswith("numa:")))
                 continue
             a, b = sorted((a, b))
+            below = _below(devices[a], devices[b]) if link.kind == "pcie" else None
+            if below and parents.setdefault(below, fragment.source) != fragment.source:
+                # A device hangs in one place: where the source that is believed first puts it.
+                moved = moved or (a, b, link.kind) not in links
+            elif (a, b, link.kind) not in links:
+                links[a, b, link.kind] = replace(link, a=a, b=b)
             known = links.get((a, b, link.kind))
             if known is None:
-                links[a, b, link.kind] = replace(link, a=a, b=b)
                 continue
             if known.count != link.count and known.source != link.source:
                 notes.append(
@@ -141,7 +172,98 @@ def _merge_links(
                 bandwidth_bytes_per_s=known.bandwidth_bytes_per_s or link.bandwidth_bytes_per_s,
                 latency_s=known.latency_s or link.latency_s,
             )
+        if unknown:
+            some = ", ".join(list(unknown)[:4]) + (" …" if len(unknown) > 4 else "")
+            notes.append(f"{fragment.source}: links to unknown {some} left out")
+    if moved:
+        _prune(devices, links)
     return links
+
+
+def _below(a: Device, b: Device) -> str | None:
+    """Which end of a PCI link hangs below the other; None between two switches."""
+    bridges = ("pci_root", "pci_switch")
+    lower = [d for d in (a, b) if d.kind not in bridges]
+    if len(lower) == 1:
+        return lower[0].id
+    if {a.kind, b.kind} == set(bridges):
+        return a.id if a.kind == "pci_switch" else b.id
+    return None
+
+
+def _prune(devices: dict[str, Device], links: dict[tuple[str, str, str], Link]) -> None:
+    """Drop bridges that nothing hangs below any more."""
+    while True:
+        used: dict[str, int] = {}
+        for a, b, kind in links:
+            for end in (a, b) if kind == "pcie" else ():
+                used[end] = used.get(end, 0) + 1
+        empty = {
+            d.id
+            for d in devices.values()
+            if (d.kind == "pci_root" and d.id not in used)
+            or (d.kind == "pci_switch" and used.get(d.id, 0) < 2)
+        }
+        if not empty:
+            return
+        for name in empty:
+            del devices[name]
+        for key in [k for k in links if k[0] in empty or k[1] in empty]:
+            del links[key]
+
+
+def _merge_pairs(
+    fragments: Sequence[TopologyFragment],
+    devices: dict[str, Device],
+    names: dict[str, str],
+    notes: list[str],
+) -> tuple[Pair, ...]:
+    pairs: dict[tuple[str, str], Pair] = {}
+    for fragment in fragments:
+        for pair in fragment.pairs:
+            a, b = sorted((names.get(pair.a, pair.a), names.get(pair.b, pair.b)))
+            if a == b or a not in devices or b not in devices:
+                notes.append(f"{fragment.source}: pair {a} - {b} is not among the devices")
+                continue
+            known = pairs.get((a, b))
+            if known is None:
+                pairs[a, b] = replace(pair, a=a, b=b)
+                continue
+            if known.path and pair.path and known.path != pair.path:
+                notes.append(
+                    f"{a} - {b}: {known.path} by {known.source} but {pair.path} by "
+                    f"{pair.source}; {known.source} is believed"
+                )
+            pairs[a, b] = replace(
+                known,
+                path=known.path or pair.path,
+                via=known.via or pair.via,
+                peer={**pair.peer, **known.peer},
+            )
+    return tuple(pairs[k] for k in sorted(pairs))
+
+
+_MOST_CONTRADICTIONS = 8
+
+
+def _contradictions(info: TopologyInfo) -> list[str]:
+    """Pairs whose stated class is not that of the way over known links, which is believed."""
+    graph = TopologyGraph(info)
+    found: list[str] = []
+    for pair in info.pairs:
+        if pair.path is None:
+            continue
+        path = graph.path(pair.a, pair.b)
+        if path.links and path.kind not in (pair.path, "LINK", "C2C"):
+            sources = ", ".join(dict.fromkeys(x.source for x in path.links))
+            found.append(
+                f"{pair.a} - {pair.b}: {pair.path} by {pair.source}, but the links of {sources} "
+                f"make it {path.kind}"
+            )
+    if len(found) > _MOST_CONTRADICTIONS:
+        rest = len(found) - _MOST_CONTRADICTIONS
+        found[_MOST_CONTRADICTIONS:] = [f"and {rest} more pairs of this kind"]
+    return found
 
 
 def _merge_domains(

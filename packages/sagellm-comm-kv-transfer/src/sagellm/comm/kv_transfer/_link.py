@@ -105,6 +105,7 @@ class Link:
         self._on_message = on_message
         self._on_lost = on_lost
         self._next_tid = 0
+        self._newest = self._confirmed = 0
 
     @property
     def lanes(self) -> Sequence[KVConnection]:
@@ -128,6 +129,15 @@ class Link:
         """A number for a transfer, never given out before on this link."""
         self._next_tid += 1
         return self._next_tid if self.outgoing else wire.INVITED + self._next_tid
+
+    def confirmed_before(self, tid: int) -> bool:
+        """Note that a push begins; whether what was last begun before is known to have come."""
+        confirmed, self._newest = self._confirmed == self._newest, tid
+        return confirmed
+
+    def confirm(self, tid: int) -> None:
+        """Note that a push has come in full."""
+        self._confirmed = tid
 
     def when_up(self, callback: Callable[[CommError | None], None]) -> None:
         """Call back with None once the link is up, or with why it never will be."""

@@ -96,7 +96,7 @@ class Links:
         return self._door.rejected + self._paths.rejected
 
     def traffic(self) -> Counter[str]:
-        """Bytes `sent`, `received`, `wire_sent` and `wire_received`, over all links ever."""
+        """Bytes `sent`, `received`, `wire_sent`, `wire_received`, `late` frames, of all links."""
         total = Counter(self._past)
         for link in self._links:
             total.update(_traffic_of(link))
@@ -389,4 +389,5 @@ def _traffic_of(link: Link) -> dict[str, int]:
         "received": received.payload,
         "wire_sent": sent.wire,
         "wire_received": received.wire,
+        "late": link.reader.late,
     }

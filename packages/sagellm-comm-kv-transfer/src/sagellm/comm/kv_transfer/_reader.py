@@ -65,6 +65,8 @@ class DataReader:
         traffic: Traffic,
     ) -> None:
         self.traffic = traffic
+        self.late = 0
+        """Frames of transfers that have ended, or of an earlier epoch."""
         self.checksum = True
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
@@ -90,6 +92,7 @@ class DataReader:
             if flow is None or not flow.claim(head):
                 if reference is None:
                     self._discard(conn, head.payload_bytes)
+                self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
             try:

@@ -59,6 +59,7 @@ class Receiving:
         self._active: dict[TransferKey, Receive] = {}
         self._next: list[Receive] = []
         limits = engine.settings
+        self._limit = limits.max_in_flight
         self.live: set[Receive] = set()
         self.unconfirmed: set[Receive] = set()
         self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
@@ -95,6 +96,11 @@ class Receiving:
                 return same.handle
             if (end := self._ended.get(r.key)) is not None:
                 return self._repeat(r, end)
+        if len(self.live) >= self._limit:
+            raise ResourceError(
+                f"{len(self.live)} transfers are being received already; max_in_flight is "
+                f"{self._limit}"
+            )
         if r.pool is not None:
             r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", r.blocks)
         if r.named:

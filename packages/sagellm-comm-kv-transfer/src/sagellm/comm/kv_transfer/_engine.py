@@ -24,6 +24,8 @@ from ._links import Links
 from ._loop import EventLoop
 from ._meters import Meters
 from ._paths import Paths
+from ._push import Offered, Push
+from ._receive import Receive
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
 from ._sending import Sending
@@ -201,6 +203,16 @@ class Engine:
                 blocks_safe=RULES[handle.phase].safe,
             )
         )
+
+    def end(self, owner: object, error: CommError) -> None:
+        """Give a transfer up."""
+        match owner:
+            case Push():
+                self.sending.fail(owner, error)
+            case Receive():
+                self.receiving.fail(owner, error)
+            case Offered():
+                self.sending.offering.fail(owner, error)
 
     def in_flight(self) -> list[TransferHandle]:
         """Transfers that have not ended."""

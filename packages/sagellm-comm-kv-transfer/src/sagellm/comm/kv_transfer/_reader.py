@@ -68,6 +68,8 @@ class DataReader:
         traffic: Traffic,
     ) -> None:
         self.traffic = traffic
+        self.late = 0
+        """Frames of transfers that have ended, or of an earlier epoch."""
         self.checksum = True
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
@@ -96,6 +98,7 @@ class DataReader:
                 if reference is None:
                     rest = len(table) if with_table else 0
                     self._discard(conn, rest + head.payload_bytes)
+                self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
             try:

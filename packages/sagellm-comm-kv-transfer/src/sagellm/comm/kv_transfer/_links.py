@@ -256,9 +256,12 @@ class Links:
                 )
         limit = self._engine.settings.max_links
         self._reap()
-        others = sum(not k.outgoing and k.peer != peer for k in self) + len(self._gone)
-        if others >= limit:
-            raise ResourceError(f"{others} nodes are connected already; max_links is {limit}")
+        others = sum(not k.outgoing and k.peer != peer for k in self)
+        if max(others, len(self._gone)) >= limit:  # those that go still have threads
+            raise ResourceError(
+                f"{others} nodes are connected already and {len(self._gone)} are leaving; "
+                f"max_links is {limit}"
+            )
 
     def _on_accepted(self, accepted: Accepted) -> None:
         ready = accepted.ready

@@ -225,7 +225,7 @@ class Links:
             dialled.control.sock.close()
             return False
         link.address, link.version = dialled.address, dialled.version
-        link.instance, link.session = dialled.instance, dialled.control.session
+        link.meet(dialled.instance, dialled.control.session)
         link.lanes_promised, link.refused = opened.promised, opened.refused
         link.endpoints = welcome.endpoints
         self.data.take_path(link, opened.transport)
@@ -270,7 +270,7 @@ class Links:
                 old.lose(PeerLostError(f"node {old.peer} has connected anew", rank=old.peer))
         link = self._make_link(accepted.node_id, outgoing=False)
         link.address, link.version = ready.address, accepted.version
-        link.instance, link.session = accepted.instance, accepted.control.session
+        link.meet(accepted.instance, accepted.control.session)
         link.up = True
         self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
         self.data.expect(link, wire.Lane(0, ready.transport))

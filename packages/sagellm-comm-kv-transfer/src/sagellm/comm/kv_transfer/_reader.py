@@ -66,6 +66,7 @@ class DataReader:
     ) -> None:
         self.traffic = traffic
         self.checksum = True
+        self.key = b""
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
@@ -78,7 +79,7 @@ class DataReader:
         head_bytes = memoryview(bytearray(HEADER_BYTES))
         while True:
             conn.receive([head_bytes], float("inf"))
-            head = Header.unpack(head_bytes)
+            head = Header.unpack(head_bytes, self.key)
             table = memoryview(bytearray(head.table_bytes))
             conn.receive([table], self._io_timeout_s)
             reference = None

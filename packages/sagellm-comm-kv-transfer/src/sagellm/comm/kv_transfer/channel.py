@@ -307,7 +307,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         ttl_s: float,
         after: ReadyEvent | None = None,
     ) -> TransferHandle:
-        """Let peers fetch blocks of the pool for `ttl_s` seconds.
+        """Let peers fetch blocks of the pool for `ttl_s` seconds, which `renew` extends.
 
         It lands, and ends, once every part has been fetched whole by the nodes that hold it.
         Fetches with `src_blocks` or `layers` leave it standing.

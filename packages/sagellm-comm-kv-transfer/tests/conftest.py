@@ -256,7 +256,7 @@ class Attacker:
     def connect_data(self, b, number=0):
         """The link's data connection of that number, as bytes: nothing is sent but the token."""
         token = auth.data_token(self.session, number)
-        sock = Strangers.dial(b._engine.transport.endpoint())
+        sock = Strangers.dial(b._engine.paths["tcp"].endpoint())
         sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
         assert sock.recv(32) == auth.token_proof(token, initiator=False)
         return sock
@@ -276,6 +276,17 @@ class Attacker:
         while not isinstance(message := self.read(), kind):
             pass
         return message
+
+    def gone(self):
+        """Whether the link has ended by now; what came is thrown away, and nothing waits."""
+        try:
+            while data := self.sock.recv(1 << 20):
+                assert data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def lost(self):
         """Whether the other side ends the link in time."""

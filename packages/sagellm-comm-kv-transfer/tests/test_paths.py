@@ -2,11 +2,12 @@
 
 import logging
 import socket
+import threading
 
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, wire
 from sagellm.comm.kv_transfer._lanes import LaneTuner
 from sagellm.comm.kv_transfer.transports import TcpTransport, transport_registry
 from sagellm.core.protocols import (
@@ -184,6 +185,24 @@ def test_a_lost_lane_is_a_lost_link_and_the_next_transfer_redials(pair, eventual
     assert moves(out, a, into, b, "again")
 
 
+def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+    (link,) = into._engine.links
+    ended = threading.Event()
+
+    def both():  # on the loop, as when the thread of a lane is faster than the control socket
+        (theirs,) = out._engine.links
+        out._engine.loop.run(lambda: theirs.send(wire.Bye("for lunch")))
+        link._lane_lost(PeerLostError("the lane is closed"))
+        ended.set()
+
+    into._engine.loop.run(both)
+
+    assert ended.is_set()
+    assert "has closed its channel for lunch" in str(link.error)
+
+
 def test_lanes_are_added_while_much_flows(pair, eventually):
     """Either side may ask for them: the one that sends, whichever it is."""
     out, a, into, b = pair()
@@ -192,7 +211,7 @@ def test_lanes_are_added_while_much_flows(pair, eventually):
 
     for link, engine in zip(links, (out._engine, into._engine), strict=True):
         before = len(link.lanes)
-        engine.loop.run(lambda e=engine, k=link, n=before: e.links.want_lanes(k, n + 1))
+        engine.loop.run(lambda e=engine, k=link, n=before: e.links.data.want(k, n + 1))
         eventually(lambda n=before: all(len(k.lanes) == n + 1 for k in links))
 
     assert len(links[0].lanes) == 4
@@ -212,7 +231,7 @@ def test_a_lane_that_fails_to_open_is_done_without(pair, monkeypatch, eventually
 
     monkeypatch.setattr(out._engine.paths["tcp"], "connect", refuse)
     link.writer.tuner.lanes = 3
-    out._engine.loop.run(lambda: out._engine.links.want_lanes(link, 3))
+    out._engine.loop.run(lambda: out._engine.links.data.want(link, 3))
 
     eventually(lambda: out.path(1) == "tcp:2")
     assert moves(out, a, into, b, "still")

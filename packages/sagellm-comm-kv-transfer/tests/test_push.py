@@ -63,7 +63,7 @@ def test_blocks_land_where_the_receiver_wants_them(pair, codec, receiver_first):
     p, m = r.progress, r.metrics
     assert (p.blocks_done, p.layers_done, p.bytes_done) == (9, 3, p.bytes_total)
     assert m.bytes == p.bytes_total == t.metrics.bytes
-    assert m.path == "tcp:2"
+    assert m.path in ("tcp:1", "tcp:2")  # the second lane may come after the first offer
     assert m.wire_bytes == t.metrics.wire_bytes
 
 

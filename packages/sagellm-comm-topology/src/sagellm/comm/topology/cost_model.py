@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from sagellm.core.protocols import (
     TopologyInfo,
 )
 
+from . import _cost_load
 from ._cost_curve import Curve, Reading
 from ._cost_prior import ALGORITHMS, LinkCost, busbw_factor, check, link_cost, prior_us
 from .graph import TopologyGraph
@@ -78,6 +79,7 @@ class CostModel(CostModelProtocol):
         self._lock = threading.Lock()
         self._repeats: dict[_Key, dict[int, list[float]]] = {}
         self._curves: dict[_Key, Curve] = {}
+        self._lines: dict[tuple[str, str, tuple[str, ...]], tuple[float, float]] = {}
         self._links: dict[tuple[str, ...], tuple[LinkCost, tuple[int, LinkCost]]] = {}
 
     def predict(self, op: str, nbytes: int, group: Sequence[str] | int, algorithm: str) -> Estimate:
@@ -95,19 +97,22 @@ class CostModel(CostModelProtocol):
                 lists the known ones.
 
         """
-        check(op, algorithm)
+        check(op, algorithm, {k[1] for k in self._curves if k[0] == op})
         size = _size(group, nbytes)
         curve = self._curves.get((op, algorithm, size))
         if curve is not None and size > 1:
             return _estimate(op, nbytes, size, curve.read(nbytes))
+        if algorithm not in ALGORITHMS[op]:
+            return _estimate(op, nbytes, size, self._stretched(op, algorithm, nbytes, size))
         prior = self._prior(op, algorithm, nbytes, group)
         return _estimate(op, nbytes, size, self._scaled(op, algorithm, nbytes, size, prior))
 
     def observe(self, samples: Sequence[Mapping[str, Any]]) -> None:  # Any: JSON-like rows
         """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us.
 
-        The median of the repeats of one size counts, the latest 64 of them. All rows are
-        checked before one is taken.
+        An algorithm without a formula (a backend's own, such as `one_shot`) is known by its
+        measurements alone. The median of the repeats of one size counts, the latest 64 of them.
+        All rows are checked before one is taken.
 
         Raises:
             ConfigError: A row lacks a field or has an impossible value; nothing was learned.
@@ -245,7 +250,7 @@ class CostModel(CostModelProtocol):
             return min(k[1] for k in table.curves), _estimate(
                 op, nbytes, 1, (0.0, 0.0, 0.0, "prior")
             )
-        near = min(known, key=lambda n: (abs(math.log(n / size)), n))
+        near = _nearest(known, size)
         readings = _readings(table, op, nbytes, near)
         if near != size:
             readings = {a: _stretched(r, near, size) for a, r in readings.items()}
@@ -255,6 +260,12 @@ class CostModel(CostModelProtocol):
     def _prior(self, op: str, algorithm: str, nbytes: int, group: Sequence[str] | int) -> float:
         members = self._members(group)
         size = _size(group, nbytes)
+        if 2 <= size == len(members) <= _cost_load.MOST_RANKS:
+            key = (op, algorithm, members)
+            if key not in self._lines:
+                self._lines[key] = _cost_load.line(self._graph, members, op, algorithm)
+            fixed, per_byte = self._lines[key]
+            return fixed + per_byte * nbytes
         if members not in self._links:
             self._links[members] = self._slowest(members)
         link, local = self._links[members]
@@ -290,12 +301,22 @@ class CostModel(CostModelProtocol):
         if not same or size == 1 or prior <= 0:
             low, high = prior * math.exp(-_PRIOR_SPREAD), prior * math.exp(_PRIOR_SPREAD)
             return prior, low, high, "prior"
-        near = min(same, key=lambda k: (abs(math.log(k[2] / size)), k[2]))
-        measured = self._curves[near].read(nbytes)
-        ratio = measured[0] / self._prior(op, algorithm, nbytes, near[2])
-        width = _SCALED_SPREAD * (1 + abs(math.log2(near[2] / size)) / 2)
-        time = prior * ratio
+        near = _nearest((k[2] for k in same), size)
+        measured = self._curves[op, algorithm, near].read(nbytes)
+        time = prior * measured[0] / self._prior(op, algorithm, nbytes, near)
+        width = _SCALED_SPREAD * (1 + abs(math.log2(near / size)))
         return time, time * math.exp(-width), time * math.exp(width), "scaled"
+
+    def _stretched(self, op: str, algorithm: str, nbytes: int, size: int) -> Reading:
+        """What was measured of the nearest group size; nothing tells how it grows with ranks."""
+        if size == 1:
+            return 0.0, 0.0, 0.0, "prior"
+        near = _nearest((k[2] for k in self._curves if k[:2] == (op, algorithm)), size)
+        return _stretched(self._curves[op, algorithm, near].read(nbytes), near, size)
+
+
+def _nearest(sizes: Iterable[int], size: int) -> int:
+    return min(sizes, key=lambda n: (abs(math.log(n / size)), n))
 
 
 def _readings(table: CostTable, op: str, nbytes: int, size: int) -> dict[str, Reading]:
@@ -366,7 +387,7 @@ def _row(index: int, sample: Mapping[str, Any]) -> tuple[_Key, int, float]:
         raise ConfigError(
             f"sample {index} needs op, nbytes, group_size, algorithm and time_us: {e!r}"
         ) from None
-    check(op, algorithm)
+    check(op, algorithm, (algorithm,))
     if nbytes < 1 or size < 1 or not (0 < time_us < math.inf):
         raise ConfigError(
             f"sample {index}: nbytes {nbytes} and group_size {size} must be at least 1, "

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from sagellm.core.protocols import (
     ConfigError,
     Device,
-    DeviceKind,
     Link,
     LinkKind,
     Pair,
@@ -75,10 +74,13 @@ class TopologyGraph:
             table = self._table(link.kind)
             table.setdefault(link.a, []).append((link.b, link))
             table.setdefault(link.b, []).append((link.a, link))
+        switches = {d.id for d in info.devices if d.kind in _FABRIC_TRANSIT}
+        bridges = {d.id for d in info.devices if d.kind in _HOST_TRANSIT}
+        self._fabric_routes = Routes(self._fabric, switches.__contains__)
+        self._host_routes = Routes(self._host, bridges.__contains__)
+        self._network_routes = Routes(self._networks, switches.__contains__)
+        self._forwarding = switches | bridges
         self._pairs = {frozenset((p.a, p.b)): p for p in info.pairs}
-        self._fabric_routes = Routes(self._fabric, lambda d: self._kind(d) in _FABRIC_TRANSIT)
-        self._host_routes = Routes(self._host, lambda d: self._kind(d) in _HOST_TRANSIT)
-        self._network_routes = Routes(self._networks, lambda d: self._kind(d) != "nic")
         self._exits: dict[str, list[_Exit]] = {}
 
     def stated(self, a: str, b: str) -> Pair | None:
@@ -110,19 +112,26 @@ class TopologyGraph:
             ConfigError: An id is unknown.
 
         """
+        links = self.links(a, b)
+        if links is None:
+            pair = self.stated(a, b)
+            return Path(a, b, pair.path if pair else None, None)
+        return self._make(a, b, links) if links else Path(a, b, "LOC", 0, (a,))
+
+    def links(self, a: str, b: str) -> tuple[Link, ...] | None:
+        """Links of `path(a, b)` alone; none for a device to itself, None where it is unknown.
+
+        Raises:
+            ConfigError: An id is unknown.
+
+        """
         first, last = self.device(a), self.device(b)
         if a == b:
-            return Path(a, b, "LOC", 0, (a,))
-        fabric = self._fabric_routes.way(a, b)
+            return ()
+        fabric = self._fabric_routes.way(a, b) if a in self._fabric and b in self._fabric else None
         if fabric is not None:
-            return self._make(a, b, fabric, "LINK")
-        if first.node != last.node:
-            return self._across(first, last)
-        host = self._host_routes.way(a, b)
-        if host is not None:
-            return self._make(a, b, host, None)
-        pair = self.stated(a, b)
-        return Path(a, b, pair.path if pair else None, None)
+            return fabric
+        return self._host_routes.way(a, b) if first.node == last.node else self._across(first, last)
 
     def quality(self, a: str, b: str) -> Quality:
         """How good the best path is, to sort by; unknown paths come last."""
@@ -130,7 +139,7 @@ class TopologyGraph:
         rank = len(PATH_CLASSES) if path.kind is None else PATH_CLASSES.index(path.kind)
         width = path.bottleneck_bytes_per_s
         if width is None and path.kind == "LINK":
-            width = float(min(link.count for link in path.links))
+            width = float(min((link.count for link in path.links), default=0))
         return rank, -(width or 0.0), path.hops or 0
 
     def widest(self, a: str, b: str) -> Path:
@@ -161,11 +170,9 @@ class TopologyGraph:
         self.device(b)
         if a == b:
             return Path(a, b, "LOC", 0, (a,))
-        transit = _HOST_TRANSIT | _FABRIC_TRANSIT
-        links = best_way(
-            (self._fabric, self._host), a, b, lambda d: self._kind(d) in transit, price
-        )
-        return Path(a, b, None, None) if links is None else self._make(a, b, links, None)
+        tables = (self._fabric, self._host)
+        links = best_way(tables, a, b, self._forwarding.__contains__, price)
+        return Path(a, b, None, None) if links is None else self._make(a, b, links)
 
     def links_of(self, device_id: str) -> tuple[Link, ...]:
         """Every link that ends at the device."""
@@ -202,17 +209,14 @@ class TopologyGraph:
             return self._fabric
         return self._host if kind in _HOST_KINDS else self._networks
 
-    def _kind(self, device_id: str) -> DeviceKind:
-        return self._devices[device_id].kind
-
-    def _make(self, a: str, b: str, links: tuple[Link, ...], kind: PathClass | None) -> Path:
+    def _make(self, a: str, b: str, links: tuple[Link, ...]) -> Path:
         devices = self._stations(a, links)
         widths = [x.bandwidth_bytes_per_s for x in links]
         delays = [x.latency_s for x in links]
         return Path(
             a,
             b,
-            kind or self._classify(devices, links),
+            self._classify(devices, links),
             len(links),
             tuple(devices),
             min(w for w in widths if w) if all(widths) else None,
@@ -237,21 +241,22 @@ class TopologyGraph:
         switches = sum(self._devices[d].kind == "pci_switch" for d in devices)
         return "PIX" if switches <= 1 else "PXB"
 
-    def _across(self, first: Device, last: Device) -> Path:
+    def _across(self, first: Device, last: Device) -> tuple[Link, ...] | None:
         """The way to another host: out by a near NIC, through networks, in by a near NIC."""
+        exits, entries = self._exits_of(first), self._exits_of(last)
         ways = []
-        for out, out_rank, out_width, there in self._exits_of(first):
-            for into, in_rank, in_width, back in self._exits_of(last):
+        for out, out_rank, out_width, there in exits:
+            for into, in_rank, in_width, back in entries:
                 through = self._network_routes.way(out.id, into.id)
                 if through is None:
                     continue
                 links = (*there, *through, *reversed(back))
-                crossed = int(out.attrs.get("ib") != into.attrs.get("ib"))
+                if len(exits) == len(entries) == 1:
+                    return links
+                crossed = int(out.attrs.get("rail") != into.attrs.get("rail"))
                 cost = (-min(out_width, in_width), out_rank + in_rank, crossed, len(links))
                 ways.append((cost, out.id, into.id, links))
-        if not ways:
-            return Path(first.id, last.id, None, None)
-        return self._make(first.id, last.id, min(ways, key=lambda w: w[:3])[3], "NET")
+        return min(ways, key=lambda w: w[:3])[3] if ways else None
 
     def _exits_of(self, device: Device) -> list[_Exit]:
         """The best ports of each network that the device reaches within its host."""

@@ -10,7 +10,7 @@ from sagellm.comm.topology.export import column_labels, from_json
 from sagellm.comm.topology.manager import TopologyManager
 from sagellm.core.protocols import TopologyInfo
 
-__all__ = ["Commands", "device_id", "read_topology", "source_parser"]
+__all__ = ["Commands", "byte_count", "device_id", "read_topology", "source_parser"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a group of commands adds its parsers."""
@@ -46,3 +46,22 @@ def device_id(info: TopologyInfo, name: str) -> str:
         if name in names - {""}:
             return device.id
     return name
+
+
+def byte_count(text: str) -> int:
+    """Bytes out of `4096`, `64K`, `256M` or `1G`; K is 1024.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no such number.
+
+    """
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    digits = text.strip().upper().removesuffix("B").removesuffix("I")
+    shift = units.get(digits[-1:], 0)
+    try:
+        count = float(digits[:-1] if shift else digits) * (1 << shift)
+    except ValueError:
+        count = 0.0
+    if not 1 <= count < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 4096, 64K, 256M or 1G")
+    return int(count)

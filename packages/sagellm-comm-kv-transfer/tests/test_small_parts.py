@@ -144,7 +144,7 @@ def test_its_own_entry_is_where_a_node_listens(channel):
         ({"peers": {-1: "a:1"}, "node_id": 0, "key": KEY}, "peers"),
         ({"node_id": -1}, "must be 0 or more"),
         ({"key": KEY, "key_file": "x"}, "not both"),
-        ({"host": "0.0.0.0"}, "advertise"),
+        ({"host": "0.0.0.0", "advertise": "localhost"}, "advertise"),
         ({"host": "192.0.2.1"}, "192.0.2.1"),
     ],
 )

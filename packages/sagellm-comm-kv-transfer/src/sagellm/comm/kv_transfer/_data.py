@@ -142,10 +142,14 @@ class DataConnections:
 
     def _lane_missing(self, link: Link, error: CommError) -> None:
         link.lanes_awaited -= 1
-        if link.lanes or link.lanes_awaited:
-            logger.debug("node %d: a lane did not come: %s", self._engine.node_id, error)
-        else:
-            link.lose(error)
+        logger.debug("node %d: a lane did not come: %s", self._engine.node_id, error)
+
+        def give_up() -> None:
+            if not (link.lanes or link.lanes_awaited):
+                link.lose(error)
+
+        # the peer may know before us that it came to nothing, and try another transport
+        self._engine.loop.call_later(self._engine.settings.handshake_timeout_s, give_up)
 
     def on_more(self, link: Link, message: wire.MoreLanes) -> None:
         """The peer has much to send over a link of ours."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from ._loop import EventLoop, Timer
@@ -49,14 +48,13 @@ class Watch:
         if self._timer is not None:
             self._timer.cancel()
         if limit is Limit.DEADLINE:
-            self.renew()
+            self._timer = self._loop.call_later(self._handle.left_s, self._at_limit)
         elif limit is Limit.QUIESCE:
             self._timer = self._loop.call_later(self._quiesce_s, self._break_off)
 
-    def renew(self) -> None:
-        """The deadline has changed."""
-        if self._limit is Limit.DEADLINE:
-            if self._timer is not None:
-                self._timer.cancel()
-            left_s = max(0.0, self._handle.deadline - time.monotonic())
-            self._timer = self._loop.call_later(left_s, self._at_deadline)
+    def _at_limit(self) -> None:
+        """Look whether the deadline, which a renewal may have moved, has passed."""
+        if self._handle.expire():
+            self._at_deadline()
+        else:
+            self._timer = self._loop.call_later(self._handle.left_s, self._at_limit)

@@ -192,5 +192,5 @@ def _view(
         bytes_done=progress.bytes_done,
         bytes_total=progress.bytes_total,
         age_s=now - handle.started,
-        left_s=max(0.0, handle.deadline - now),
+        left_s=handle.left_s,
     )

@@ -31,6 +31,7 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.doctor import require_supported_platform
 from sagellm.core.protocols.ports import PortSettings
 
+from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
 from ._link import Link
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KVTransferChannel"]
 
-_ANY_HOST = ("0.0.0.0", "::", "")
-
 
 class KVTransferChannel(KVTransferChannelProtocol):
     """Moves KV blocks between this node and others over TCP.
@@ -77,14 +76,16 @@ class KVTransferChannel(KVTransferChannelProtocol):
         key_file: File with the key, readable by its owner only.
         host: Address to listen on; None takes the configured one, loopback by default.
         port: Port to listen on; 0 takes the configured one, or the kernel's choice.
-        advertise: Host that peers are told; needed when `host` is a wildcard.
+        advertise: Host that peers are told; None takes `host`, or for a wildcard the address of
+            the interface that leads to the peers.
         settings: Bounds and choices; None takes the configured ones.
         codec: Codec of what this node sends, over the one in `settings`.
         comm: A communication backend, used by nothing else, that may carry blocks between its
             ranks; it stays the caller's.
 
     Raises:
-        ConfigError: The node id is taken, the arguments do not fit, or this is Windows.
+        ConfigError: The node id is taken, the arguments do not fit, peers on other hosts could not
+            reach this one, or this is Windows.
         ResourceError: The port is in use.
 
     """
@@ -121,9 +122,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             if expected is not None:
                 host, port = host or expected[0], port or expected[1]
             host = host or PortSettings.load().host
-            if host in _ANY_HOST and advertise is None:
-                raise ConfigError(f"host={host!r} needs advertise=, the name peers reach it by")
-            shown = advertise or host
+            shown = advertised_host(host, advertise, discovery.addresses())
             paths = Paths(
                 chosen.transport,
                 {
@@ -308,7 +307,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         ttl_s: float,
         after: ReadyEvent | None = None,
     ) -> TransferHandle:
-        """Let peers fetch blocks of the pool for `ttl_s` seconds.
+        """Let peers fetch blocks of the pool for `ttl_s` seconds, which `renew` extends.
 
         It lands, and ends, once every part has been fetched whole by the nodes that hold it.
         Fetches with `src_blocks` or `layers` leave it standing.

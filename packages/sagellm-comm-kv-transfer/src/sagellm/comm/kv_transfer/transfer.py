@@ -18,8 +18,10 @@ from sagellm.core.protocols import (
     TransferKey,
     TransferMetrics,
     TransferState,
+    UnsupportedOperationError,
 )
 
+from ._arguments import check_deadline
 from .state import RULES, TABLE, Event, Phase, Role, Step
 
 __all__ = ["TransferHandle", "transfer_error"]
@@ -48,6 +50,7 @@ class TransferHandle:
         self._changed = threading.Condition()
         self._steps = TABLE[role or Role(direction)]
         self._phase = Phase.OFFERED
+        self._expired = False
         self._error: KVTransferError | None = None
         self._callbacks: list[Callable[[], object]] = []
         self._blocks: tuple[KVBlock, ...] = ()
@@ -151,6 +154,24 @@ class TransferHandle:
         """Ask both sides to give up; False when it was already over. Never blocks."""
         return self._cancel(self)
 
+    def renew(self, ttl_s: float) -> bool:
+        """Let an offer stand for at least so many seconds from now; False when it has ended.
+
+        Never shortens it: to end an offer sooner, cancel it. Never blocks.
+
+        Raises:
+            UnsupportedOperationError: This is no offer: only those have leases.
+
+        """
+        check_deadline(ttl_s)
+        if self._steps is not TABLE[Role.OFFER]:
+            raise UnsupportedOperationError(f"{self!r} has a deadline and no lease to renew")
+        with self._changed:
+            if self._expired or not RULES[self._phase].moves:
+                return False
+            self.deadline = max(self.deadline, time.monotonic() + ttl_s)
+            return True
+
     def exception(self) -> BaseException | None:
         """What it failed with; None while it runs and after success."""
         return self._error
@@ -185,7 +206,7 @@ class TransferHandle:
 
     def _wait_for(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
         if timeout_s is None:
-            timeout_s = max(0.0, self.deadline - time.monotonic()) + _GRACE_S
+            timeout_s = self.left_s + _GRACE_S
         with self._changed:
             if self._changed.wait_for(ready, timeout_s):
                 return
@@ -210,6 +231,17 @@ class TransferHandle:
         with self._changed:
             self._totals = (total_bytes, blocks, layers)
             self._changed.notify_all()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until its deadline, 0 when it has passed."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def expire(self) -> bool:
+        """Whether its deadline has passed; from then on it cannot be renewed."""
+        with self._changed:
+            self._expired = not self.left_s
+            return self._expired
 
     def take(
         self, event: Event, *, blocks: Sequence[KVBlock] = (), error: KVTransferError | None = None

@@ -6,6 +6,7 @@ knows stays unknown, but for what a rule concludes; its links say "inferred".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -68,7 +69,10 @@ def merge(
 def _order(device: Device) -> tuple[bool, bool, int, str]:
     accelerator = device.kind in ("gpu", "npu")
     index = device.index if accelerator else None
-    return not accelerator, index is None, index or 0, device.id
+    name = device.id
+    if device.bdf is None:  # mlx5_2 before mlx5_10
+        name = re.sub(r"\d+", lambda m: m[0].zfill(8), name)
+    return not accelerator, index is None, index or 0, name
 
 
 def _merge_links(

@@ -393,3 +393,29 @@ def test_matrix_of_an_import_reads_like_the_input():
 
     assert lines[1] == "GPU0\tX\tNV2\tPHB\t0-3\t0"
     assert "  NIC0: mlx5_0" in lines
+
+
+def test_sections_without_brackets_or_equals_are_read():
+    info = read(
+        "------------ Link Type between two GPUs ------------\n"
+        "GPU0 GPU1\nGPU0 0 PCIE\nGPU1 PCIE 0\n"
+        "GPU 0          : (Topology) Numa Node: 1\nGPU 1          : (Topology) Numa Node: -1\n"
+        "GPU 1          : (Topology) Numa Affinity: 0\n"
+    )
+
+    assert cells(info) == [["X", "PCIE"], ["PCIE", "X"]]
+    assert [d.numa_nodes for d in info.accelerators] == [(1,), (0,)]
+    assert {d.vendor for d in info.accelerators} == {"amd"}
+
+
+def test_a_table_inside_a_long_report_is_found():
+    info = read(
+        "GPU 0: NVIDIA H100\nCUDA available: True\nGPU Topology:\n\x1b[4m"
+        "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+        "GPU0\t X \tSYS\t0-7\t\tN/A\t\tN/A\n"
+        "a line that a log put between\n"
+        "GPU1\tSYS\t X \t8-15\t\t1\t\tN/A\n" + NV + "ulimit soft: 1024\n"
+    )
+
+    assert cells(info)[0] == ["X", "SYS"]
+    assert [(d.cpulist, d.numa_nodes) for d in info.accelerators] == [("0-7", ()), ("8-15", (1,))]

@@ -111,6 +111,13 @@ def test_a_turn_whose_bytes_differ_is_no_sample():
         pair.run()
 
 
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+
+
 def test_pairs_end_with_the_process_that_measures_even_while_they_are_stopped(tmp_path, eventually):
     program = tmp_path / "measure.py"
     program.write_text(
@@ -130,12 +137,10 @@ if __name__ == "__main__":
         [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as measuring:
         pids = [int(pid) for pid in measuring.stdout.readline().split()]
-        eventually(
-            lambda: [Path(f"/proc/{p}/stat").read_text().split()[2] for p in pids] == ["T"] * 2
-        )
+        eventually(lambda: [state_of(p) for p in pids] == ["T", "T"])
         measuring.kill()
 
-    eventually(lambda: not any(Path(f"/proc/{p}").exists() for p in pids), 10.0)
+    eventually(lambda: all(state_of(p) in ("gone", "Z") for p in pids), 10.0)
 
 
 @pytest.mark.timeout(120)

@@ -96,7 +96,7 @@ class Links:
         return self._door.rejected + self._paths.rejected
 
     def traffic(self) -> Counter[str]:
-        """Bytes `sent`, `received`, `wire_sent` and `wire_received`, over all links ever."""
+        """Bytes `sent`, `received`, `wire_sent`, `wire_received`, `late` frames, of all links."""
         total = Counter(self._past)
         for link in self._links:
             total.update(_traffic_of(link))
@@ -140,6 +140,11 @@ class Links:
         self._outgoing[peer] = link
         self.data.spawn(link, "out", lambda: self._run_outgoing(link))
         return link
+
+    def ready(self, peer: int) -> Link | None:
+        """The link we opened to a peer, if it is up; from any thread."""
+        link = self._outgoing.get(peer)
+        return link if link is not None and link.up else None
 
     def why_absent(self, peer: int) -> str:
         """Why there is no link to a peer yet."""
@@ -385,4 +390,5 @@ def _traffic_of(link: Link) -> dict[str, int]:
         "received": received.payload,
         "wire_sent": sent.wire,
         "wire_received": received.wire,
+        "late": link.reader.late,
     }

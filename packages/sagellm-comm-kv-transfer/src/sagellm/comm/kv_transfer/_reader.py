@@ -13,15 +13,18 @@ from sagellm.core.protocols import (
     IntegrityError,
     KVCodec,
     KVConnection,
+    MemoryRuns,
     OneSidedConnection,
     Reference,
 )
 
-from ._copy import pair
+from ._copy import Paired, pair
 from ._flows import Inflow
 from ._meters import Traffic
+from ._offload import offload
+from ._segment import have_workers
 from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
-from .memory import Extent, Views
+from .memory import Extent, Ints, Views
 
 __all__ = ["DataReader"]
 
@@ -65,6 +68,8 @@ class DataReader:
         traffic: Traffic,
     ) -> None:
         self.traffic = traffic
+        self.late = 0
+        """Frames of transfers that have ended, or of an earlier epoch."""
         self.checksum = True
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
@@ -93,6 +98,7 @@ class DataReader:
                 if reference is None:
                     rest = len(table) if with_table else 0
                     self._discard(conn, rest + head.payload_bytes)
+                self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
             try:
@@ -158,6 +164,14 @@ class DataReader:
         paired = pair(reference.runs, extent.runs(layer, first, count), cuts)
         edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
         sums = np.frombuffer(table[: count * 8], dtype="<u8")
+        if have_workers():
+            began = time.perf_counter()
+            edges_of = np.array(edges)
+            units_to = np.minimum(starts + step, count)
+            batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
+            done = self._offload(flow, head, reference, paired, batches, sums)
+            if done is not None:
+                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began, 0.0)
         units = extent.unit_views(layer, first, count) if self.checksum else []
         copy = reference.copier(paired.sources, paired.addresses)
         calls, verify_s = 1, 0.0
@@ -172,6 +186,35 @@ class DataReader:
                 verify_s += time.perf_counter() - start
         bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
         return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
+
+    def _offload(
+        self,
+        flow: Inflow,
+        head: Header,
+        reference: Reference,
+        paired: Paired,
+        batches: Ints,
+        sums: np.ndarray[tuple[int], np.dtype[np.uint64]],
+    ) -> list[int] | None:
+        """Damaged blocks, as a copy worker found them; None when none has copied them."""
+        checks = None
+        if self.checksum:
+            runs = flow.extent.runs(head.layer, head.first, head.count)
+            whole = self._whole_units(runs, flow.extent.unit_bytes(head.layer), head.count)
+            if whole is None:
+                return None  # a worker sums what lies in one piece only
+            checks = (whole, (head.layer << 32) + head.first + np.arange(head.count), sums)
+        return offload(reference, paired, batches, checks, lambda: flow.stopped, self._io_timeout_s)
+
+    @staticmethod
+    def _whole_units(runs: MemoryRuns, unit: int, count: int) -> MemoryRuns | None:
+        """Where each unit lies; None when one of them is in pieces."""
+        ends, starts = np.cumsum(runs.lengths), np.arange(count, dtype=np.int64) * unit
+        at = np.searchsorted(ends, starts, side="right")
+        if len(ends) == 0 or ends[-1] != count * unit or (starts + unit > ends[at]).any():
+            return None
+        addresses = runs.addresses[at] + starts - (ends[at] - runs.lengths[at])
+        return MemoryRuns(addresses, np.full(count, unit, dtype=np.int64))
 
     def _receive(
         self, conn: KVConnection, extent: Extent, head: Header, table: memoryview, raw: int

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import select
 import socket
 import sys
 import threading
@@ -203,17 +204,15 @@ def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
     out, a, into, b = pair()
     assert moves(out, a, into, b)
     (link,) = into._engine.links
-    ended = threading.Event()
 
     def both():  # on the loop, as when the thread of a lane is faster than the control socket
         (theirs,) = out._engine.links
         out._engine.loop.run(lambda: theirs.send(wire.Bye("for lunch")))
+        assert select.select([link._sock], [], [], 10)[0]
         link._lane_lost(PeerLostError("the lane is closed"))
-        ended.set()
 
     into._engine.loop.run(both)
 
-    assert ended.is_set()
     assert "has closed its channel for lunch" in str(link.error)
 
 

@@ -84,6 +84,7 @@ class Authority:
                 ),
             ),
             tls_ca=ca or self.path,
+            transport="tcp",
             handshake_timeout_s=5,
         )
 

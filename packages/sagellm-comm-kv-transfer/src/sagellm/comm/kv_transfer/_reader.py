@@ -71,6 +71,7 @@ class DataReader:
         self.late = 0
         """Frames of transfers that have ended, or of an earlier epoch."""
         self.checksum = True
+        self.key = b""
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
@@ -83,7 +84,7 @@ class DataReader:
         head_bytes = memoryview(bytearray(HEADER_BYTES))
         while True:
             conn.receive([head_bytes], float("inf"))
-            head = Header.unpack(head_bytes)
+            head = Header.unpack(head_bytes, self.key)
             table = memoryview(bytearray(head.table_bytes))
             with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
             if not with_table:

@@ -98,6 +98,7 @@ class DataWriter:
     ) -> None:
         self.traffic = traffic
         self.checksum = True
+        self.key = b""
         self.make_codec: Callable[[], KVCodec] | None = None
         self.tuner = tuner
         self._want_lanes = want_lanes
@@ -254,7 +255,7 @@ class DataWriter:
     def _tell(self, lane: _Lane, news: memoryview) -> None:
         """Send a reference to nothing, in a frame of no transfer."""
         sums = bytes(8)
-        head = Header(0, 0, 0, 1, len(news), REF).pack(sums)
+        head = Header(0, 0, 0, 1, len(news), REF).pack(sums, self.key)
         lane.conn.send([memoryview(head), news], self._io_timeout_s)
         self.traffic.count(0, len(head) + len(news))
 
@@ -286,7 +287,7 @@ class DataWriter:
             codec_s = time.perf_counter() - start
             table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
         size = sum(map(len, payload))
-        head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table)
+        head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
         start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
         lane.pace(raw, time.perf_counter() - start)

@@ -24,6 +24,7 @@ __all__ = ["Curves", "Regret", "read_curves", "recorded_regrets", "simulated_reg
 
 MEASURED = (4 << 10, 64 << 10, 1 << 20, 8 << 20, 64 << 20, 512 << 20)
 HELD_OUT = (16 << 10, 256 << 10, 3 << 20, 24 << 20, 192 << 20)
+_NOISE = 0.03
 _OPS = ("all_reduce", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
 
 Curves = Mapping[str, tuple[str, int, dict[int, float]]]
@@ -53,20 +54,26 @@ class Regret:
 
 
 def simulated_regrets(seed: int, *, calibrated: bool) -> list[Regret]:
-    """Choices on one random topology, after six sizes were measured on it or after none."""
+    """Choices on one random topology, after six sizes were measured on it or after none.
+
+    Measurements are five repeats that differ by some 3 %, as those of machines do.
+    """
     info = random_topology(seed)
     op = random.Random(f"op {seed}").choice(_OPS)
     group = [d.id for d in info.accelerators]
     truth = _truth(info, group, op, (*MEASURED, *HELD_OUT) if calibrated else HELD_OUT)
     model = CostModel(info)
     if calibrated:
+        noise = random.Random(f"noise {seed}")
         model.observe(
             [
-                {"op": op, "algorithm": a, "group_size": len(group), "nbytes": n, "time_us": t}
+                {"op": op, "algorithm": a, "group_size": len(group), "nbytes": n,
+                 "time_us": t * noise.lognormvariate(0, _NOISE)}
                 for (a, n), t in truth.items()
                 if n in MEASURED
+                for _ in range(5)
             ]
-        )
+        )  # fmt: skip
     table = model.freeze()
     found = []
     for nbytes in HELD_OUT:

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _cluster(args: argparse.Namespace) -> TopologyInfo:
     if args.source:
-        from sagellm.comm.topology._gather import join_hosts
+        from sagellm.comm.topology._join import join_hosts
 
         host = read_topology(args)
         return host if host.num_nodes > 1 else join_hosts([host] * args.nodes)

@@ -116,11 +116,15 @@ def pair(channel, layout, tensors):
 
 
 class Proxy:
-    """Forwards one address byte by byte, except those that it flips."""
+    """Forwards one address byte by byte, except those that it flips.
+
+    `flip` sees what goes to the address, `flip_back` what comes from it, each with its position
+    in the stream; None cuts the connection.
+    """
 
     def __init__(self, target):
         self.target = target
-        self.flip = lambda position, data: data
+        self.flip = self.flip_back = lambda position, data: data
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets = [self._listener]
@@ -140,18 +144,21 @@ class Proxy:
 
     def _pump(self, a, b, forward):
         position = 0
-        while True:
-            try:
-                data = bytearray(a.recv(1 << 16))
-                if not data:
-                    b.shutdown(socket.SHUT_WR)
-                    return
-                if forward:
-                    data = self.flip(position, data)
-                    position += len(data)
+        try:
+            while data := bytearray(a.recv(1 << 16)):
+                at, position = position, position + len(data)
+                data = (self.flip if forward else self.flip_back)(at, data)
+                if data is None:
+                    break
                 b.sendall(data)
-            except OSError:
+            else:
+                b.shutdown(socket.SHUT_WR)
                 return
+        except OSError:  # one end is gone: so is the other
+            pass
+        for sock in (a, b):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self):
         for s in self._sockets:
@@ -256,7 +263,7 @@ class Attacker:
     def connect_data(self, b, number=0):
         """The link's data connection of that number, as bytes: nothing is sent but the token."""
         token = auth.data_token(self.session, number)
-        sock = Strangers.dial(b._engine.transport.endpoint())
+        sock = Strangers.dial(b._engine.paths["tcp"].endpoint())
         sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
         assert sock.recv(32) == auth.token_proof(token, initiator=False)
         return sock
@@ -276,6 +283,17 @@ class Attacker:
         while not isinstance(message := self.read(), kind):
             pass
         return message
+
+    def gone(self):
+        """Whether the link has ended by now; what came is thrown away, and nothing waits."""
+        try:
+            while data := self.sock.recv(1 << 20):
+                assert data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def lost(self):
         """Whether the other side ends the link in time."""

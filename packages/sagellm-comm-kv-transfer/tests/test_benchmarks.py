@@ -80,7 +80,7 @@ def test_every_figure_of_a_transfer_has_a_goal_and_stands_where_nothing_ran():
     assert goals["shm, checks off", "memcpy, one thread", "worst"] == 0.7
     assert goals["tcp, checks on", "Mooncake, tcp", "median"] == 3.0
     assert goals["tcp", "one plain socket, link of 1 Gbit/s", "median"] == 0.95
-    assert len(found) == 19
+    assert len(found) == 20
     assert all(r.value is None for r in found.values())
 
 

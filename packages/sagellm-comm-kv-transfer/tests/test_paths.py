@@ -1,14 +1,22 @@
 """Which path leads to a peer, why, and over how many lanes."""
 
+import itertools
 import logging
 import socket
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, _lanes, wire
 from sagellm.comm.kv_transfer._lanes import LaneTuner
-from sagellm.comm.kv_transfer.transports import TcpTransport, transport_registry
+from sagellm.comm.kv_transfer.transports import (
+    TcpTransport,
+    load_spec,
+    transport_names,
+    transport_registry,
+)
 from sagellm.core.protocols import (
     BackendUnavailableError,
     ConfigError,
@@ -58,6 +66,9 @@ def bus(monkeypatch):
     del transport_registry._loaded["bus"]
 
 
+TCP_ONLY = {"settings": KVTransferSettings(transport="tcp")}
+
+
 def moves(out, a, into, b, name="k"):
     t = out.transfer([1, 2], into.node_id, key=TransferKey(name))
     into.receive(TransferKey(name), [3, 4]).wait(10)
@@ -75,8 +86,7 @@ def test_the_best_transport_of_both_is_taken(pair, bus):
 
 
 def test_a_transport_that_only_one_side_has_is_not_taken(pair, bus):
-    tcp_only = {"settings": KVTransferSettings(transport="tcp")}
-    out, a, into, b = pair(receiver=tcp_only)
+    out, a, into, b = pair(receiver=TCP_ONLY)
 
     assert moves(out, a, into, b)
 
@@ -101,7 +111,7 @@ def test_a_transport_that_fails_gives_way_and_says_why(pair, bus, caplog, fault,
     with caplog.at_level(logging.WARNING):
         assert moves(out, a, into, b)
 
-    assert out.path(1) == into.path(0) == "tcp:2"
+    assert out.path(1) == into.path(0) in ("shm:1", "tcp:2")  # the next best here
     assert why in out.explain(1)
     if fault == "connect":
         assert why in into.explain(0)
@@ -124,7 +134,7 @@ def test_a_named_transport_is_never_replaced_by_another(pair, channel, bus):
 
 def test_channels_without_a_common_transport_say_so(pair, bus):
     out, _, _, _ = pair(
-        sender={"settings": KVTransferSettings(transport="tcp")},
+        sender=TCP_ONLY,
         receiver={"settings": KVTransferSettings(transport="bus")},
     )
 
@@ -135,7 +145,7 @@ def test_channels_without_a_common_transport_say_so(pair, bus):
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("pull", [False, True])
 def test_much_goes_over_all_lanes_and_little_over_one(pair, eventually, lanes, pull):
-    fixed = {"settings": KVTransferSettings(lanes=lanes, chunk_bytes=1 << 16)}
+    fixed = {"settings": KVTransferSettings(transport="tcp", lanes=lanes, chunk_bytes=1 << 16)}
     out, a, into, b = pair(blocks=600, sender=fixed, receiver=fixed, page=32, dim=32)
     used = {}
 
@@ -161,7 +171,7 @@ def test_much_goes_over_all_lanes_and_little_over_one(pair, eventually, lanes, p
 
     move("meet", [0])
     spy(out)
-    eventually(lambda: all(all(k.writer._asleep) for k in out._engine.links))
+    eventually(lambda: all(x.asleep for k in out._engine.links for x in k.writer._lanes))
     move("little", [1])
     assert len(used) == 1
     ids = torch.randperm(600)[:500].numpy()
@@ -173,7 +183,7 @@ def test_much_goes_over_all_lanes_and_little_over_one(pair, eventually, lanes, p
 
 
 def test_a_lost_lane_is_a_lost_link_and_the_next_transfer_redials(pair, eventually):
-    out, a, into, b = pair()
+    out, a, into, b = pair(sender=TCP_ONLY, receiver=TCP_ONLY)
     assert moves(out, a, into, b)
     (link,) = out._engine.links
 
@@ -184,15 +194,33 @@ def test_a_lost_lane_is_a_lost_link_and_the_next_transfer_redials(pair, eventual
     assert moves(out, a, into, b, "again")
 
 
+def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+    (link,) = into._engine.links
+    ended = threading.Event()
+
+    def both():  # on the loop, as when the thread of a lane is faster than the control socket
+        (theirs,) = out._engine.links
+        out._engine.loop.run(lambda: theirs.send(wire.Bye("for lunch")))
+        link._lane_lost(PeerLostError("the lane is closed"))
+        ended.set()
+
+    into._engine.loop.run(both)
+
+    assert ended.is_set()
+    assert "has closed its channel for lunch" in str(link.error)
+
+
 def test_lanes_are_added_while_much_flows(pair, eventually):
     """Either side may ask for them: the one that sends, whichever it is."""
-    out, a, into, b = pair()
+    out, a, into, b = pair(sender=TCP_ONLY, receiver=TCP_ONLY)
     assert moves(out, a, into, b)
     links = [*out._engine.links, *into._engine.links]
 
     for link, engine in zip(links, (out._engine, into._engine), strict=True):
         before = len(link.lanes)
-        engine.loop.run(lambda e=engine, k=link, n=before: e.links.want_lanes(k, n + 1))
+        engine.loop.run(lambda e=engine, k=link, n=before: e.links.data.want(k, n + 1))
         eventually(lambda n=before: all(len(k.lanes) == n + 1 for k in links))
 
     assert len(links[0].lanes) == 4
@@ -203,7 +231,7 @@ def test_lanes_are_added_while_much_flows(pair, eventually):
 
 
 def test_a_lane_that_fails_to_open_is_done_without(pair, monkeypatch, eventually):
-    out, a, into, b = pair()
+    out, a, into, b = pair(sender=TCP_ONLY, receiver=TCP_ONLY)
     assert moves(out, a, into, b)
     (link,) = out._engine.links
 
@@ -212,7 +240,7 @@ def test_a_lane_that_fails_to_open_is_done_without(pair, monkeypatch, eventually
 
     monkeypatch.setattr(out._engine.paths["tcp"], "connect", refuse)
     link.writer.tuner.lanes = 3
-    out._engine.loop.run(lambda: out._engine.links.want_lanes(link, 3))
+    out._engine.loop.run(lambda: out._engine.links.data.want(link, 3))
 
     eventually(lambda: out.path(1) == "tcp:2")
     assert moves(out, a, into, b, "still")
@@ -244,3 +272,55 @@ def test_the_tuner_never_changes_what_was_fixed():
     tuner = LaneTuner(3, 3, fixed=True)
 
     assert {tuner.measured(float(i)) for i in range(50)} == {3}
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_measured_rates_open_lanes_while_blocks_flow(pair, monkeypatch, eventually, pull):
+    """Whichever side sends is the one that measures; the side that dialled opens."""
+    monkeypatch.setattr(_lanes, "_WINDOW_BYTES", 1 << 16)
+    monkeypatch.setattr(_lanes, "_REST", 1)
+    rates = []
+
+    def measured(tuner, rate):
+        rates.append(rate)
+        tuner.lanes = 4
+        return 4
+
+    monkeypatch.setattr(LaneTuner, "measured", measured)
+    tcp = {"settings": KVTransferSettings(transport="tcp", chunk_bytes=1 << 16)}
+    out, a, into, b = pair(blocks=100, sender=tcp, receiver=tcp, page=32, dim=32)
+    ids = list(range(100))
+    names = itertools.count()
+
+    def grown():
+        name = f"k{next(names)}"
+        if pull:
+            out.offer(TransferKey(name), ids, num_tokens=1, ttl_s=10)
+            into.fetch(TransferKey(name), out.node_id, ids).wait(10)
+        else:
+            t = out.transfer(ids, into.node_id, key=TransferKey(name))
+            into.receive(TransferKey(name), ids).wait(10)
+            t.wait(10)
+        return out.path(into.node_id) == "tcp:4"
+
+    eventually(grown)
+
+    assert all(rate > 0 for rate in rates)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert {len(k.lanes) for c in (out, into) for k in c._engine.links} == {4}
+
+
+def test_the_readme_says_what_each_transport_states():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    header = "| name | priority |"
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    told = {row[0].strip("`"): row for row in rows}
+    assert set(told) == set(transport_names())
+    for name, row in told.items():
+        spec = load_spec(name)
+        stated = [spec.one_sided, spec.remote_write, spec.cancel, spec.integrity]
+        assert [cell.split()[0] == "yes" for cell in row[4:8]] == stated, name
+        assert int(row[1]) == spec.priority
+        assert row[3].split(",")[0] == str(spec.start_lanes)

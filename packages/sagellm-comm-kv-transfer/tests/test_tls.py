@@ -153,7 +153,7 @@ def test_nothing_of_the_blocks_crosses_the_wire_in_the_open(channel, authority, 
     control = proxy(into.address)
     data = proxy(into._engine.paths["tcp"].endpoint())
     control.flip = data.flip = look
-    into._engine.paths["tcp"]._endpoint = data.address
+    into._engine.paths["tcp"].endpoint = lambda reached_at="": data.address
     out.add_peer(1, control.address)
     secret = torch.full((1 << 16,), 0x5A, dtype=torch.uint8)
     t = out.transfer([secret], 1, key=TransferKey("hidden-name"))

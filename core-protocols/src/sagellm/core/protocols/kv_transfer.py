@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .comm_types import KVBlock
 from .kv_layout import BlockIds, Blocks, KVLayout
@@ -364,7 +364,7 @@ class KVTransferChannelProtocol(ABC):
     def get_stats(self) -> TransferStats:
         """A snapshot of the counters."""
 
-    def __enter__(self) -> KVTransferChannelProtocol:
+    def __enter__(self) -> Self:
         """Return itself; `close` runs at the end of the block."""
         return self
 

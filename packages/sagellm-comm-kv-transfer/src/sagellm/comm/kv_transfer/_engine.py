@@ -18,6 +18,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
+from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
 from ._loop import EventLoop
@@ -71,7 +72,9 @@ class Engine:
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.receiving = Receiving(self)
         self.sending = Sending(self)
+        self.inquiries = Inquiries(self)
         self.meters = Meters()
+        self.ignored: Counter[str] = Counter()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
         self.links = Links(self, listener, paths, tls)
@@ -87,6 +90,7 @@ class Engine:
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what a lost link carried."""
+        self.inquiries.link_lost(link, error)
         self.sending.link_lost(link, error)
         self.receiving.link_lost(link, error, was_up=was_up)
 
@@ -119,8 +123,9 @@ class Engine:
                 self.sending.on_fetch(link, message)
             case wire.Fail():
                 error = error_of(message)
-                if not self.sending.on_fail(link, message.tid, error):
-                    self.receiving.on_fail(link, message.tid, error)
+                ours = self.sending.on_fail(link, message.tid, error)
+                if not ours and not self.receiving.on_fail(link, message.tid, error):
+                    self.ignore("fail")
             case wire.KeyFail():
                 key = TransferKey(message.id, message.attempt)
                 error = error_of(message)
@@ -133,13 +138,21 @@ class Engine:
                     link.compare(self.layout)
                     self.receiving.layout_changed(link)
             case wire.Lane():
-                self.links.expect_lane(link, message)
+                self.links.data.expect(link, message)
             case wire.MoreLanes():
-                self.links.more_lanes(link, message)
+                self.links.data.on_more(link, message)
+            case wire.Ask():
+                self.inquiries.on_ask(link, message)
+            case wire.Answer():
+                self.inquiries.on_answer(link, message)
             case wire.Bye():
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()
                 link.lose(PeerLostError(text, rank=link.peer))
+
+    def ignore(self, what: str) -> None:
+        """Count a message that came too late, twice, or for an earlier epoch."""
+        self.ignored[what] += 1
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""
@@ -221,5 +234,7 @@ class Engine:
             return
         self.links.release(10.0)
         self.loop.stop()
+        if self.pool is not None:
+            self.pool.close()
         self.completions.close()
         self.discovery.withdraw()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sagellm.core.protocols import IntegrityError, ReadyEvent
+from sagellm.core.protocols import IntegrityError, OneSidedConnection, Pledge, ReadyEvent
 
 from .frames import MAX_UNITS, Header
 from .memory import Extent
@@ -90,14 +90,42 @@ class Outflow(Flow):
         self.extent: Extent | None = None
         self.flags = 0
         self._pending: deque[Span] = deque()
+        self._claimed_bytes = 0
+        self._pledges: dict[OneSidedConnection, Pledge] = {}
+
+    def stop(self) -> bool:
+        """Let no further piece begin, and no peer's copy count that has not ended."""
+        with self.lock:
+            self.stopped = True
+            pledges, self._pledges = self._pledges, {}
+        for pledge in pledges.values():
+            pledge.revoke()
+        return not self.busy
+
+    def pledge(self, conn: OneSidedConnection) -> Pledge | None:
+        """Our word to one peer that the blocks stay as they are; None when it cannot be given."""
+        with self.lock:
+            if self.stopped:
+                return None
+            found = self._pledges.get(conn) or conn.pledge()
+            if found is not None:
+                self._pledges[conn] = found
+            return found
 
     def queue(self, spans: Iterable[Span]) -> None:
         """Add units to send."""
         with self.lock:
             self._pending.extend(spans)
 
-    def claim(self, chunk_bytes: int) -> Chunk | None:
-        """The next units to send; None when there are none, or none that are ready."""
+    def claim(self, first_bytes: int, chunk_bytes: int) -> Chunk | None:
+        """The next units to send; None when there are none, or none that are ready.
+
+        Args:
+            first_bytes: Of the first chunk at most, so that the receiver begins early; each may
+                be as large as all before it.
+            chunk_bytes: Of any chunk at most.
+
+        """
         with self.lock:
             if self.stopped or self.extent is None:
                 return None
@@ -111,8 +139,10 @@ class Outflow(Flow):
                 if span.after is not None and not span.after.query():
                     self._pending.rotate(-1)
                     continue
-                fit = max(1, chunk_bytes // max(1, self.extent.unit_bytes(span.layer)))
-                count = min(fit, stop - span.first, MAX_UNITS)
+                unit = max(1, self.extent.unit_bytes(span.layer))
+                most = min(chunk_bytes, max(first_bytes, self._claimed_bytes))
+                count = min(max(1, most // unit), stop - span.first, MAX_UNITS)
+                self._claimed_bytes += count * unit
                 self._pending.popleft()
                 if span.first + count < stop:
                     rest = Span(span.layer, span.first + count, stop)

@@ -29,7 +29,7 @@ class Granter:
     def __init__(self, pool: Callable[[], RegisteredPool | None], max_bounce_bytes: int) -> None:
         self._pool = pool
         self._limit = max_bounce_bytes
-        self._used = 0
+        self.used = 0
 
     def plan(
         self, r: Receive, link: Link, offer: wire.Offer
@@ -134,17 +134,17 @@ class Granter:
 
     def _room(self) -> tuple[int, int]:
         """Bytes of bounce buffers that are free now, and that there are at all."""
-        return self._limit - self._used, self._limit
+        return self._limit - self.used, self._limit
 
     def _use(self, r: Receive, made: Destination) -> None:
         r.destination = made
-        self._used += made.bounce_bytes
+        self.used += made.bounce_bytes
 
     def give_back(self, r: Receive) -> bool:
         """Count a transfer's memory as free; False when it had none."""
         if r.destination is None or not r.destination.bounce_bytes:
             return False
-        self._used -= r.destination.bounce_bytes
+        self.used -= r.destination.bounce_bytes
         return True
 
 

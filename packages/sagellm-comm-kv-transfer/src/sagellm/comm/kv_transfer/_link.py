@@ -23,11 +23,12 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._control import Control
-from ._dataplane import DataReader, DataWriter
 from ._dial import Dialler
 from ._flows import Inflow
 from ._invitations import Invitations
 from ._loop import READ, WRITE, EventLoop
+from ._reader import DataReader
+from ._writer import DataWriter
 from .plan import check_layouts
 
 __all__ = ["Link"]
@@ -114,6 +115,11 @@ class Link:
         used = min(len(self._lanes), self.writer.tuner.lanes)
         return f"{self.transport}:{max(1, used)}"
 
+    @property
+    def unread_bytes(self) -> int:
+        """Control bytes that the peer has not taken yet."""
+        return self._out_bytes
+
     def new_tid(self) -> int:
         """A number for a transfer, never given out before on this link."""
         self._next_tid += 1
@@ -193,11 +199,16 @@ class Link:
         except CommError as e:
             error = PeerLostError(f"node {self.peer}: {e}", rank=self.peer)
             lost = e if not isinstance(e, PeerLostError) else error
-            self._loop.call(lambda: self.lose(lost))
+            self._loop.call(lambda: self._lane_lost(lost))
         except Exception as e:
             logger.exception("a bug in a data thread")
             bug = DistributedRuntimeError(f"node {self.peer}: {type(e).__name__}: {e}")
             self._loop.call(lambda: self.lose(bug))
+
+    def _lane_lost(self, error: CommError) -> None:
+        if self.error is None and self._sock is not None:
+            self._read()  # what the peer has said last tells more than a connection that is gone
+        self.lose(error)
 
     def abort_data(self) -> None:
         """Break the data connections, so that no thread stays in the middle of a frame."""

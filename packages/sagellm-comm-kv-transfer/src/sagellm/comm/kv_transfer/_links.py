@@ -6,32 +6,32 @@ import functools
 import logging
 import secrets
 import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import (
     CommError,
     ConfigError,
     DistributedRuntimeError,
-    KVConnection,
     KVLayout,
     PeerLostError,
     ResourceError,
 )
 
-from . import auth, wire
+from . import wire
 from ._accept import Accepted, Doorkeeper
-from ._dataplane import DataReader, DataWriter
+from ._data import DataConnections
 from ._dial import Dialled, Dialler
 from ._flows import Inflow
 from ._lanes import LaneTuner
 from ._link import Link
 from ._meters import Traffic
+from ._opening import Opened, open_lanes
 from ._paths import Paths
+from ._reader import DataReader
+from ._writer import DataWriter
 from .compression import codec_names, create_codec
 from .plan import check_sound
 from .tls import Tls
@@ -42,27 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Links"]
 
 logger = logging.getLogger(__name__)
-
-
-_MAX_LANES = 16
-"""Data connections that one link may announce in its life, those that failed included."""
-
-
-@dataclass
-class _Opened:
-    """The lanes of a link that has just been dialled."""
-
-    transport: str
-    lanes: list[KVConnection]
-    refused: Mapping[str, str]
-    promised: int
-    layout: KVLayout | None
-
-    def close(self) -> None:
-        """Break them."""
-        for conn in self.lanes:
-            conn.abort()
-            conn.close()
 
 
 class Links:
@@ -83,6 +62,7 @@ class Links:
         self._tls = tls
         self._instance = secrets.token_bytes(16)
         self._paths = paths
+        self.data = DataConnections(engine, paths)
         self._links: set[Link] = set()
         self._outgoing: dict[int, Link] = {}
         self._gone: list[Link] = []
@@ -158,7 +138,7 @@ class Links:
         )
         link.dialler.until = until
         self._outgoing[peer] = link
-        self._spawn(link, "out", lambda: self._run_outgoing(link))
+        self.data.spawn(link, "out", lambda: self._run_outgoing(link))
         return link
 
     def why_absent(self, peer: int) -> str:
@@ -189,7 +169,7 @@ class Links:
                 s.io_timeout_s,
                 Traffic(self._engine.meters, "send"),
                 LaneTuner(1, 1),
-                lambda n: self._engine.loop.call(lambda: self.want_lanes(link, n)),
+                lambda n: self._engine.loop.call(lambda: self.data.want(link, n)),
             ),
             make_reader=make_reader,
             max_backlog_bytes=s.max_backlog_bytes,
@@ -201,13 +181,6 @@ class Links:
         self._reap()
         return link
 
-    def _spawn(self, link: Link, name: str, body: Callable[[], None]) -> None:
-        thread = threading.Thread(
-            target=body, name=f"kv-{self._engine.node_id}-{name}-{link.peer}", daemon=True
-        )
-        link.threads.append(thread)
-        thread.start()
-
     # -- dialling ---------------------------------------------------------------------------
 
     def _run_outgoing(self, link: Link) -> None:
@@ -217,7 +190,14 @@ class Links:
         dialled: Dialled | None = None
         try:
             dialled = link.dialler.dial()
-            opened = self._open_lanes(link.peer, dialled)
+            opened = open_lanes(
+                link.peer,
+                dialled,
+                self._paths,
+                self._introduction,
+                self.data.lanes_of,
+                self._engine.settings.handshake_timeout_s,
+            )
         except (CommError, OSError) as e:
             lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
         except Exception as e:
@@ -238,49 +218,7 @@ class Links:
             dialled.control.sock.close()
         loop.call(lambda: link.lose(lost))
 
-    def _open_lanes(self, peer: int, dialled: Dialled) -> _Opened:
-        """Introduce ourselves, and connect by the best transport that works."""
-        engine, limit_s = self._engine, self._engine.settings.handshake_timeout_s
-        s, endpoints = engine.settings, dialled.welcome.endpoints
-        choice = self._paths.choose(endpoints)
-        layout, name = engine.layout, choice.names[0]
-        dialled.control.sock.settimeout(limit_s)
-        ready = wire.Ready(layout, self._codecs, s.codec, name, s.checksum, engine.address)
-        dialled.control.sock.sendall(dialled.control.seal(ready))
-        refused, number = dict(choice.refused), 0
-        for name in choice.names:
-            if number:
-                again = wire.Lane(number, name, refused)
-                dialled.control.sock.sendall(dialled.control.seal(again))
-            token = auth.data_token(dialled.control.session, number)
-            number += 1
-            try:
-                lanes = [self._paths[name].connect(endpoints[name], token, limit_s)]
-                break
-            except CommError as e:
-                refused[name] = str(e)
-                logger.warning("node %d: no %s to node %d: %s", engine.node_id, name, peer, e)
-        else:
-            why = "; ".join(f"{n}: {refused[n]}" for n in choice.names)
-            raise PeerLostError(f"node {peer} cannot be reached by {why}", rank=peer)
-        opened = _Opened(name, lanes, refused, number, layout)
-        try:
-            while len(lanes) < self._lanes_of(name)[0]:
-                number, opened.promised = opened.promised, opened.promised + 1
-                dialled.control.sock.sendall(dialled.control.seal(wire.Lane(number, name)))
-                token = auth.data_token(dialled.control.session, number)
-                lanes.append(self._paths[name].connect(endpoints[name], token, limit_s))
-        except BaseException:
-            opened.close()
-            raise
-        return opened
-
-    def _lanes_of(self, name: str) -> tuple[int, int]:
-        """Lanes to begin with and at most."""
-        fixed = self._engine.settings.lanes
-        return (fixed, fixed) if fixed else self._paths.lanes(name)
-
-    def _on_dialled(self, link: Link, dialled: Dialled, opened: _Opened) -> bool:
+    def _on_dialled(self, link: Link, dialled: Dialled, opened: Opened) -> bool:
         welcome = dialled.welcome
         if link.error is not None:
             opened.close()
@@ -290,7 +228,7 @@ class Links:
         link.instance, link.session = dialled.instance, dialled.control.session
         link.lanes_promised, link.refused = opened.promised, opened.refused
         link.endpoints = welcome.endpoints
-        self._take_path(link, opened.transport)
+        self.data.take_path(link, opened.transport)
         for conn in opened.lanes:
             link.open_lane(conn)
         link.up = True
@@ -299,43 +237,10 @@ class Links:
             dialled.control.sock.close()
             return False
         for conn in opened.lanes[1:]:
-            self._spawn_data(link, "out", conn, link.writer.run)
+            self.data.spawn_data(link, "out", conn, link.writer.run)
         link.attach(dialled.control)
         self._met(link, opened.layout)
         return link.error is None
-
-    def want_lanes(self, link: Link, count: int) -> None:
-        """Open more lanes, or have them opened by the side that dials."""
-        if link.error is not None or count <= len(link.lanes):
-            return
-        if not link.outgoing:
-            link.send(wire.MoreLanes(count))
-        elif count <= self._lanes_of(link.transport)[1] and not link.lanes_awaited:
-            number = link.lanes_promised
-            link.lanes_promised, link.lanes_awaited = number + 1, 1
-            link.send(wire.Lane(number, link.transport))
-            self._spawn(link, "more", lambda: self._run_more(link, number))
-
-    def _run_more(self, link: Link, number: int) -> None:
-        """Open one more lane, then send on it."""
-        transport, limit_s = self._paths[link.transport], self._engine.settings.handshake_timeout_s
-        token = auth.data_token(link.session, number)
-        try:
-            conn = transport.connect(link.endpoints[link.transport], token, limit_s)
-        except CommError as e:
-            logger.warning(
-                "node %d: no further lane to node %d: %s", self._engine.node_id, link.peer, e
-            )
-            self._engine.loop.call(lambda: self._no_more(link))
-            return
-        if self._hand_over(link, conn):
-            link.run_data(conn, link.writer.run)
-
-    def _no_more(self, link: Link) -> None:
-        link.lanes_awaited = 0
-        link.writer.tuner.limit(len(link.lanes))
-
-    # -- being dialled ----------------------------------------------------------------------
 
     def _admit(self, peer: int, instance: bytes) -> None:
         """Refuse a second owner of a node id, and more peers than there is room for."""
@@ -350,7 +255,8 @@ class Links:
                     rank=peer,
                 )
         limit = self._engine.settings.max_links
-        others = sum(not k.outgoing and k.peer != peer for k in self)
+        self._reap()
+        others = sum(not k.outgoing and k.peer != peer for k in self) + len(self._gone)
         if others >= limit:
             raise ResourceError(f"{others} nodes are connected already; max_links is {limit}")
 
@@ -364,97 +270,18 @@ class Links:
         link.instance, link.session = accepted.instance, accepted.control.session
         link.up = True
         self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
-        self.expect_lane(link, wire.Lane(0, ready.transport))
+        self.data.expect(link, wire.Lane(0, ready.transport))
         if link.error is not None:
             accepted.control.sock.close()
             return
         link.attach(accepted.control)
         self._met(link, None)
 
-    def expect_lane(self, link: Link, lane: wire.Lane) -> None:
-        """The peer is about to open a data connection; another transport is a new path."""
-        if link.outgoing or lane.number != link.lanes_promised or lane.number >= _MAX_LANES:
-            text = f"node {link.peer} announces data connection {lane.number} out of turn"
-            link.lose(DistributedRuntimeError(text))
-            return
-        if lane.transport not in self._paths:
-            text = (
-                f"node {link.peer} chose transport {lane.transport!r}; here are {list(self._paths)}"
-            )
-            link.lose(ConfigError(text))
-            return
-        if lane.transport != link.transport:
-            self._take_path(link, lane.transport)
-            link.refused = {n: f"node {link.peer}: {r[:1024]}" for n, r in lane.refused.items()}
-        link.lanes_promised += 1
-        link.lanes_awaited += 1
-        token = auth.data_token(link.session, lane.number)
-        self._spawn(link, "in", lambda: self._run_incoming(link, lane.transport, token))
-
-    def _run_incoming(self, link: Link, name: str, token: bytes) -> None:
-        """Wait for one lane, then receive on it."""
-        try:
-            conn = self._paths[name].accept(token, self._engine.settings.handshake_timeout_s)
-        except CommError as e:
-            error = PeerLostError(f"node {link.peer}: {e}", rank=link.peer)
-            self._engine.loop.call(lambda: self._lane_missing(link, error))
-            return
-        if self._hand_over(link, conn):
-            link.run_data(conn, link.reader.run)
-
-    def _lane_missing(self, link: Link, error: CommError) -> None:
-        link.lanes_awaited -= 1
-        if link.lanes or link.lanes_awaited:
-            logger.debug("node %d: a lane did not come: %s", self._engine.node_id, error)
-        else:
-            link.lose(error)
-
-    def more_lanes(self, link: Link, message: wire.MoreLanes) -> None:
-        """The peer has much to send over a link of ours."""
-        if link.outgoing:
-            self.want_lanes(link, message.count)
-
-    # -- lanes ------------------------------------------------------------------------------
-
-    def _take_path(self, link: Link, name: str) -> None:
-        start, most = self._lanes_of(name)
-        link.transport = name
-        link.writer.tuner = LaneTuner(start, most, fixed=bool(self._engine.settings.lanes))
-        link.writer.traffic.transport = link.reader.traffic.transport = name
-
-    def _hand_over(self, link: Link, conn: KVConnection) -> bool:
-        """Give a lane that came later to its link; off the loop."""
-        try:
-            return self._engine.loop.run(lambda: self._on_lane(link, conn), 60.0)
-        except CommError as e:  # the channel closed meanwhile: nobody else knows of it
-            logger.debug("a lane of node %d came late: %s", link.peer, e)
-            conn.close()
-            return False
-
-    def _on_lane(self, link: Link, conn: KVConnection) -> bool:
-        link.lanes_awaited -= 1
-        opened = link.open_lane(conn)
-        if opened and link.serves:
-            self._spawn_back(link, conn)
-        return opened
-
-    def ensure_both_ways(self, link: Link) -> None:
-        """Have blocks go the other way, too: an incoming link sends, an outgoing one receives."""
-        if not link.serves:
-            link.serves = True
-            for conn in link.lanes:
-                self._spawn_back(link, conn)
-
-    def _spawn_back(self, link: Link, conn: KVConnection) -> None:
-        if link.outgoing:
-            self._spawn_data(link, "fetch", conn, link.reader.run)
-        else:
-            self._spawn_data(link, "serve", conn, link.writer.run)
-
-    def _spawn_data(
-        self, link: Link, name: str, conn: KVConnection, body: Callable[[KVConnection], None]
-    ) -> None:
-        self._spawn(link, name, lambda: link.run_data(conn, body))
+    def _introduction(self, transport: str) -> wire.Ready:
+        s, engine = self._engine.settings, self._engine
+        return wire.Ready(
+            engine.layout, self._codecs, s.codec, transport, s.checksum, engine.address
+        )
 
     # -- agreeing ---------------------------------------------------------------------------
 

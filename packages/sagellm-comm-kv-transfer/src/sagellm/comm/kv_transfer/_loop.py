@@ -20,6 +20,9 @@ from sagellm.core.protocols import CommTimeoutError, PeerLostError
 __all__ = ["READ", "WRITE", "EventLoop", "Timer"]
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 3600.0
+"""The kernel counts milliseconds in 32 bits, and a deadline may be years away."""
 T = TypeVar("T")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -176,7 +179,9 @@ class EventLoop:
                 self._guard(timer.callback)
         if self._calls:
             return 0.0
-        return max(0.0, self._timers[0][0] - now) if self._timers else None
+        if not self._timers:
+            return None
+        return min(max(0.0, self._timers[0][0] - now), _LONGEST_WAIT_S)
 
     @staticmethod
     def _guard(callback: Callable[[], object]) -> None:

@@ -9,9 +9,9 @@ from sagellm.core.protocols import CommError, TransferKey
 
 from ._bounce import Destination
 from ._flows import Inflow
+from ._limits import Watch
 from ._link import Link
-from ._loop import Timer
-from .plan import Part
+from .plan import Part, coverage_gap
 from .pool import BlockTable, RegisteredPool
 from .transfer import TransferHandle
 
@@ -82,14 +82,47 @@ class Receive:
         self.open_groups: set[str] = set()
         self.destination: Destination | None = None
         self.error: CommError | None = None
-        self.landed = False
-        self.finished = False
-        self.timer: Timer | None = None
+        self.watch: Watch | None = None
 
     @property
     def key(self) -> TransferKey:
         """Its key."""
         return self.handle.key
+
+    def expect(self) -> None:
+        """What its senders bring, and what nobody brings yet."""
+        self.open_groups = {
+            name
+            for name, part in self.wanted.items()
+            if coverage_gap(part, [p for s in self.sources if (p := s.parts.get(name)) is not None])
+        }
+        self.handle.expect(
+            sum(s.inflow.total_bytes for s in self.sources),
+            sum(s.inflow.total_units for s in self.sources),
+            max((s.inflow.extent.layers for s in self.sources), default=0),
+        )
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Report those of these layers that are in place and verified."""
+        names = self.destination.group_names if self.destination is not None else []
+        done = [
+            i
+            for i in layers
+            if not (names and names[i] in self.open_groups)
+            and all(s.inflow.layer_complete(i) for s in self.sources)
+        ]
+        if done:
+            self.handle.layers_done(done)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sender has brought all it was to bring, and nothing is missing."""
+        counts = self.destination.counts if self.destination is not None else {}
+        return (
+            bool(self.sources)
+            and not any(counts.get(name, 1) for name in self.open_groups)
+            and all(s.sealed and s.inflow.complete for s in self.sources)
+        )
 
     @property
     def came(self) -> set[int]:

@@ -8,7 +8,6 @@ replicated heads cross the wire once. Everything here runs on the event loop, ex
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,18 +22,20 @@ from sagellm.core.protocols import (
     KVBlock,
     ResourceError,
     TransferKey,
-    TransferState,
 )
 
 from . import wire
+from ._backlog import Backlog
 from ._flows import Inflow
 from ._granting import Granter
+from ._limits import Watch
 from ._link import Link
 from ._receive import End, Receive, Source
-from ._records import Memory, failure
+from ._records import Memory, ending, failure
 from .frames import SEALED, Header
-from .plan import check_layouts, coverage_gap, shared_parts
+from .plan import check_layouts, shared_parts
 from .pool import BlockTable, PoolExtent
+from .state import RULES, Event, Phase
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
@@ -57,16 +58,23 @@ class Receiving:
         self._engine = engine
         self._active: dict[TransferKey, Receive] = {}
         self._next: list[Receive] = []
-        self._fetches: set[Receive] = set()
-        self._parked: dict[tuple[Link, int], wire.Offer] = {}
+        limits = engine.settings
+        self.live: set[Receive] = set()
+        self.unconfirmed: set[Receive] = set()
+        self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
-        self._ended: Memory[TransferKey, End] = Memory(engine.settings.max_remembered)
-        self._granter = Granter(lambda: engine.pool, engine.settings.max_bounce_bytes)
+        self._ended: Memory[TransferKey, End] = Memory(limits.max_remembered)
+        self._granter = Granter(lambda: engine.pool, limits.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Memory of transfers without destination, now."""
+        return self._granter.used
 
     def in_flight(self) -> list[TransferHandle]:
         """Receives that have not ended."""
-        return [r.handle for r in (*self._active.values(), *self._next, *self._fetches)]
+        return [r.handle for r in self.live]
 
     # -- from this node ---------------------------------------------------------------------
 
@@ -93,15 +101,15 @@ class Receiving:
             self._active[r.key] = r
         else:
             self._next.append(r)
-        self._arm(r)
+        self._watch(r)
         if not r.named:
-            for (link, _), offer in self._parked.items():
+            for link, offer in self.parked:
                 if self._name(r, link, TransferKey(offer.id, offer.attempt)):
                     break
         if self._active.get(r.key) is r:
-            for (link, tid), offer in list(self._parked.items()):
-                if (offer.id, offer.attempt) == r.key and r.error is None:
-                    del self._parked[link, tid]
+            for link, offer in self.parked.of(r.key.id):
+                if offer.attempt == r.key.attempt and r.error is None:
+                    self.parked.pop(link, offer.tid)
                     self._join(r, link, offer)
             for link in self._engine.links:
                 self._refuse_misfits(link)
@@ -110,11 +118,12 @@ class Receiving:
 
     def _repeat(self, r: Receive, end: End) -> TransferHandle:
         if end.error is not None:
+            r.handle.take(ending(end.error))
             r.error = end.error
             self._quiet(r)
         elif end.fingerprint is not None and end.fingerprint == r.fingerprint():
-            r.handle.step(TransferState.ACCEPTED)
-            r.handle.land()
+            r.handle.take(Event.ACCEPT)
+            r.handle.take(Event.COMPLETE)
         else:
             raise ConfigError(
                 f"{r.key.id}/{r.key.attempt} has landed here before, in other blocks; "
@@ -125,8 +134,7 @@ class Receiving:
     def fetch(self, r: Receive, peer: int, layers: Sequence[int] | None) -> None:
         """Begin to pull."""
         r.fetch_from, r.fetch_layers = peer, layers
-        self._fetches.add(r)
-        self._arm(r)
+        self._watch(r)
 
     def request(
         self, r: Receive, link: Link, src_blocks: BlockTable | None, deadline_s: float
@@ -161,7 +169,7 @@ class Receiving:
                 deadline_s,
             )
         )
-        r.handle.step(TransferState.ACCEPTED)
+        r.handle.take(Event.ACCEPT)
         self._maybe_land(r)
 
     # -- from peers -------------------------------------------------------------------------
@@ -169,7 +177,7 @@ class Receiving:
     def on_offer(self, link: Link, offer: wire.Offer) -> None:
         """A peer wants to push."""
         name = (link, offer.tid)
-        if name in self._by_tid or name in self._parked or offer.tid >= wire.INVITED:
+        if name in self._by_tid or name in self.parked or offer.tid >= wire.INVITED:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {offer.tid} twice")
             )
@@ -184,25 +192,20 @@ class Receiving:
             else:
                 link.send(failure(offer.tid, end.error))
         else:
-            self._parked[link, offer.tid] = offer
             for candidate in list(self._next):
                 if self._name(candidate, link, key):
-                    del self._parked[link, offer.tid]
                     self._join(candidate, link, offer)
                     return
-            mine = [o for (of, _), o in self._parked.items() if of is link]
-            limits = self._engine.settings
-            held = sum(map(wire.held_bytes, mine))
-            if len(mine) > limits.max_in_flight or held > limits.max_backlog_bytes:
-                del self._parked[link, offer.tid]
+            if not self.parked.add(link, offer):
                 full = f"node {self._engine.node_id} holds too many offers nobody has received"
                 link.send(failure(offer.tid, ResourceError(full)))
 
     def on_sealed(self, link: Link, message: wire.Sealed) -> None:
         """A stream is complete."""
-        if (parked := self._parked.get((link, message.tid))) is not None:
-            self._parked[link, message.tid] = msgspec.structs.replace(
-                parked, sealed=True, num_tokens=message.num_tokens
+        if (parked := self.parked.get(link, message.tid)) is not None:
+            tokens = message.num_tokens
+            self.parked.replace(
+                link, msgspec.structs.replace(parked, sealed=True, num_tokens=tokens)
             )
         elif (entry := self._by_tid.get((link, message.tid))) is not None:
             r, source = entry
@@ -219,18 +222,20 @@ class Receiving:
 
     def on_release(self, link: Link, tid: int) -> None:
         """The sender knows that it has landed."""
-        entry = self._by_tid.pop((link, tid), None)
-        link.inflows.pop(tid, None)
-        if entry is not None:
-            r, source = entry
-            source.released = True
-            if r.landed and all(s.released for s in r.sources):
-                r.handle.step(TransferState.RELEASED)
+        entry = self._by_tid.get((link, tid))
+        if entry is None or entry[0].handle.phase is not Phase.LANDED:
+            self._engine.ignore("release")
+            return
+        r, source = entry
+        self._drop(source)
+        source.released = True
+        if all(s.released for s in r.sources):
+            self._release(r)
 
     def on_fail(self, link: Link, tid: int, error: CommError) -> bool:
         """The sender gave up; False when it is none of ours."""
-        if (offer := self._parked.pop((link, tid), None)) is not None:
-            self._remember(TransferKey(offer.id, offer.attempt), error)
+        if (offer := self.parked.pop(link, tid)) is not None:
+            self._ended[TransferKey(offer.id, offer.attempt)] = End(error, None)
             return True
         if (entry := self._by_tid.get((link, tid))) is not None:
             self.fail(entry[0], error)
@@ -246,12 +251,12 @@ class Receiving:
         if (r := self._active.get(key)) is not None:
             self.fail(r, error)
             return
-        for (link, tid), offer in list(self._parked.items()):
-            if (offer.id, offer.attempt) == key:
-                del self._parked[link, tid]
-                link.send(failure(tid, error))
+        for link, offer in self.parked.of(key.id):
+            if offer.attempt == key.attempt:
+                self.parked.pop(link, offer.tid)
+                link.send(failure(offer.tid, error))
         if self._ended.get(key) is None:
-            self._remember(key, error)
+            self._ended[key] = End(error, None)
 
     def on_frame(
         self, link: Link, flow: Inflow, head: Header, fresh: list[int], again: list[int]
@@ -276,7 +281,7 @@ class Receiving:
             spans = [(head.layer, head.first + i, 1) for i in fresh]
             loop.call(lambda: link.send(wire.Nack(flow.tid, spans)))
         if flow.layer_complete(head.layer):
-            self._check_layers(r, (head.layer,))
+            r.check_layers((head.layer,))
             loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
             if flow.complete:
                 loop.call(lambda: self._maybe_land(r))
@@ -299,13 +304,12 @@ class Receiving:
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what came over a link, or was to come from its node."""
-        for key in [k for k in self._parked if k[0] is link]:
-            del self._parked[key]
+        self.parked.drop(link)
         for key in [k for k in self._by_tid if k[0] is link]:
             if (entry := self._by_tid.get(key)) is None:
                 continue
             r, source = entry
-            if r.landed:
+            if r.handle.phase is Phase.LANDED:
                 self.on_release(*key)
             elif not source.awaited:
                 self.fail(r, error)
@@ -319,11 +323,21 @@ class Receiving:
 
     # -- the life of a receive --------------------------------------------------------------
 
-    def _arm(self, r: Receive) -> None:
-        left = max(0.0, r.handle.deadline - time.monotonic())
-        r.timer = self._engine.loop.call_later(left, lambda: self._expire(r))
+    def _watch(self, r: Receive) -> None:
+        self.live.add(r)
+        r.watch = Watch(
+            self._engine.loop,
+            r.handle,
+            self._engine.settings.quiesce_s,
+            lambda: self._expire(r),
+            lambda: self._break_off(r),
+        )
+        r.watch.follow()
 
     def _expire(self, r: Receive) -> None:
+        if RULES[r.handle.phase].at_limit is Event.RELEASE:  # its sender's word is of no need
+            self._release(r)
+            return
         self.fail(
             r,
             CommTimeoutError(
@@ -357,15 +371,24 @@ class Receiving:
                 heard = link.layouts_heard
                 link.send(wire.Invite(inflow.tid, *r.key, counts, parts, heard))
 
+    def _release(self, r: Receive) -> None:
+        if r.handle.take(Event.RELEASE) is not None:
+            for s in r.sources:
+                self._drop(s)
+            self._follow(r)
+
+    def _drop(self, s: Source) -> None:
+        self._by_tid.pop((s.link, s.inflow.tid), None)
+        s.link.inflows.pop(s.inflow.tid, None)
+
     def _withdraw(self, r: Receive, link: Link) -> None:
         """Forget an invitation that its sender has not taken and will not take."""
         for s in r.sources:
             if s.link is link and s.awaited:
                 s.inflow.stop()
-                del self._by_tid[link, s.inflow.tid]
-                link.inflows.pop(s.inflow.tid, None)
+                self._drop(s)
                 r.sources.remove(s)
-                self._expect(r)
+                r.expect()
                 return
 
     def _join(self, r: Receive, link: Link, offer: wire.Offer) -> None:
@@ -398,105 +421,77 @@ class Receiving:
         if offer.sealed:
             r.handle.num_tokens = offer.num_tokens
         self._enter(r, source)
-        r.handle.step(TransferState.ACCEPTED)
+        r.handle.take(Event.ACCEPT)
         link.send(wire.Grant(offer.tid, dict(parts)))
         self._maybe_land(r)
 
     def _enter(self, r: Receive, source: Source) -> None:
         r.sources.append(source)
         link, inflow = source.link, source.inflow
-        self._expect(r)
+        r.expect()
         r.handle.via(link.path)
         self._by_tid[link, inflow.tid] = (r, source)
         link.inflows[inflow.tid] = inflow
-        self._check_layers(r, range(inflow.extent.layers))
-
-    @staticmethod
-    def _expect(r: Receive) -> None:
-        r.open_groups = {
-            name
-            for name, part in r.wanted.items()
-            if coverage_gap(part, [p for s in r.sources if (p := s.parts.get(name)) is not None])
-        }
-        r.handle.expect(
-            sum(s.inflow.total_bytes for s in r.sources),
-            sum(s.inflow.total_units for s in r.sources),
-            max((s.inflow.extent.layers for s in r.sources), default=0),
-        )
-
-    def _check_layers(self, r: Receive, layers: Sequence[int]) -> None:
-        names = r.destination.group_names if r.destination is not None else []
-        done = [
-            i
-            for i in layers
-            if not (names and names[i] in r.open_groups)
-            and all(s.inflow.layer_complete(i) for s in r.sources)
-        ]
-        if done:
-            r.handle.layers_done(done)
+        r.check_layers(range(inflow.extent.layers))
 
     def _maybe_land(self, r: Receive) -> None:
-        if r.error is not None or r.landed or not r.sources:
+        if not r.complete or RULES[r.handle.phase].safe or r.error is not None:
             return
-        counts = r.destination.counts if r.destination is not None else {}
-        if any(counts.get(name, 1) for name in r.open_groups):
-            return
-        if not all(s.sealed and s.inflow.complete for s in r.sources):
-            return
-        r.landed = True
-        self._forget(r)
-        if r.fetch_from is None:
-            self._remember(r.key, None, r.fingerprint())
-        for s in r.sources:
-            s.inflow.stop()
-            s.link.send(wire.Done(s.inflow.tid))
         blocks: Sequence[KVBlock] = ()
         if r.destination is not None:
             blocks = r.destination.blocks()
+        for s in r.sources:
+            s.inflow.stop()
         self._free(r)
-        r.handle.land(blocks)
+        step = r.handle.take(Event.COMPLETE, blocks=blocks)
+        assert step is not None, "only what was accepted is complete"
+        if r.fetch_from is None:
+            self._ended[r.key] = End(None, r.fingerprint())
+        if step.tells:
+            for s in r.sources:
+                s.link.send(wire.Done(s.inflow.tid))
+        self._follow(r)
         self._engine.completed(r.handle, None)
 
     def fail(self, r: Receive, error: CommError) -> None:
         """End a receive: tell its senders, fence its blocks, then tell its caller."""
-        if r.error is not None or r.landed:
+        step = r.handle.take(ending(error))
+        if step is None:
             return
         r.error = error
-        self._forget(r)
+        self._follow(r)
         told = set()
         for link, offer in [(of, o) for x, of, o in self._starved if x is r]:
             link.send(failure(offer.tid, error))
             told.add(link)
         self._starved = [entry for entry in self._starved if entry[0] is not r]
         for s in r.sources:
-            s.link.send(failure(s.inflow.tid, error))
+            if step.tells:
+                s.link.send(failure(s.inflow.tid, error))
             told.add(s.link)
             self._by_tid.pop((s.link, s.inflow.tid), None)
             s.link.inflows.pop(s.inflow.tid, None)
             s.inflow.idle = lambda: self._engine.loop.call(lambda: self._quiet(r))
             s.inflow.stop()
         if r.fetch_from is None and (r.named or r.sources):
-            self._remember(r.key, error)
+            self._ended[r.key] = End(error, None)
             self._engine.gossip(r.key, error, told)
         self._quiet(r)
-        if not r.finished:
-            self._engine.loop.call_later(
-                self._engine.settings.quiesce_s, lambda: self._break_off(r)
-            )
 
     def _quiet(self, r: Receive) -> None:
         """Finish a failed receive once no thread writes its blocks any more."""
-        if r.finished or any(s.inflow.busy for s in r.sources):
+        if any(s.inflow.busy for s in r.sources):
             return
-        r.finished = True
         assert r.error is not None, "only failed receives come here"
-        self._free(r)
         invalid = r.destination_ids()
         came = sorted(r.came | (r.senders or frozenset()))
         who = f"from node {', '.join(map(str, came))}" if came else "from any node"
         error = transfer_error(r.key, who, r.error, invalid)
-        r.handle.fail(error)
-        self._engine.completed(r.handle, error)
+        if r in self.live:
+            self._free(r)
+        if r.handle.take(Event.IDLE, error=error) is not None:
+            self._follow(r)
+            self._engine.completed(r.handle, error)
 
     def _break_off(self, r: Receive) -> None:
         for s in r.sources:
@@ -505,24 +500,27 @@ class Receiving:
 
     def close(self, error: CommError) -> None:
         """Fail everything."""
-        for r in (*self._active.values(), *self._next, *self._fetches):
+        for r in list(self.live):
             self.fail(r, error)
 
     # -- bookkeeping ------------------------------------------------------------------------
 
-    def _remember(
-        self, key: TransferKey, error: CommError | None, fingerprint: int | None = None
-    ) -> None:
-        self._ended[key] = End(error, fingerprint)
-
-    def _forget(self, r: Receive) -> None:
-        if r.timer is not None:
-            r.timer.cancel()
-        if self._active.get(r.key) is r:
-            del self._active[r.key]
-        if r in self._next:
-            self._next.remove(r)
-        self._fetches.discard(r)
+    def _follow(self, r: Receive) -> None:
+        """Keep the books and the limit of the phase that a receive is in now."""
+        rule = RULES[r.handle.phase]
+        if not rule.moves:
+            if self._active.get(r.key) is r:
+                del self._active[r.key]
+            if r in self._next:
+                self._next.remove(r)
+        if rule.safe:
+            self.live.discard(r)
+        if r.handle.phase is Phase.LANDED:
+            self.unconfirmed.add(r)
+        else:
+            self.unconfirmed.discard(r)
+        if r.watch is not None:
+            r.watch.follow()
 
     def _free(self, r: Receive) -> None:
         """Give back leases and room; then let those start that waited for it."""

@@ -57,6 +57,10 @@ class Discovery(ABC):
         """Address this node is expected at; None leaves the choice."""
         return None
 
+    def addresses(self) -> list[str]:
+        """Addresses of other nodes that are written down; never blocks."""
+        return []
+
     def publish(self, address: str) -> None:
         """Tell the others where this node is."""
         return None
@@ -217,6 +221,10 @@ class StaticPeers(Discovery):
         if self._path is not None:
             self._peers = self._read(self._path)
         return self._peers.get(node_id)
+
+    def addresses(self) -> list[str]:
+        """The written ones."""
+        return [a for n, a in sorted(self._peers.items()) if n != self.node_id]
 
     def others(self) -> list[int]:
         """All written ids."""

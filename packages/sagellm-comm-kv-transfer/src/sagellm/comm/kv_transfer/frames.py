@@ -3,7 +3,8 @@
 A frame is a fixed header, a table with one entry per block, and the payload: the blocks' bytes
 in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
 in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
-entries also hold each block's coded length. Header and table carry their own digest.
+entries also hold each block's coded length. Where the receiver reads the sender's memory, the
+payload is a reference to the bytes. Header and table carry their own digest.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from sagellm.core.protocols import IntegrityError
 
@@ -23,6 +22,7 @@ __all__ = [
     "HEADER_BYTES",
     "MAX_UNITS",
     "RAW_BIT",
+    "REF",
     "SEALED",
     "Header",
     "block_sum",
@@ -34,6 +34,9 @@ MAX_UNITS = 4096
 
 CODED = 1
 """Flag: the payload is coded and the table holds lengths."""
+
+REF = 2
+"""Flag: the payload is a reference to the bytes."""
 
 SEALED = 8
 """Flag: the transfer is whole, no message seals it; for those that use an invitation."""
@@ -57,7 +60,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED` and `SEALED`.
+        flags: `CODED` or `REF`, and `SEALED`.
         table_digest: xxh3 of the table.
 
     """
@@ -107,6 +110,8 @@ class Header:
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
+        if flags & ~SEALED not in (0, CODED, REF):
+            raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
 
 
@@ -118,13 +123,10 @@ def block_sum(views: Iterable[memoryview], layer: int, position: int) -> int:
     return digest.intdigest()
 
 
-def block_sums(
-    blocks: Sequence[Sequence[memoryview]], layer: int, first: int
-) -> NDArray[np.uint64]:
+def block_sums(blocks: Sequence[Sequence[memoryview]], layer: int, first: int) -> list[int]:
     """`block_sum` of consecutive blocks."""
     seed, one = (layer << 32) + first, xxhash.xxh3_64_intdigest
-    sums = [
+    return [
         one(views[0], seed + i) if len(views) == 1 else block_sum(views, layer, first + i)
         for i, views in enumerate(blocks)
     ]
-    return np.array(sums, dtype="<u8")

@@ -34,7 +34,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         checksum: Check every block with xxh3 on arrival; on for a link when either side says so.
         chunk_bytes: Bytes that one frame carries at most, unless one block is larger.
         page_bytes: Plain tensors are cut into pieces of this size.
-        socket_buffer_bytes: Kernel buffer of a data connection, each way.
+        socket_buffer_bytes: Kernel buffer of a data connection, each way; 0 takes 256 KiB within
+            a host and 1 MiB between hosts.
         handshake_timeout_s: A connection that has not authenticated by then is closed.
         io_timeout_s: A frame that makes no progress for so long loses its peer.
         quiesce_s: How long a failed transfer waits for its last frame before the connection
@@ -63,7 +64,7 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     checksum: bool = True
     chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 4 * MIB
     page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB
-    socket_buffer_bytes: Count = MIB
+    socket_buffer_bytes: Annotated[int, pydantic.Field(ge=0, le=GIB)] = 0
     handshake_timeout_s: Seconds = 5.0
     io_timeout_s: Seconds = 30.0
     quiesce_s: Seconds = 0.5

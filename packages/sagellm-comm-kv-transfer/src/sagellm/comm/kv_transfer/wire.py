@@ -259,6 +259,19 @@ class MoreLanes(_Message, frozen=True, tag="more_lanes"):
     count: int
 
 
+class Ask(_Message, frozen=True, tag="ask"):
+    """Either way: what do you hold, and whom do you wait for?"""
+
+    number: int
+
+
+class Answer(_Message, frozen=True, tag="answer"):
+    """To an `Ask`: a JSON object."""
+
+    number: int
+    text: str
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this channel closes."""
 
@@ -281,6 +294,8 @@ Session = (
     | KeyFail
     | Lane
     | MoreLanes
+    | Ask
+    | Answer
     | Bye
 )
 Message = Handshake | Session

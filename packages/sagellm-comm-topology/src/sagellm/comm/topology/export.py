@@ -1,4 +1,4 @@
-"""A topology as JSON that other programs can read, and as the matrix that people know."""
+"""A topology as JSON, as NCCL's XML, and as the matrix that people know."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import msgspec
 
 from sagellm.core.protocols import Device, IntegrityError, TopologyInfo
 
+from ._nccl_export import to_nccl_xml as to_nccl_xml
 from .graph import TopologyGraph
 
-__all__ = ["SCHEMA", "column_labels", "from_json", "pair_label", "to_json", "to_matrix"]
+__all__ = [
+    "SCHEMA",
+    "column_labels",
+    "from_json",
+    "pair_label",
+    "to_json",
+    "to_matrix",
+    "to_nccl_xml",
+]
 
 SCHEMA = "sagellm.topology/1"
 """Schema of the JSON; readers ignore fields they do not know."""

@@ -146,7 +146,6 @@ main = Benchmark(
     metric="cost",
     unit="as the case's `per` says",
     repeats=5,
-    warmup=1,
     distributions=(
         "torch", "numpy", "xxhash", "nixl-cu12", "mooncake-transfer-engine-non-cuda", "pyzmq",
     ),

@@ -85,7 +85,6 @@ main = Benchmark(
     ratios=ratios,
     metric="latency",
     repeats=5,
-    warmup=1,
     distributions=(
         "torch", "numpy", "xxhash", "nixl-cu12", "mooncake-transfer-engine-non-cuda", "pyzmq",
     ),

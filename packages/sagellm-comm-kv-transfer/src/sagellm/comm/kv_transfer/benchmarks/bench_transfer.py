@@ -2,13 +2,14 @@
 
 Contenders are pairs of processes, interleaved in random order within each repetition. The time
 runs from the first side's start until the receiver has the last byte in place and knows it,
-tables of blocks included; what arrived is compared with what was sent after every turn. Four
+tables of blocks included; what arrived is compared with what was sent after every turn. Five
 kinds of work:
 
 * `blocks`: 256 MiB and 1 GiB in blocks of 64 KiB to 4 MiB;
 * `gil`: the same while a Python thread of the receiver holds the GIL;
 * `link`: over a link shaped to 1 Gbit/s between two network namespaces, which needs root;
-* `many`: 1 000 transfers of 1 MiB, at once and one after the other.
+* `many`: 1 000 transfers of 1 MiB, at once and one after the other;
+* `device`: scattered blocks of a GPU to the host, which needs one.
 
 Loopback is a test of copying by the CPU, not of a network: RDMA and fast links are unverified.
 """
@@ -16,15 +17,19 @@ Loopback is a test of copying by the CPU, not of a network: RDMA and fast links 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from sagellm.comm.kv_transfer.staging import HostStaging
+from sagellm.core.protocols import DistributedRuntimeError
 from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Missing, Ratio, Row
 from sagellm.core.protocols.netns import ShapedHosts, why_not
 
 from ._lineup import PEERS, best, figure, medians, ours, run_pairs
 from ._pair import Pair, regions
-from ._turns import GIB, KIB, MIB
+from ._turns import GIB, KIB, MIB, pool_blocks
 from ._worker import Spec
 
 __all__ = ["main"]
@@ -70,6 +75,7 @@ def cases(quick: bool) -> list[Case]:
             "work": "many", "nbytes": transfers * MIB, "block_bytes": 64 * KIB,
             "transfers": transfers,
         },
+        {"work": "device", "nbytes": 256 * MIB, "block_bytes": 64 * KIB},
     ]  # fmt: skip
 
 
@@ -77,6 +83,9 @@ def cases(quick: bool) -> list[Case]:
 def contenders(case: Case) -> Iterator[Contenders]:
     """The pairs of a case; every call returns bytes per second."""
     nbytes = case["nbytes"]
+    if case["work"] == "device":
+        yield _device(case)
+        return
     posted: Callable[[Pair], float] = lambda pair: nbytes / pair.run_posted().seconds  # noqa: E731
     both: Callable[[Pair], float] = lambda pair: nbytes / pair.run().seconds  # noqa: E731
     with contextlib.ExitStack() as stack:
@@ -92,6 +101,47 @@ def contenders(case: Case) -> Iterator[Contenders]:
         }[case["work"]]  # fmt: skip
         measure = posted if case["work"] == "gil" else both
         yield stack.enter_context(run_pairs(specs, shared, measure, hosts))
+
+
+def _device(case: Case) -> Contenders:
+    """Within one process: gathering and copying by `HostStaging`, and one plain pinned copy."""
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = Missing("no CUDA or ROCm device here")
+        return {"gather and copy to the host": reason, "one pinned copy to the host": reason}
+    return _on_device(case)  # pragma: device-only
+
+
+def _on_device(case: Case) -> Contenders:  # pragma: device-only
+    import numpy as np
+    import torch
+
+    total = pool_blocks(case)
+    pool = torch.randint(0, 256, (total, case["block_bytes"]), dtype=torch.uint8, device="cuda")
+    count = case["nbytes"] // case["block_bytes"]
+    host = torch.empty((count, case["block_bytes"]), dtype=torch.uint8, pin_memory=True)
+    staging = HostStaging(pool)
+    turns = itertools.count()
+
+    def staged() -> float:
+        ids = np.random.default_rng(next(turns)).permutation(total)[:count]
+        want = pool[torch.from_numpy(ids[-1:]).cuda()].cpu()
+        started = time.perf_counter()
+        for _, chunk in staging.read(ids):
+            last = chunk
+        rate = case["nbytes"] / (time.perf_counter() - started)
+        if not torch.equal(last[-1:], want):
+            raise DistributedRuntimeError("the last block is not what the device holds")
+        return float(rate)
+
+    def plain() -> float:
+        started = time.perf_counter()
+        host.copy_(pool[:count], non_blocking=True)
+        torch.cuda.synchronize()
+        return float(case["nbytes"] / (time.perf_counter() - started))
+
+    return {"gather and copy to the host": staged, "one pinned copy to the host": plain}
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
@@ -130,6 +180,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
         ("link", "tcp", "one plain socket", 0.95),
         ("many", "tcp, concurrent", "tcp, sequential", 0.9),
         ("many", "shm, concurrent", "shm, sequential", 0.9),
+        ("device", "gather and copy to the host", "one pinned copy to the host", 0.85),
     ):
         pairs = [(c.get(path), c.get(other)) for c in medians(rows, work=work).values()]
         against = f"{other}, link of 1 Gbit/s" if work == "link" else other
@@ -137,8 +188,14 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     return found + _each_case(rows)
 
 
+_BESIDE = {
+    "shm": ("memcpy, one thread", "NIXL", "NIXL, no progress thread"),
+    "tcp": tuple(n for n in PEERS if n not in ("NIXL", "NIXL, no progress thread")),
+}
+
+
 def _each_case(rows: Sequence[Row]) -> list[Ratio]:
-    """Ours over each peer in each case, without goals."""
+    """Ours over each peer of the same path in each case, without goals."""
     blocks = medians(rows, work="blocks")
     found = []
     for row in rows:
@@ -146,7 +203,7 @@ def _each_case(rows: Sequence[Row]) -> list[Ratio]:
             continue
         case = blocks.get(str(dict(row.case)), {})
         mine = case.get(row.contender)
-        for peer in PEERS:
+        for peer in _BESIDE[row.contender.partition(",")[0]]:
             theirs = case.get(peer)
             value = mine / theirs if mine is not None and theirs else None
             found.append(Ratio(f"{row.contender} / {peer}", row.case, value))
@@ -162,7 +219,6 @@ main = Benchmark(
     unit="bytes_per_s",
     better="higher",
     repeats=5,
-    warmup=1,
     distributions=(
         "torch", "numpy", "xxhash", "nixl-cu12", "mooncake-transfer-engine-non-cuda", "pyzmq",
     ),

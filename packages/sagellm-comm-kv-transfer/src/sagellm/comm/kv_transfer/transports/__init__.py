@@ -6,14 +6,20 @@ from ._registry import (
     transport_names as transport_names,
     transport_registry as transport_registry,
 )
+from .shm import (
+    SHM as SHM,
+    ShmTransport as ShmTransport,
+)
 from .tcp import (
     TCP as TCP,
     TcpTransport as TcpTransport,
 )
 
 __all__ = [
+    "SHM",
     "TCP",
     "TRANSPORT_GROUP",
+    "ShmTransport",
     "TcpTransport",
     "load_spec",
     "transport_names",

@@ -13,7 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
-from sagellm.core.protocols import CommTimeoutError, KVConnection, PeerLostError
+from sagellm.core.protocols import CommTimeoutError, IntegrityError, KVConnection, PeerLostError
 
 __all__ = ["IOV_MAX", "SocketConnection"]
 
@@ -60,7 +60,10 @@ class SocketConnection(KVConnection):
         call: Callable[[Sequence[memoryview]], int],
         views: Sequence[memoryview],
         deadline_s: float,
+        *,
+        partly: bool = False,
     ) -> int:
+        """Call until all is moved, or anything if `partly`; returns the number of calls."""
         calls = 0
         last = time.monotonic()
         for start in range(0, len(views), IOV_MAX):
@@ -76,11 +79,15 @@ class SocketConnection(KVConnection):
                             f"{self._peer} took or sent no byte for {deadline_s:g} s"
                         ) from None
                     continue
+                except IntegrityError:
+                    raise
                 except OSError as e:
                     raise PeerLostError(f"the connection to {self._peer} broke: {e}") from e
                 if moved == 0 and any(map(len, batch)):
                     raise PeerLostError(f"{self._peer} closed the connection")
                 calls += 1
+                if partly:
+                    return calls
                 last = time.monotonic()
                 batch = _rest(batch, moved)
         return calls

@@ -42,6 +42,7 @@ class Regret:
         chosen: What `select` took.
         best: What is fastest in truth.
         regret: Time of the chosen over that of the best, less 1.
+        chance: Share of the algorithms whose regret is at most 5 %: what luck would do.
 
     """
 
@@ -51,6 +52,7 @@ class Regret:
     chosen: str
     best: str
     regret: float
+    chance: float
 
 
 def simulated_regrets(seed: int, *, calibrated: bool) -> list[Regret]:
@@ -79,9 +81,14 @@ def simulated_regrets(seed: int, *, calibrated: bool) -> list[Regret]:
     for nbytes in HELD_OUT:
         times = {a: t for (a, n), t in truth.items() if n == nbytes}
         chosen, _ = model.select(table, op, nbytes, len(group))
-        best = min(times, key=lambda a: (times[a], a))
-        found.append(Regret(seed, op, nbytes, chosen, best, times[chosen] / times[best] - 1))
+        found.append(_regret(seed, op, nbytes, chosen, times))
     return found
+
+
+def _regret(seed: int, op: str, nbytes: int, chosen: str, times: Mapping[str, float]) -> Regret:
+    best = min(times, key=lambda a: (times[a], a))
+    chance = sum(t <= 1.05 * times[best] for t in times.values()) / len(times)
+    return Regret(seed, op, nbytes, chosen, best, times[chosen] / times[best] - 1, chance)
 
 
 def _truth(
@@ -138,6 +145,5 @@ def recorded_regrets(curves: Curves) -> list[Regret]:
         for nbytes in common[1::2]:
             chosen, _ = model.select(type(table)("", table.version, only), op, nbytes, ranks)
             times = {s: curves[n][2][nbytes] for s, n in zip(stand_ins, (a, b), strict=True)}
-            best = min(times, key=lambda s: times[s])
-            found.append(Regret(number, op, nbytes, chosen, best, times[chosen] / times[best] - 1))
+            found.append(_regret(number, op, nbytes, chosen, times))
     return found

@@ -174,6 +174,13 @@ class KVTransport(ABC):
     def accept(self, token: bytes, deadline_s: float) -> KVConnection:
         """The incoming connection that presents `token`; others are closed and counted."""
 
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` of this token, which waits or is about to, raise PeerLostError.
+
+        A transport that cannot lets it end at its deadline. From any thread.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release listeners and threads. Idempotent."""

@@ -96,7 +96,7 @@ class Links:
         return self._door.rejected + self._paths.rejected
 
     def traffic(self) -> Counter[str]:
-        """Bytes `sent`, `received`, `wire_sent` and `wire_received`, over all links ever."""
+        """Bytes `sent`, `received`, `wire_sent`, `wire_received`, `late` frames, of all links."""
         total = Counter(self._past)
         for link in self._links:
             total.update(_traffic_of(link))
@@ -141,6 +141,11 @@ class Links:
         self.data.spawn(link, "out", lambda: self._run_outgoing(link))
         return link
 
+    def ready(self, peer: int) -> Link | None:
+        """The link we opened to a peer, if it is up; from any thread."""
+        link = self._outgoing.get(peer)
+        return link if link is not None and link.up else None
+
     def why_absent(self, peer: int) -> str:
         """Why there is no link to a peer yet."""
         link = self._outgoing.get(peer)
@@ -156,7 +161,7 @@ class Links:
                     link, flow, head, fresh, again
                 ),
                 io_timeout_s=s.io_timeout_s,
-                scratch_bytes=s.chunk_bytes,
+                scratch_bytes=s.chunk_bytes // 4,
                 traffic=Traffic(self._engine.meters, "receive"),
             )
 
@@ -348,6 +353,7 @@ class Links:
             del self._outgoing[link.peer]
         self._past.update(_traffic_of(link))
         self._gone.append(link)
+        self.data.forget(link)
         if was_up:
             logger.info(
                 "node %d: link to node %d ended: %s", self._engine.node_id, link.peer, error
@@ -387,4 +393,5 @@ def _traffic_of(link: Link) -> dict[str, int]:
         "received": received.payload,
         "wire_sent": sent.wire,
         "wire_received": received.wire,
+        "late": link.reader.late,
     }

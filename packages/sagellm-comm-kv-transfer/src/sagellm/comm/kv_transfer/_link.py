@@ -22,7 +22,7 @@ from sagellm.core.protocols import (
     PeerLostError,
 )
 
-from . import wire
+from . import auth, wire
 from ._control import Control
 from ._dial import Dialler
 from ._flows import Inflow
@@ -79,6 +79,7 @@ class Link:
         self.endpoints: Mapping[str, str] = {}
         self.lanes_promised = 0
         self.lanes_awaited = 0
+        self.tokens_awaited: dict[bytes, str] = {}
         self.layout: KVLayout | None = None
         self.mismatch: LayoutMismatchError | None = None
         self.error: CommError | None = None
@@ -154,6 +155,12 @@ class Link:
                 check_layouts(ours, self.layout)
             except LayoutMismatchError as e:
                 self.mismatch = e
+
+    def meet(self, instance: bytes, session: bytes) -> None:
+        """Learn which process the peer is, and the secret that this link has with it."""
+        self.instance, self.session = instance, session
+        self.writer.key = auth.frame_key(session, initiator=self.outgoing)
+        self.reader.key = auth.frame_key(session, initiator=not self.outgoing)
 
     def attach(self, control: Control) -> None:
         """Take over the control connection."""

@@ -198,7 +198,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             UnsupportedOperationError: This system cannot share memory; use `register`.
 
         """
-        pool = RegisteredPool.allocate(layout, num_blocks)
+        pool = RegisteredPool.allocate(layout, num_blocks, self._engine.settings.copy_workers)
         try:
             self._engine.loop.run(lambda: self._use(pool))
         except BaseException:

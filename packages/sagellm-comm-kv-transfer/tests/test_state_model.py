@@ -35,6 +35,7 @@ def test_without_faults_both_attempts_land_on_both_sides():
         assert end.ever == {0, 1}
 
 
+@pytest.mark.timeout(600)
 def test_no_two_faults_break_an_invariant():
     states, _ = explore(World(), 2)
 

@@ -143,6 +143,10 @@ class ShmTransport(KVTransport):
             undo.pop_all()
         return connection
 
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` that waits for this token give up."""
+        self._door.forget(token)
+
     def close(self) -> None:
         """Release listener and thread. Idempotent."""
         self._door.close()

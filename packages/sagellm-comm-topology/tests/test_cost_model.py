@@ -58,7 +58,7 @@ def test_trees_win_small_and_rings_win_large():
 
 
 def test_hierarchy_wins_where_hosts_are_joined_by_a_thin_network(hgx):
-    from sagellm.comm.topology._gather import join_hosts
+    from sagellm.comm.topology._join import join_hosts
 
     info = join_hosts([hgx.detect()] * 2)
     model = CostModel(info)

@@ -13,7 +13,6 @@ from typing import Any
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     Device,
     Link,
     Pair,
@@ -22,7 +21,7 @@ from sagellm.core.protocols import (
 
 from ._sysfs import normal_bdf
 
-__all__ = ["SPEC", "AmdSmiDetector"]
+__all__ = ["AmdSmiDetector"]
 
 _XGMI = 2  # of AmdSmiIoLinkType and of AmdSmiLinkType
 
@@ -59,10 +58,6 @@ class AmdSmiDetector:
             return _Session(library, ctx).read()
         finally:
             library.amdsmi_shut_down()
-
-
-SPEC = DetectorSpec("amdsmi", 80, AmdSmiDetector, vendors=("0x1002",))
-"""The detector as its entry point offers it."""
 
 
 class _Session:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     Device,
     Link,
     TopologyFragment,
@@ -18,7 +17,7 @@ from sagellm.core.protocols import (
 
 from ._sysfs import Tree
 
-__all__ = ["SPEC", "KfdDetector"]
+__all__ = ["KfdDetector"]
 
 _NODES = "/sys/class/kfd/kfd/topology/nodes"
 _XGMI = 11  # CRAT link type; 2 is PCIe
@@ -54,10 +53,6 @@ class KfdDetector:
         return TopologyFragment(
             "kfd", tuple(gpus.values()), tuple(links.values()), warnings=tuple(warnings)
         )
-
-
-SPEC = DetectorSpec("kfd", 60, KfdDetector, vendors=("0x1002",))
-"""The compute driver's detector as its entry point offers it."""
 
 
 def _properties(text: str | None) -> dict[str, int]:

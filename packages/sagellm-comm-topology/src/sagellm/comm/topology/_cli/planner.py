@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 from sagellm.comm.topology.cluster import ClusterShape, make_cluster
 from sagellm.comm.topology.planning import Plan, PlanRow, plan

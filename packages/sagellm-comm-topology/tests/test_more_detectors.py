@@ -86,6 +86,15 @@ def test_amd_gpus_and_their_links_come_without_a_library(machine, look):
     }
 
 
+def test_gpus_reached_through_others_have_no_link_of_their_own(machine, look):
+    amd(machine).kfd(AMD, xgmi={(0, 1): 1, (1, 2): 1, (0, 2): 1}, far=[(0, 2)])
+
+    info = look(machine, extra=(_specs.KFD,)).detect()
+
+    assert set(links(info, "xgmi")) == {(AMD[0], AMD[1]), (AMD[1], AMD[2])}
+    assert [(p.a, p.b, p.via) for p in info.pairs] == [(AMD[0], AMD[2], "xgmi")]
+
+
 def test_nodes_that_a_container_hides_are_a_warning(machine, look):
     amd(machine).kfd(AMD)
     folder = machine.root / "sys/class/kfd/kfd/topology/nodes/2"
@@ -133,7 +142,10 @@ class StubAmdSmi:
         return 0
 
     def amdsmi_topo_get_link_type(self, a, b):
-        return {"hops": 1, "type": 2} if b == a + 1 else {"hops": 2, "type": 1}
+        return {"hops": 1, "type": 2}
+
+    def amdsmi_topo_get_link_weight(self, a, b):
+        return 15 * (b - a)
 
     def amdsmi_get_minmax_bandwidth_between_processors(self, a, b):
         return {"min_bandwidth": 1, "max_bandwidth": 50000}

@@ -15,6 +15,7 @@ from sagellm.core.protocols import (
     DetectionContext,
     Device,
     Link,
+    LinkKind,
     Pair,
     TopologyFragment,
 )
@@ -23,6 +24,7 @@ from ._sysfs import normal_bdf
 
 __all__ = ["AmdSmiDetector"]
 
+_ONE_HOP = 15  # weight of one physical link
 _XGMI = 2  # of AmdSmiIoLinkType and of AmdSmiLinkType
 
 # Any: amdsmi ships no types, and its handles are opaque.
@@ -81,16 +83,20 @@ class _Session:
                 self._warnings.append("deadline reached before the links of all pairs")
                 break
             way = self._ask("amdsmi_topo_get_link_type", handles[a], handles[b]) or {}
-            if int(way.get("type", 0)) == _XGMI and way.get("hops", 1) == 1:
+            weight = self._ask("amdsmi_topo_get_link_weight", handles[a], handles[b])
+            far = isinstance(weight, int) and weight > _ONE_HOP
+            access = self._ask("amdsmi_is_P2P_accessible", handles[a], handles[b])
+            peer = {} if access is None else {"read": "OK" if access else "NS"}
+            is_xgmi = int(way.get("type", 0)) == _XGMI
+            if peer or (is_xgmi and far):
+                via: LinkKind | None = "xgmi" if is_xgmi and far else None
+                pairs.append(Pair(a, b, via=via, peer=peer, source="amdsmi"))
+            if is_xgmi and not far:
                 speeds = self._ask(
                     "amdsmi_get_minmax_bandwidth_between_processors", handles[a], handles[b]
                 )
                 speed = float((speeds or {}).get("max_bandwidth") or 0) * 1e6
                 links.append(Link(a, b, "xgmi", 1, speed or None, source="amdsmi"))
-            access = self._ask("amdsmi_is_P2P_accessible", handles[a], handles[b])
-            if access is not None:
-                word = "OK" if access else "NS"
-                pairs.append(Pair(a, b, peer={"read": word}, source="amdsmi"))
         return TopologyFragment(
             "amdsmi",
             tuple(devices),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from sagellm.core.protocols.selection import backend_registry
 
 pytest.importorskip("torch", reason="timing collectives needs torch")
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="counts children in /proc")
+
 
 def children():
     """Processes of this one."""
@@ -23,6 +26,7 @@ def children():
     return found
 
 
+@on_linux
 def test_processes_are_timed_kept_and_predicted_from(tmp_path, capsys, hgx_root):
     source = ["--from", str(hgx_root), "--folder", str(tmp_path)]
     before, files = children(), len(os.listdir("/proc/self/fd"))
@@ -94,6 +98,7 @@ def test_a_backend_found_by_its_entry_point_is_timed():
     assert len(rows) == 10
 
 
+@on_linux
 def test_a_backend_that_is_not_there_is_named_and_nothing_is_left(tmp_path):
     before = children()
 

@@ -63,8 +63,8 @@ def calibrate_live(
     they end with this call, whatever happens.
 
     Args:
-        backend: `gloo`, which is torch's own, or the name of an installed backend that serves
-            the CPU.
+        backend: `gloo`, which is torch's own; `nccl`, torch's too, a GPU for each rank
+            (unverified on hardware); or the name of an installed backend that serves the CPU.
         ranks: 2 to 64.
         ops: Of `OPS`.
         smallest: First payload in bytes.

@@ -1,5 +1,6 @@
 """The command line, mostly as processes: what it moves, prints, refuses and leaves behind."""
 
+import io
 import json
 import os
 import signal
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from sagellm.comm.kv_transfer import KVTransferChannel
+from sagellm.comm.kv_transfer._cli.live import Live
 from sagellm.comm.kv_transfer._cli.main import main
 from sagellm.comm.kv_transfer._cli.node import FilePart
 from sagellm.comm.kv_transfer._cli.serve import Folder
-from sagellm.core.protocols import ConfigError, ResourceError, TransferKey
+from sagellm.core.protocols import ConfigError, ResourceError, TransferKey, TransferMetrics
 
 COMMAND = [sys.executable, "-m", "sagellm.comm.kv_transfer"]
 
@@ -82,9 +84,13 @@ def test_a_file_arrives_whole_and_both_ends_say_what_it_took(tmp_path, key_file,
     source.write_bytes(os.urandom(20_000_001))
     folder.mkdir()
     server = started(
-        "serve", "--json", "--key-file", key_file, "--output", str(folder), "--transfers", "2"
-    )
+        "serve", "--json", "--key-file", key_file, "--output", str(folder), "--transfers", "3",
+        "--pool-blocks", "64", "--block-bytes", "16k",
+    )  # fmt: skip
     address = address_of(server)
+    pool = ("--into-pool", "--blocks", "48", "--block-bytes", "16k")
+    code, out, err = run("send", address, "--json", "--key-file", key_file, *pool)
+    assert (code, err, json.loads(out)["bytes"]) == (0, "", 48 << 14)
 
     code, out, err = run("send", address, "--json", "--key-file", key_file, "--file", str(source))
     served, complaints = server.communicate(timeout=30)
@@ -95,10 +101,12 @@ def test_a_file_arrives_whole_and_both_ends_say_what_it_took(tmp_path, key_file,
     assert (server.returncode, complaints) == (0, "")
     assert (folder / "big.bin").read_bytes() == source.read_bytes()
     assert os.listdir(folder) == ["big.bin"]
-    for report in (sent, received):
-        assert report["bytes"] == 20_000_001
-        assert report["wire_bytes"] > 20_000_001
-        assert (report["transfers"], report["retries"], report["failures"]) == (2, 0, {})
+    for report, nbytes, transfers in (
+        (sent, 20_000_001, 2), (received, 20_000_001 + (48 << 14), 3),
+    ):  # fmt: skip
+        assert report["bytes"] == nbytes
+        assert report["wire_bytes"] > 0
+        assert (report["transfers"], report["retries"], report["failures"]) == (transfers, 0, {})
         assert report["bytes_per_s"] > 0
         assert report["path"].partition(":")[0] in ("tcp", "shm")
     assert sent["error"] is None
@@ -215,6 +223,25 @@ def test_bench_hands_its_arguments_on(capsys):
 
     assert ended.value.code == 2
     assert "--launches 0 is not positive" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_bytes_path_and_retries_on_the_way(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    with Live("send", 4 << 20) as live:
+        live.landed(TransferMetrics(bytes=1 << 20, retries=3, path="tcp:2"))
+        live.show(1 << 20)
+        live.failed("peer_lost")
+
+    assert "2.0/4.0 MiB" in screen.getvalue()
+    assert "tcp:2" in screen.getvalue()
+    assert "3 retries" in screen.getvalue()
+    assert live.line().endswith("1 transfers over tcp:2, 3 retries, 1 failed (peer_lost)")
 
 
 @pytest.mark.parametrize(

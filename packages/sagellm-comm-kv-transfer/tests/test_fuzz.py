@@ -188,7 +188,7 @@ def test_any_data_frame_writes_only_what_was_granted(
                     rng.choice([0, 0, 1, 2, 255]),
                 )
                 head = rng.choice([right, wrong])
-                frame = bytearray(head.pack(rng.randbytes(head.table_bytes)))
+                frame = bytearray(head.pack(rng.randbytes(head.table_bytes), enemy.frame_key))
                 if rng.random() < 0.5:
                     frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
                 with contextlib.suppress(OSError):

@@ -244,7 +244,7 @@ def test_a_recorded_handshake_is_worth_nothing(channel, proxy, strangers, works)
     assert works(a, b)
 
     with strangers.dial(b.address) as sock:
-        sock.sendall(heard)
+        sock.sendall(bytes(heard))
         answer = b""
         while got := sock.recv(4096):
             answer += got

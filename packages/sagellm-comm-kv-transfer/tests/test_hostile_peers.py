@@ -34,7 +34,9 @@ def test_an_authenticated_peer_cannot_write_what_was_not_granted(pair, eventuall
         enemy.say(wire.Offer(1, "k", attempt, {"kv": 1}))
         enemy.answer(wire.Grant)
         conn = transport.connect(enemy.welcome.endpoints["tcp"], enemy.token, 5)
-        conn.send([memoryview(head.pack(bytes(8 * head.count)) + b"E" * (size * 2))], 5)
+        conn.send(
+            [memoryview(head.pack(bytes(8 * head.count), enemy.frame_key) + b"E" * (size * 2))], 5
+        )
         with pytest.raises(KVTransferError, match=what) as caught:
             r.wait(10)
         assert caught.value.cause == "integrity"
@@ -160,6 +162,8 @@ def test_damaged_headers_are_recognised():
         damaged[at] ^= 1
         with pytest.raises(IntegrityError):
             Header.unpack(damaged)
+    with pytest.raises(IntegrityError):  # of another link
+        Header.unpack(data[:HEADER_BYTES], bytes(32))
 
 
 def test_an_offer_is_taken_once_from_each_peer(pair, attacker):

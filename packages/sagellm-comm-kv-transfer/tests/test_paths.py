@@ -3,6 +3,7 @@
 import itertools
 import logging
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +11,11 @@ import pytest
 import torch
 
 from sagellm.comm.kv_transfer import KVTransferSettings, _lanes, wire
+from sagellm.comm.kv_transfer._flows import Outflow, Span
 from sagellm.comm.kv_transfer._lanes import LaneTuner
+from sagellm.comm.kv_transfer._writer import _Lane
+from sagellm.comm.kv_transfer.memory import TensorExtent
+from sagellm.comm.kv_transfer.transfer import TransferHandle
 from sagellm.comm.kv_transfer.transports import (
     TcpTransport,
     load_spec,
@@ -324,3 +329,80 @@ def test_the_readme_says_what_each_transport_states():
         assert [cell.split()[0] == "yes" for cell in row[4:8]] == stated, name
         assert int(row[1]) == spec.priority
         assert row[3].split(",")[0] == str(spec.start_lanes)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("early", [False, True])
+def test_an_accept_that_nobody_needs_any_more_ends_at_once(transport, early, eventually):
+    made = load_spec(transport).load()()
+    failed = []
+
+    def accept():
+        try:
+            made.accept(b"t" * 32, 30)
+        except PeerLostError as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=accept)
+    if early:
+        made.forget(b"t" * 32)
+    thread.start()
+    if not early:
+        eventually(lambda: waits(thread))
+        made.forget(b"t" * 32)
+    thread.join(10)
+
+    assert "nobody wants it" in str(failed[0])
+    made.close()
+
+
+def test_no_thread_waits_for_lanes_of_a_transport_that_failed(pair, bus, eventually):
+    bus.fault = "connect"
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+
+    eventually(lambda: not any("-in-" in t.name and waits(t) for t in threading.enumerate()), 2)
+
+
+def waits(thread):
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None:
+        if frame.f_code.co_name == "accept":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def spans_of(total, lanes, first=4, most=16):
+    """Blocks per frame of a transfer of so many blocks of one byte."""
+    flow = Outflow(TransferHandle(TransferKey("k"), "send", 10, lambda _: False), 1)
+    flow.extent = TensorExtent([torch.zeros(total, dtype=torch.uint8)], 1)
+    flow.queue([Span(0, 0, total)])
+    sizes = []
+    while (chunk := flow.claim(first, most, lanes)) is not None:
+        sizes.append(chunk.units)
+    return sizes
+
+
+def test_frames_grow_with_the_transfer_and_shrink_where_lanes_share_its_end():
+    one, two = spans_of(128, 1), spans_of(128, 2)
+
+    assert sum(one) == sum(two) == 128
+    assert one[:4] == two[:4] == [4, 4, 8, 16]
+    assert one[-1] == max(one) == max(two) == 16
+    assert two[-2:] == [4, 4]
+
+
+def test_frames_take_as_long_as_others_may_wait():
+    lane = _Lane(None, None, 16 << 20, threading.Lock())
+    assert lane.chunk_bytes == 16 << 20
+
+    lane.pace(4 << 20, 32.0)  # 1 Mbit/s
+    slow = lane.chunk_bytes
+    for _ in range(20):
+        lane.pace(lane.chunk_bytes, lane.chunk_bytes / 2e9)
+
+    assert slow == 1 << 16
+    assert lane.chunk_bytes == 16 << 20
+    lane.pace(16 << 20, 0.1)
+    assert 3 << 20 < lane.chunk_bytes < 5 << 20

@@ -4,9 +4,12 @@ import fcntl
 import mmap
 import os
 import resource
+import signal
 import struct
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -561,3 +564,132 @@ def test_processes_of_other_users_are_turned_away(eventually):
         eventually(lambda: transport.rejected == 1)
     finally:
         transport.close()
+
+
+# -- copy workers ---------------------------------------------------------------------------
+
+
+def workers_of(channel):
+    (segment,) = {s for s in [channel._engine.pool._segment] if s is not None}
+    return segment.workers
+
+
+def children():
+    mine = Path(f"/proc/{os.getpid()}/task")
+    return sum(len((t / "children").read_text().split()) for t in mine.iterdir())
+
+
+WORKING = {"settings": KVTransferSettings(transport="shm", copy_workers=1)}
+WORKING_UNCHECKED = {
+    "settings": KVTransferSettings(transport="shm", copy_workers=1, checksum=False)
+}
+
+
+@pytest.mark.parametrize("options", [WORKING, WORKING_UNCHECKED])
+def test_a_copy_worker_moves_blocks_without_this_process(shared, monkeypatch, options):
+    from sagellm.comm.kv_transfer.transports import _shm_link
+
+    def refuse(*_):
+        raise AssertionError("copied here")
+
+    out, a, into, b = shared(options=options, blocks=40)
+    monkeypatch.setattr(_shm_link, "mover", refuse)
+    ids = np.random.default_rng(1).permutation(40)[:30]
+
+    push(out, into, ids, ids[::-1])
+
+    assert all(torch.equal(a[n][ids], b[n][ids[::-1].copy()]) for n in a)
+    assert len(workers_of(into)) == 1
+
+
+def test_a_copy_worker_finds_damaged_blocks(shared, monkeypatch):
+    from sagellm.comm.kv_transfer import _writer
+
+    out, a, into, b = shared(options=WORKING)
+    real, flips = _writer.block_sums, [1]
+
+    def sum_then_flip(units, layer, first):
+        sums = real(units, layer, first)
+        if flips and flips.pop():
+            units[1][0][5] ^= 255
+        return sums
+
+    monkeypatch.setattr(_writer, "block_sums", sum_then_flip)
+    r, _ = push(out, into, [1, 2], [3, 4])
+
+    assert r.metrics.retries == 1
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_blocks_land_in_spite_of_a_copy_worker_in_trouble(shared, monkeypatch, how):
+    options = {"settings": KVTransferSettings(transport="shm", copy_workers=1, io_timeout_s=0.5)}
+    out, a, into, b = shared(options=options)
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    (worker,) = workers_of(into)._workers
+    os.kill(worker._process.pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+
+    push(out, into, [1, 2], [3, 4])
+
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+    assert worker._process.returncode == -signal.SIGKILL
+    assert len(workers_of(into)) == 0
+
+
+def test_a_transfer_given_up_ends_the_worker_that_is_stuck_in_it(shared):
+    out, _, into, b = shared(options=WORKING)
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    before = {n: t.clone() for n, t in b.items()}
+    (worker,) = workers_of(into)._workers
+    os.kill(worker._process.pid, signal.SIGSTOP)
+
+    out.transfer([1, 2], 1, key=KEY)
+    r = into.receive(KEY, [3, 4], deadline_s=0.5)
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+    assert worker._process.returncode == -signal.SIGKILL
+    assert all(torch.equal(b[n], before[n]) for n in b)
+
+
+def test_copy_workers_go_with_their_pool_and_let_go_of_peers(shared, eventually):
+    before = children()
+    out, _, into, _ = shared(options=WORKING)
+    assert children() == before + 2
+    push(out, into, [1], [2])
+    (worker,) = workers_of(into)._workers
+    assert len(worker._known) == 1
+
+    out.unregister(out._engine.pool)
+
+    eventually(lambda: not worker._known)
+    assert children() == before + 1
+    into.close()
+    assert children() == before
+
+
+def test_a_copy_worker_ends_with_its_parent(layout, eventually):
+    program = (
+        "import sys, os\n"
+        "from sagellm.comm.kv_transfer._segment import Segment\n"
+        "s = Segment(4096, 'x'); s.start_workers(1)\n"
+        "print(s.workers._workers[0]._process.pid, flush=True)\n"
+        "if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"  # holds our end of the socket
+        "os.kill(os.getpid(), 9)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    worker = int(process.stdout.readline())
+    process.wait(10)
+
+    def gone():
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        return state in "ZX"
+
+    eventually(gone, 10)
+    process.stdin.close()
+    process.stdout.close()

@@ -41,6 +41,7 @@ def caught_in_the_middle(rank, size, path, whom, how, checksum):
         try:
             with KVTransferChannel(settings=settings) as channel:
                 tensors = allocate(channel, 1.0 + rank)
+
                 def mover(sources, addresses):
                     move = real(sources, addresses)
 

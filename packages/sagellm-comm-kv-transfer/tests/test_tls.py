@@ -84,6 +84,7 @@ class Authority:
                 ),
             ),
             tls_ca=ca or self.path,
+            transport="tcp",
             handshake_timeout_s=5,
         )
 
@@ -142,8 +143,9 @@ def test_the_contract_of_transports_holds_under_tls(authority):
 
 def test_nothing_of_the_blocks_crosses_the_wire_in_the_open(channel, authority, proxy, layout):
     ca = authority()
-    into = channel(node_id=1, peers={}, key=KEY, settings=ca.node())
-    out = channel(node_id=0, peers={}, key=KEY, settings=ca.node())
+    tcp = {"transport": "tcp"}
+    into = channel(node_id=1, peers={}, key=KEY, settings=ca.node().model_copy(update=tcp))
+    out = channel(node_id=0, peers={}, key=KEY, settings=ca.node().model_copy(update=tcp))
     seen = bytearray()
 
     def look(position, data):

@@ -174,6 +174,13 @@ class KVTransport(ABC):
     def accept(self, token: bytes, deadline_s: float) -> KVConnection:
         """The incoming connection that presents `token`; others are closed and counted."""
 
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` of this token, which waits or is about to, raise PeerLostError.
+
+        A transport that cannot lets it end at its deadline. From any thread.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release listeners and threads. Idempotent."""
@@ -194,8 +201,9 @@ class TransportSpec:
         load: Returns the class or factory of the transport. It is called with keyword arguments,
             of which it takes what it needs and ignores the rest: `host` to listen on,
             `advertise` (host that peers are told, None leaves it open), `socket_buffer_bytes`,
-            `handshake_timeout_s`, and `comm`, a communication backend or None. It raises
-            BackendUnavailableError when it cannot work with these.
+            `handshake_timeout_s`, `comm`, a communication backend or None, and `tls`, what
+            encrypts connections to other hosts or None. It raises BackendUnavailableError when
+            it cannot work with these: with `tls`, when blocks would leave the host in the open.
         install_hint: Line that brings what the probe misses.
         start_lanes: Connections per peer to begin with.
         max_lanes: Connections per peer that may make it faster.

@@ -135,6 +135,18 @@ class Transfer(Awaitable["Transfer"], Protocol):
         """
         ...
 
+    def renew(self, ttl_s: float) -> bool:
+        """Let what `offer` gave stand for at least so many seconds from now. Never blocks.
+
+        Returns:
+            False when it has ended. A lease is never shortened: cancel it instead.
+
+        Raises:
+            UnsupportedOperationError: This is no offer.
+
+        """
+        ...
+
     def exception(self) -> BaseException | None:
         """What it failed with; None while it runs and after success."""
         ...
@@ -292,7 +304,10 @@ class KVTransferChannelProtocol(ABC):
         ttl_s: float,
         after: ReadyEvent | None = None,
     ) -> Transfer:
-        """Let peers fetch blocks for `ttl_s` seconds; lands when one has fetched them."""
+        """Let peers fetch blocks for `ttl_s` seconds; lands when one has fetched them.
+
+        `Transfer.renew` extends the lease. When it ends first, the cause is `lease_expired`.
+        """
 
     @abstractmethod
     def fetch(

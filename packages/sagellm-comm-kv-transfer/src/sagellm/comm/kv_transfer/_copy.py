@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -65,11 +66,19 @@ def _joined(runs: MemoryRuns) -> MemoryRuns:
     return MemoryRuns(addresses[first], np.add.reduceat(lengths, first))
 
 
-_ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_freely = ctypes.CDLL(None).memmove
-_freely.argtypes, _freely.restype = _ARGUMENTS, None
-_holding = ctypes.PyDLL(None).memmove
-_holding.argtypes, _holding.restype = _ARGUMENTS, None
+_Call: TypeAlias = "Callable[[int, int, int], None]"
+
+
+@functools.cache
+def _calls() -> tuple[_Call, _Call]:
+    """`memmove` holding the GIL, and letting go of it; loaded when first needed."""
+    found = []
+    for library in (ctypes.PyDLL(None), ctypes.CDLL(None)):
+        call = library.memmove
+        call.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        call.restype = None
+        found.append(call)
+    return found[0], found[1]
 
 
 def mover(sources: MemoryRuns, addresses: Ints) -> Callable[[int, int], int]:
@@ -78,8 +87,9 @@ def mover(sources: MemoryRuns, addresses: Ints) -> Callable[[int, int], int]:
         zip(addresses.tolist(), sources.addresses.tolist(), sources.lengths.tolist(), strict=True)
     )
 
+    hold, free = _calls()
+
     def move(low: int, high: int) -> int:
-        hold, free = _holding, _freely
         for to, from_, n in stretches[low:high]:
             (hold if n <= _HOLD_BYTES else free)(to, from_, n)
         return 0

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import (
     CommError,
-    CommTimeoutError,
     ConfigError,
     DistributedRuntimeError,
     KVConnection,
@@ -33,7 +31,6 @@ __all__ = ["DataConnections"]
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.25
 _MAX_LANES = 16
 """Data connections that one link may announce in its life, those that failed included."""
 
@@ -111,34 +108,25 @@ class DataConnections:
             link.lose(ConfigError(text))
             return
         if lane.transport != link.transport:
+            self.forget(link)
             self.take_path(link, lane.transport)
             link.refused = {n: f"node {link.peer}: {r[:1024]}" for n, r in lane.refused.items()}
         link.lanes_promised += 1
         link.lanes_awaited += 1
         token = auth.data_token(link.session, lane.number)
+        link.tokens_awaited[token] = lane.transport
         self.spawn(link, "in", lambda: self._run_incoming(link, lane.transport, token))
 
     def _run_incoming(self, link: Link, name: str, token: bytes) -> None:
         """Wait for one lane, then receive on it."""
         try:
-            conn = self._accept(link, name, token)
+            conn = self._paths[name].accept(token, self._engine.settings.handshake_timeout_s)
         except CommError as e:
             error = PeerLostError(f"node {link.peer}: {e}", rank=link.peer)
             self._engine.loop.call(lambda: self._lane_missing(link, error))
             return
         if self._hand_over(link, conn):
             link.run_data(conn, link.reader.run)
-
-    def _accept(self, link: Link, name: str, token: bytes) -> KVConnection:
-        """Wait for a lane, but not for that of a link that is lost meanwhile."""
-        end = time.monotonic() + self._engine.settings.handshake_timeout_s
-        while True:
-            left = max(0.0, end - time.monotonic())
-            try:
-                return self._paths[name].accept(token, min(left, _LOOK_S))
-            except CommTimeoutError:
-                if link.error is not None or left <= _LOOK_S:
-                    raise
 
     def _lane_missing(self, link: Link, error: CommError) -> None:
         link.lanes_awaited -= 1
@@ -155,6 +143,12 @@ class DataConnections:
         """The peer has much to send over a link of ours."""
         if link.outgoing:
             self.want(link, message.count)
+
+    def forget(self, link: Link) -> None:
+        """Wait for none of the lanes that have been announced and have not come."""
+        for token, name in link.tokens_awaited.items():
+            self._paths[name].forget(token)
+        link.tokens_awaited.clear()
 
     # -- threads ---------------------------------------------------------------------------
 

@@ -24,12 +24,15 @@ from ._links import Links
 from ._loop import EventLoop
 from ._meters import Meters
 from ._paths import Paths
+from ._push import Offered, Push
+from ._receive import Receive
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
 from ._sending import Sending
 from .discovery import Discovery
 from .pool import RegisteredPool
 from .settings import KVTransferSettings
+from .state import RULES
 from .tls import Tls
 from .transfer import TransferHandle
 from .transports.tcp import listen
@@ -145,6 +148,8 @@ class Engine:
                 self.inquiries.on_ask(link, message)
             case wire.Answer():
                 self.inquiries.on_answer(link, message)
+            case wire.Unknown():
+                self.ignore("unknown")
             case wire.Bye():
                 why = message.message[:MAX_MESSAGE]
                 text = f"node {link.peer} has closed its channel {why}".strip()
@@ -153,6 +158,11 @@ class Engine:
     def ignore(self, what: str) -> None:
         """Count a message that came too late, twice, or for an earlier epoch."""
         self.ignored[what] += 1
+
+    def ignored_so_far(self) -> dict[str, int]:
+        """What was ignored, by type of message; late frames, too."""
+        late = self.links.traffic()["late"]
+        return {**self.ignored, **({"frame": late} if late else {})}
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""
@@ -190,9 +200,19 @@ class Engine:
                 cause="" if error is None else error.cause,
                 message="" if error is None else str(error),
                 invalid_blocks=() if error is None else error.invalid_blocks,
-                blocks_safe=True,
+                blocks_safe=RULES[handle.phase].safe,
             )
         )
+
+    def end(self, owner: object, error: CommError) -> None:
+        """Give a transfer up."""
+        match owner:
+            case Push():
+                self.sending.fail(owner, error)
+            case Receive():
+                self.receiving.fail(owner, error)
+            case Offered():
+                self.sending.offering.fail(owner, error)
 
     def in_flight(self) -> list[TransferHandle]:
         """Transfers that have not ended."""
@@ -211,6 +231,7 @@ class Engine:
             in_flight=len(self.in_flight()),
             peers=len({link.peer for link in self.links if link.up}),
             rejected_connections=self.links.rejected,
+            ignored=self.ignored_so_far(),
         )
 
     def close(self) -> None:

@@ -117,13 +117,14 @@ class Outflow(Flow):
         with self.lock:
             self._pending.extend(spans)
 
-    def claim(self, first_bytes: int, chunk_bytes: int) -> Chunk | None:
+    def claim(self, first_bytes: int, chunk_bytes: int, lanes: int = 1) -> Chunk | None:
         """The next units to send; None when there are none, or none that are ready.
 
         Args:
             first_bytes: Of the first chunk at most, so that the receiver begins early; each may
                 be as large as all before it.
             chunk_bytes: Of any chunk at most.
+            lanes: That share what is left, so that all are done at about the same time.
 
         """
         with self.lock:
@@ -140,7 +141,9 @@ class Outflow(Flow):
                     self._pending.rotate(-1)
                     continue
                 unit = max(1, self.extent.unit_bytes(span.layer))
-                most = min(chunk_bytes, max(first_bytes, self._claimed_bytes))
+                share = (stop - span.first) * unit // lanes
+                grown = min(max(first_bytes, self._claimed_bytes), max(first_bytes, share))
+                most = min(chunk_bytes, grown)
                 count = min(max(1, most // unit), stop - span.first, MAX_UNITS)
                 self._claimed_bytes += count * unit
                 self._pending.popleft()

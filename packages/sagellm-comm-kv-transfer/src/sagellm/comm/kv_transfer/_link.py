@@ -6,6 +6,7 @@ answers on it. Two nodes that push to each other have two links.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -21,7 +22,7 @@ from sagellm.core.protocols import (
     PeerLostError,
 )
 
-from . import wire
+from . import auth, wire
 from ._control import Control
 from ._dial import Dialler
 from ._flows import Inflow
@@ -34,6 +35,8 @@ from .plan import check_layouts
 __all__ = ["Link"]
 
 logger = logging.getLogger(__name__)
+
+_BATCH_BYTES = 1 << 18
 
 
 class Link:
@@ -76,6 +79,7 @@ class Link:
         self.endpoints: Mapping[str, str] = {}
         self.lanes_promised = 0
         self.lanes_awaited = 0
+        self.tokens_awaited: dict[bytes, str] = {}
         self.layout: KVLayout | None = None
         self.mismatch: LayoutMismatchError | None = None
         self.error: CommError | None = None
@@ -97,10 +101,12 @@ class Link:
         self._lanes: list[KVConnection] = []
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
+        self._flush_due = False
         self._max_backlog = max_backlog_bytes
         self._on_message = on_message
         self._on_lost = on_lost
         self._next_tid = 0
+        self._newest = self._confirmed = 0
 
     @property
     def lanes(self) -> Sequence[KVConnection]:
@@ -125,6 +131,15 @@ class Link:
         self._next_tid += 1
         return self._next_tid if self.outgoing else wire.INVITED + self._next_tid
 
+    def confirmed_before(self, tid: int) -> bool:
+        """Note that a push begins; whether what was last begun before is known to have come."""
+        confirmed, self._newest = self._confirmed == self._newest, tid
+        return confirmed
+
+    def confirm(self, tid: int) -> None:
+        """Note that a push has come in full."""
+        self._confirmed = tid
+
     def when_up(self, callback: Callable[[CommError | None], None]) -> None:
         """Call back with None once the link is up, or with why it never will be."""
         if self.up or self.error is not None:
@@ -140,6 +155,12 @@ class Link:
                 check_layouts(ours, self.layout)
             except LayoutMismatchError as e:
                 self.mismatch = e
+
+    def meet(self, instance: bytes, session: bytes) -> None:
+        """Learn which process the peer is, and the secret that this link has with it."""
+        self.instance, self.session = instance, session
+        self.writer.key = auth.frame_key(session, initiator=self.outgoing)
+        self.reader.key = auth.frame_key(session, initiator=not self.outgoing)
 
     def attach(self, control: Control) -> None:
         """Take over the control connection."""
@@ -174,12 +195,17 @@ class Link:
             return
         self._out.append(memoryview(data))
         self._out_bytes += len(data)
-        self._flush()
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.at_end_of_turn(self._flush)
 
     def lose(self, error: CommError) -> None:
         """End the link; everything on it fails. Idempotent."""
         if self.error is not None:
             return
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._write(self._sock)  # what was said before, such as why
         self.error, self.up = error, False
         if self.dialler is not None:
             self.dialler.stop()
@@ -262,19 +288,32 @@ class Link:
             )
         self._on_message(self, message)
 
+    def _write(self, sock: socket.socket) -> None:
+        """Send what is queued, many messages at once, as far as the kernel takes it."""
+        while self._out:
+            batch = [self._out.popleft()]
+            size = len(batch[0])
+            while self._out and size + len(self._out[0]) <= _BATCH_BYTES:
+                batch.append(self._out.popleft())
+                size += len(batch[-1])
+            data = batch[0] if len(batch) == 1 else memoryview(b"".join(batch))
+            try:
+                sent = sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            self._out_bytes -= sent
+            if sent < size:
+                self._out.appendleft(data[sent:])
+            if not sent:
+                return
+
     def _flush(self) -> None:
+        self._flush_due = False
         sock = self._sock
-        assert sock is not None, "flushed without a socket"
+        if sock is None or self.error is not None:
+            return
         try:
-            while self._out:
-                sent = sock.send(self._out[0])
-                self._out_bytes -= sent
-                if sent < len(self._out[0]):
-                    self._out[0] = self._out[0][sent:]
-                else:
-                    self._out.popleft()
-        except BlockingIOError:
-            pass
+            self._write(sock)
         except OSError as e:
             self.lose(PeerLostError(f"node {self.peer} is gone: {e}", rank=self.peer))
             return

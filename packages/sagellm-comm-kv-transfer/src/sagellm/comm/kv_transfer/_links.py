@@ -96,7 +96,7 @@ class Links:
         return self._door.rejected + self._paths.rejected
 
     def traffic(self) -> Counter[str]:
-        """Bytes `sent`, `received`, `wire_sent` and `wire_received`, over all links ever."""
+        """Bytes `sent`, `received`, `wire_sent`, `wire_received`, `late` frames, of all links."""
         total = Counter(self._past)
         for link in self._links:
             total.update(_traffic_of(link))
@@ -141,6 +141,11 @@ class Links:
         self.data.spawn(link, "out", lambda: self._run_outgoing(link))
         return link
 
+    def ready(self, peer: int) -> Link | None:
+        """The link we opened to a peer, if it is up; from any thread."""
+        link = self._outgoing.get(peer)
+        return link if link is not None and link.up else None
+
     def why_absent(self, peer: int) -> str:
         """Why there is no link to a peer yet."""
         link = self._outgoing.get(peer)
@@ -156,7 +161,7 @@ class Links:
                     link, flow, head, fresh, again
                 ),
                 io_timeout_s=s.io_timeout_s,
-                scratch_bytes=s.chunk_bytes,
+                scratch_bytes=s.chunk_bytes // 4,
                 traffic=Traffic(self._engine.meters, "receive"),
             )
 
@@ -225,7 +230,7 @@ class Links:
             dialled.control.sock.close()
             return False
         link.address, link.version = dialled.address, dialled.version
-        link.instance, link.session = dialled.instance, dialled.control.session
+        link.meet(dialled.instance, dialled.control.session)
         link.lanes_promised, link.refused = opened.promised, opened.refused
         link.endpoints = welcome.endpoints
         self.data.take_path(link, opened.transport)
@@ -256,9 +261,12 @@ class Links:
                 )
         limit = self._engine.settings.max_links
         self._reap()
-        others = sum(not k.outgoing and k.peer != peer for k in self) + len(self._gone)
-        if others >= limit:
-            raise ResourceError(f"{others} nodes are connected already; max_links is {limit}")
+        others = sum(not k.outgoing and k.peer != peer for k in self)
+        if max(others, len(self._gone)) >= limit:  # those that go still have threads
+            raise ResourceError(
+                f"{others} nodes are connected already and {len(self._gone)} are leaving; "
+                f"max_links is {limit}"
+            )
 
     def _on_accepted(self, accepted: Accepted) -> None:
         ready = accepted.ready
@@ -267,7 +275,7 @@ class Links:
                 old.lose(PeerLostError(f"node {old.peer} has connected anew", rank=old.peer))
         link = self._make_link(accepted.node_id, outgoing=False)
         link.address, link.version = ready.address, accepted.version
-        link.instance, link.session = accepted.instance, accepted.control.session
+        link.meet(accepted.instance, accepted.control.session)
         link.up = True
         self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
         self.data.expect(link, wire.Lane(0, ready.transport))
@@ -345,6 +353,7 @@ class Links:
             del self._outgoing[link.peer]
         self._past.update(_traffic_of(link))
         self._gone.append(link)
+        self.data.forget(link)
         if was_up:
             logger.info(
                 "node %d: link to node %d ended: %s", self._engine.node_id, link.peer, error
@@ -384,4 +393,5 @@ def _traffic_of(link: Link) -> dict[str, int]:
         "received": received.payload,
         "wire_sent": sent.wire,
         "wire_received": received.wire,
+        "late": link.reader.late,
     }

@@ -13,15 +13,18 @@ from sagellm.core.protocols import (
     IntegrityError,
     KVCodec,
     KVConnection,
+    MemoryRuns,
     OneSidedConnection,
     Reference,
 )
 
-from ._copy import pair
+from ._copy import Paired, pair
 from ._flows import Inflow
 from ._meters import Traffic
+from ._offload import offload
+from ._segment import have_workers
 from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
-from .memory import Extent, Views
+from .memory import Extent, Ints, Views
 
 __all__ = ["DataReader"]
 
@@ -65,7 +68,10 @@ class DataReader:
         traffic: Traffic,
     ) -> None:
         self.traffic = traffic
+        self.late = 0
+        """Frames of transfers that have ended, or of an earlier epoch."""
         self.checksum = True
+        self.key = b""
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
@@ -78,9 +84,11 @@ class DataReader:
         head_bytes = memoryview(bytearray(HEADER_BYTES))
         while True:
             conn.receive([head_bytes], float("inf"))
-            head = Header.unpack(head_bytes)
+            head = Header.unpack(head_bytes, self.key)
             table = memoryview(bytearray(head.table_bytes))
-            conn.receive([table], self._io_timeout_s)
+            with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
+            if not with_table:
+                conn.receive([table], self._io_timeout_s)
             reference = None
             if head.flags & REF:  # also of a transfer that has ended: it may show us memory
                 if not isinstance(conn, OneSidedConnection):
@@ -89,7 +97,9 @@ class DataReader:
             flow = self._flows.get(head.tid)
             if flow is None or not flow.claim(head):
                 if reference is None:
-                    self._discard(conn, head.payload_bytes)
+                    rest = len(table) if with_table else 0
+                    self._discard(conn, rest + head.payload_bytes)
+                self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
             try:
@@ -111,9 +121,10 @@ class DataReader:
         """Damaged blocks, first time and again; None for a copy that the sender disowns."""
         extent, layer = flow.extent, head.layer
         raw = extent.span_bytes(layer, head.first, head.count)
-        sound = xxhash.xxh3_64_intdigest(table) == head.table_digest
         arrived = _Arrived(list(range(head.count)), 2, 1, 0.0, 0.0)
-        if not sound:
+        if not head.flags & (REF | CODED):
+            arrived = self._receive(conn, extent, head, table, raw)
+        elif not _sound(head, table):
             if reference is None:
                 self._discard(conn, head.payload_bytes)
         elif reference is not None:
@@ -125,13 +136,12 @@ class DataReader:
             if flow.stopped or not reference.kept():
                 return None
         else:
-            arrived = self._receive(conn, codec, extent, head, table, raw)
-        fresh, again = flow.landed(head, arrived.bad)
+            arrived = self._decode(conn, codec, extent, head, table)
         good = head.count - len(arrived.bad)
         done = raw if not arrived.bad else good * extent.unit_bytes(layer)
         wire = HEADER_BYTES + len(table) + head.payload_bytes
         self.traffic.count(done, wire)
-        flow.handle.moved(
+        flow.handle.moved(  # before `landed`: whoever sees it complete sees all of it counted
             done,
             good,
             wire_bytes=wire,
@@ -140,7 +150,7 @@ class DataReader:
             verify_s=arrived.verify_s,
             codec_s=arrived.codec_s,
         )
-        return fresh, again
+        return flow.landed(head, arrived.bad)
 
     def _copy(
         self, flow: Inflow, head: Header, table: memoryview, reference: Reference
@@ -155,6 +165,14 @@ class DataReader:
         paired = pair(reference.runs, extent.runs(layer, first, count), cuts)
         edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
         sums = np.frombuffer(table[: count * 8], dtype="<u8")
+        if have_workers():
+            began = time.perf_counter()
+            edges_of = np.array(edges)
+            units_to = np.minimum(starts + step, count)
+            batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
+            done = self._offload(flow, head, reference, paired, batches, sums)
+            if done is not None:
+                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began, 0.0)
         units = extent.unit_views(layer, first, count) if self.checksum else []
         copy = reference.copier(paired.sources, paired.addresses)
         calls, verify_s = 1, 0.0
@@ -170,48 +188,71 @@ class DataReader:
         bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
         return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
 
+    def _offload(
+        self,
+        flow: Inflow,
+        head: Header,
+        reference: Reference,
+        paired: Paired,
+        batches: Ints,
+        sums: np.ndarray[tuple[int], np.dtype[np.uint64]],
+    ) -> list[int] | None:
+        """Damaged blocks, as a copy worker found them; None when none has copied them."""
+        checks = None
+        if self.checksum:
+            runs = flow.extent.runs(head.layer, head.first, head.count)
+            whole = self._whole_units(runs, flow.extent.unit_bytes(head.layer), head.count)
+            if whole is None:
+                return None  # a worker sums what lies in one piece only
+            checks = (whole, (head.layer << 32) + head.first + np.arange(head.count), sums)
+        return offload(reference, paired, batches, checks, lambda: flow.stopped, self._io_timeout_s)
+
+    @staticmethod
+    def _whole_units(runs: MemoryRuns, unit: int, count: int) -> MemoryRuns | None:
+        """Where each unit lies; None when one of them is in pieces."""
+        ends, starts = np.cumsum(runs.lengths), np.arange(count, dtype=np.int64) * unit
+        at = np.searchsorted(ends, starts, side="right")
+        if len(ends) == 0 or ends[-1] != count * unit or (starts + unit > ends[at]).any():
+            return None
+        addresses = runs.addresses[at] + starts - (ends[at] - runs.lengths[at])
+        return MemoryRuns(addresses, np.full(count, unit, dtype=np.int64))
+
     def _receive(
+        self, conn: KVConnection, extent: Extent, head: Header, table: memoryview, raw: int
+    ) -> _Arrived:
+        """Receive a table and its blocks in place, by one call, and verify them there."""
+        layer, first, count = head.layer, head.first, head.count
+        if head.payload_bytes != raw:
+            raise IntegrityError(f"a frame brings {head.payload_bytes} bytes for blocks of {raw}")
+        views = extent.views(layer, first, count)
+        calls = 1 + conn.receive([table, *views], self._io_timeout_s)
+        if not _sound(head, table):
+            return _Arrived(list(range(count)), calls, len(views), 0.0, 0.0)
+        bad, verify_s = self._verify(extent.unit_views(layer, first, count), head, table)
+        return _Arrived(bad, calls, len(views), verify_s, 0.0)
+
+    def _verify(
+        self, units: list[Views], head: Header, table: memoryview
+    ) -> tuple[list[int], float]:
+        """Blocks that are not what they were, and seconds."""
+        if not self.checksum:
+            return [], 0.0
+        start = time.perf_counter()
+        sums = np.frombuffer(table[: head.count * 8], dtype="<u8")
+        wrong = _wrong(block_sums(units, head.layer, head.first), sums)
+        return wrong, time.perf_counter() - start
+
+    def _decode(
         self,
         conn: KVConnection,
         codec: KVCodec | None,
         extent: Extent,
         head: Header,
         table: memoryview,
-        raw: int,
     ) -> _Arrived:
-        """Receive a frame's bytes in place, and verify them there."""
-        layer, first, count = head.layer, head.first, head.count
-        sums = np.frombuffer(table[: count * 8], dtype="<u8")
-        units: list[Views] = []
-        if self.checksum or head.flags & CODED:
-            units = extent.unit_views(layer, first, count)
-        bad: list[int] = []
-        runs, verify_s, codec_s = count, 0.0, 0.0
-        if head.flags & CODED:
-            lengths = np.frombuffer(table[count * 8 :], dtype="<u4")
-            bad, calls, codec_s = self._decode(conn, codec, head, lengths, extent, units)
-        elif head.payload_bytes != raw:
-            raise IntegrityError(f"a frame brings {head.payload_bytes} bytes for blocks of {raw}")
-        else:
-            views = extent.views(layer, first, count)
-            runs = len(views)
-            calls = conn.receive(views, self._io_timeout_s)
-        if self.checksum:
-            start = time.perf_counter()
-            bad = sorted({*bad, *_wrong(block_sums(units, layer, first), sums)})
-            verify_s = time.perf_counter() - start
-        return _Arrived(bad, 2 + calls, runs, verify_s, codec_s)
-
-    def _decode(
-        self,
-        conn: KVConnection,
-        codec: KVCodec | None,
-        head: Header,
-        lengths: np.ndarray[tuple[int], np.dtype[np.uint32]],
-        extent: Extent,
-        units: list[Views],
-    ) -> tuple[list[int], int, float]:
-        """Blocks that could not be decoded, kernel calls, seconds."""
+        """Receive coded blocks, decode them where they belong, and verify them there."""
+        units = extent.unit_views(head.layer, head.first, head.count)
+        lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
         sizes = (lengths & (RAW_BIT - 1)).tolist()
         plain = (lengths & RAW_BIT).astype(bool).tolist()
         limit = extent.unit_bytes(head.layer)
@@ -240,7 +281,8 @@ class DataReader:
                     bad.append(i)
             codec_s += time.perf_counter() - start
             at = stop
-        return bad, calls, codec_s
+        wrong, verify_s = self._verify(units, head, table)
+        return _Arrived(sorted({*bad, *wrong}), 2 + calls, head.count, verify_s, codec_s)
 
     @staticmethod
     def _place(codec: KVCodec | None, frame: memoryview, views: Views, dtype: str) -> None:
@@ -266,6 +308,11 @@ class DataReader:
             piece = trash[: min(count, len(trash))]
             conn.receive([piece], self._io_timeout_s)
             count -= len(piece)
+
+
+def _sound(head: Header, table: memoryview) -> bool:
+    """Whether a table is what its header says."""
+    return xxhash.xxh3_64_intdigest(table) == head.table_digest
 
 
 def _wrong(found: list[int], sums: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> list[int]:

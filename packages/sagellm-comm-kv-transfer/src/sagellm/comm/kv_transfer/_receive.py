@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sagellm.core.protocols import CommError, TransferKey
+from sagellm.core.protocols import CommError, KVTransferError, TransferKey
 
 from ._bounce import Destination
 from ._flows import Inflow
@@ -13,7 +13,7 @@ from ._limits import Watch
 from ._link import Link
 from .plan import Part, coverage_gap
 from .pool import BlockTable, RegisteredPool
-from .transfer import TransferHandle
+from .transfer import TransferHandle, transfer_error
 
 __all__ = ["End", "Receive", "Source"]
 
@@ -41,6 +41,8 @@ class Source:
         self.inflow = inflow
         self.parts = parts
         self.sealed = sealed
+        self.whole = sealed
+        """Whether its sender never waits for a layer: it is no stream."""
         self.invited = invited
         self.released = False
 
@@ -141,6 +143,13 @@ class Receive:
         if unsealed := sorted({s.link.peer for s in self.sources if not s.sealed}):
             return f"node {', '.join(map(str, unsealed))} to seal its stream"
         return f"node {', '.join(map(str, sorted(came)))}; {self.handle.progress}"
+
+    def failure(self) -> KVTransferError:
+        """What its caller is told."""
+        assert self.error is not None, "only failed receives have one"
+        nodes = sorted(self.came | (self.senders or frozenset()))
+        who = f"from node {', '.join(map(str, nodes))}" if nodes else "from any node"
+        return transfer_error(self.key, who, self.error, self.destination_ids())
 
     def fingerprint(self) -> int | None:
         """Tells destinations apart; None when there are none."""

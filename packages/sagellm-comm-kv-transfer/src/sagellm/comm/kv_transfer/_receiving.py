@@ -7,7 +7,6 @@ replicated heads cross the wire once. Everything here runs on the event loop, ex
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,17 +32,13 @@ from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, ending, failure
 from .frames import SEALED, Header
-from .plan import check_layouts, shared_parts
-from .pool import BlockTable, PoolExtent
 from .state import RULES, Event, Phase
-from .transfer import TransferHandle, transfer_error
+from .transfer import TransferHandle
 
 if TYPE_CHECKING:
     from ._engine import Engine
 
 __all__ = ["Receiving"]
-
-logger = logging.getLogger(__name__)
 
 
 class Receiving:
@@ -95,13 +90,14 @@ class Receiving:
                 return same.handle
             if (end := self._ended.get(r.key)) is not None:
                 return self._repeat(r, end)
+        self.check_room()
         if r.pool is not None:
             r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", r.blocks)
         if r.named:
             self._active[r.key] = r
         else:
             self._next.append(r)
-        self._watch(r)
+        self.watch(r)
         if not r.named:
             for link, offer in self.parked:
                 if self._name(r, link, TransferKey(offer.id, offer.attempt)):
@@ -115,6 +111,19 @@ class Receiving:
                 self._refuse_misfits(link)
             self._invite(r)
         return r.handle
+
+    def check_room(self) -> None:
+        """Refuse more than may be in flight.
+
+        Raises:
+            ResourceError: As many are being received already.
+
+        """
+        limit = self._engine.settings.max_in_flight
+        if len(self.live) >= limit:
+            raise ResourceError(
+                f"{len(self.live)} transfers are being received already; max_in_flight is {limit}"
+            )
 
     def _repeat(self, r: Receive, end: End) -> TransferHandle:
         if end.error is not None:
@@ -130,47 +139,6 @@ class Receiving:
                 "another try needs another attempt number"
             )
         return r.handle
-
-    def fetch(self, r: Receive, peer: int, layers: Sequence[int] | None) -> None:
-        """Begin to pull."""
-        r.fetch_from, r.fetch_layers = peer, layers
-        self._watch(r)
-
-    def request(
-        self, r: Receive, link: Link, src_blocks: BlockTable | None, deadline_s: float
-    ) -> None:
-        """Ask the peer for the blocks, now that the link is up and has the peer's layout."""
-        if r.error is not None:
-            return
-        assert r.pool is not None, "fetch was given blocks of a pool"
-        assert r.blocks is not None, "fetch was given blocks of a pool"
-        if link.layout is None:
-            self.fail(r, ConfigError(f"node {link.peer} has no pool to fetch from"))
-            return
-        try:
-            check_layouts(r.pool.layout, link.layout)
-        except CommError as e:
-            self.fail(r, e)
-            return
-        parts = shared_parts(r.pool.layout, link.layout)
-        tid = link.new_tid()
-        inflow = Inflow(r.handle, tid, PoolExtent(r.pool, r.blocks, parts), r.fetch_layers)
-        r.wanted = parts
-        self._enter(r, Source(link, inflow, parts, sealed=True))
-        link.send(
-            wire.Fetch(
-                tid,
-                r.key.id,
-                r.key.attempt,
-                {n: len(ids) for n, ids in r.blocks.items()},
-                parts,
-                None if src_blocks is None else {n: i.tobytes() for n, i in src_blocks.items()},
-                None if r.fetch_layers is None else list(r.fetch_layers),
-                deadline_s,
-            )
-        )
-        r.handle.take(Event.ACCEPT)
-        self._maybe_land(r)
 
     # -- from peers -------------------------------------------------------------------------
 
@@ -211,7 +179,7 @@ class Receiving:
             r, source = entry
             source.sealed = True
             r.handle.num_tokens = message.num_tokens
-            self._maybe_land(r)
+            self.maybe_land(r)
         else:
             for i, (r, of, offer) in enumerate(self._starved):
                 if of is link and offer.tid == message.tid:
@@ -266,7 +234,7 @@ class Receiving:
             return
         r, source = entry
         if head.flags & SEALED:
-            source.sealed = True
+            source.sealed = source.whole = True
         loop = self._engine.loop
         if again:
             where = [head.first + i for i in again[:8]]
@@ -282,9 +250,10 @@ class Receiving:
             loop.call(lambda: link.send(wire.Nack(flow.tid, spans)))
         if flow.layer_complete(head.layer):
             r.check_layers((head.layer,))
-            loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
+            if not source.whole:
+                loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
             if flow.complete:
-                loop.call(lambda: self._maybe_land(r))
+                loop.call(lambda: self.maybe_land(r))
 
     def layout_changed(self, link: Link) -> None:
         """Fail what waits for a node whose layout does not fit, and invite it anew if it does."""
@@ -323,7 +292,8 @@ class Receiving:
 
     # -- the life of a receive --------------------------------------------------------------
 
-    def _watch(self, r: Receive) -> None:
+    def watch(self, r: Receive) -> None:
+        """Keep the limits of a receive that begins."""
         self.live.add(r)
         r.watch = Watch(
             self._engine.loop,
@@ -366,7 +336,7 @@ class Receiving:
         for link, extent, parts in self._granter.ahead(r, links):
             inflow = Inflow(r.handle, link.new_tid(), extent)
             if inflow.total_units:
-                self._enter(r, Source(link, inflow, parts, sealed=False, invited=True))
+                self.enter(r, Source(link, inflow, parts, sealed=False, invited=True))
                 counts = {n: len(ids) for n, ids in r.blocks.items()}
                 heard = link.layouts_heard
                 link.send(wire.Invite(inflow.tid, *r.key, counts, parts, heard))
@@ -420,12 +390,13 @@ class Receiving:
         source = Source(link, Inflow(r.handle, offer.tid, extent), parts, sealed=offer.sealed)
         if offer.sealed:
             r.handle.num_tokens = offer.num_tokens
-        self._enter(r, source)
+        self.enter(r, source)
         r.handle.take(Event.ACCEPT)
         link.send(wire.Grant(offer.tid, dict(parts)))
-        self._maybe_land(r)
+        self.maybe_land(r)
 
-    def _enter(self, r: Receive, source: Source) -> None:
+    def enter(self, r: Receive, source: Source) -> None:
+        """Let a sender write from now on."""
         r.sources.append(source)
         link, inflow = source.link, source.inflow
         r.expect()
@@ -434,7 +405,8 @@ class Receiving:
         link.inflows[inflow.tid] = inflow
         r.check_layers(range(inflow.extent.layers))
 
-    def _maybe_land(self, r: Receive) -> None:
+    def maybe_land(self, r: Receive) -> None:
+        """End a receive in success, if everything is there."""
         if not r.complete or RULES[r.handle.phase].safe or r.error is not None:
             return
         blocks: Sequence[KVBlock] = ()
@@ -482,11 +454,7 @@ class Receiving:
         """Finish a failed receive once no thread writes its blocks any more."""
         if any(s.inflow.busy for s in r.sources):
             return
-        assert r.error is not None, "only failed receives come here"
-        invalid = r.destination_ids()
-        came = sorted(r.came | (r.senders or frozenset()))
-        who = f"from node {', '.join(map(str, came))}" if came else "from any node"
-        error = transfer_error(r.key, who, r.error, invalid)
+        error = r.failure()
         if r in self.live:
             self._free(r)
         if r.handle.take(Event.IDLE, error=error) is not None:

@@ -84,17 +84,19 @@ def error_of(message: wire.Fail | wire.KeyFail) -> CommError:
 
 
 class Memory(Generic[K, V]):
-    """A bounded map that forgets what was put in first."""
+    """A bounded map that forgets what was put in first. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._items: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __setitem__(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        while len(self._items) > self._limit:
-            self._items.popitem(last=False)
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            while len(self._items) > self._limit:
+                self._items.popitem(last=False)
 
     def get(self, key: K) -> V | None:
         """What was put in; None when nothing was, or it is forgotten."""

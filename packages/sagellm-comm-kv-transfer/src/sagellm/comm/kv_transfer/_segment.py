@@ -27,9 +27,10 @@ from sagellm.core.protocols import (
     UnsupportedOperationError,
 )
 
+from ._copy_workers import CopyWorkers
 from .memory import Ints
 
-__all__ = ["Located", "Segment", "View", "locate", "room_bytes", "shared_segments"]
+__all__ = ["Located", "Segment", "View", "have_workers", "locate", "room_bytes", "shared_segments"]
 
 _PAGE = 4096
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10  # fcntl.h
@@ -71,7 +72,17 @@ class Segment:
         self.memory: NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
         self.memory[::_PAGE] = 0  # map every page now, not under the first transfer
         self.address = int(self.memory.ctypes.data)
+        self.workers: CopyWorkers | None = None
         self._closers: list[Callable[[Segment], None]] = []
+
+    def start_workers(self, count: int) -> None:
+        """Start processes that copy into it; only before it is sealed.
+
+        Raises:
+            ResourceError: They cannot be started.
+
+        """
+        self.workers = CopyWorkers(self.fd, self.nbytes, count)
 
     def seal(self, *, share: bool = True) -> None:
         """Let nobody resize it, and nobody write it who does not map it yet; then share it."""
@@ -115,6 +126,8 @@ class Segment:
             fd, self.fd = self.fd, -1
             closers, self._closers = self._closers, []
             _shared = _Index.of([s for s in _shared.segments if s is not self])
+        if self.workers is not None:
+            self.workers.close()
         os.close(fd)
         self.memory = np.empty(0, dtype=np.uint8)
         for callback in closers:
@@ -150,6 +163,11 @@ def shared_segments() -> tuple[Segment, ...]:
     return _shared.segments
 
 
+def have_workers() -> bool:
+    """Whether some shared segment has copy workers."""
+    return any(s.workers is not None for s in _shared.segments)
+
+
 def locate(runs: MemoryRuns) -> Located | None:
     """Where runs lie in shared segments; None when one of them does not."""
     index = _shared
@@ -169,6 +187,8 @@ def locate(runs: MemoryRuns) -> Located | None:
 
 class View:
     """A peer's segment, mapped for reading.
+
+    `readers` are the copy workers that map it, too.
 
     Args:
         fd: Of the peer; stays the caller's.
@@ -197,13 +217,21 @@ class View:
             mapped = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except OSError as e:
             raise ResourceError(f"a peer's {nbytes} bytes cannot be mapped: {e.strerror}") from e
+        self.number = next(_ids)
         self.nbytes = nbytes
+        self.fd = os.dup(fd)
+        self.readers: set[CopyWorkers] = set()
         self.memory: NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
         self.memory[::_PAGE].max()
         self.address = int(self.memory.ctypes.data)
 
     def close(self) -> None:
         """Let go of it; it is unmapped with the last array over it. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        for workers in self.readers:
+            workers.forget(self.number)
         self.memory = np.empty(0, dtype=np.uint8)
 
 

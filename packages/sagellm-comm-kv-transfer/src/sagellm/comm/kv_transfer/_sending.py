@@ -6,6 +6,7 @@ parts of it are in place, so that a failure anywhere reaches every side of the t
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import (
@@ -14,6 +15,7 @@ from sagellm.core.protocols import (
     ConfigError,
     DistributedRuntimeError,
     IntegrityError,
+    PeerLostError,
     ResourceError,
     TransferKey,
 )
@@ -29,13 +31,16 @@ from .frames import SEALED
 from .memory import TensorExtent
 from .plan import check_parts
 from .pool import PoolExtent
-from .state import Event, Phase
+from .state import RULES, Event, Phase
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
     from ._engine import Engine
 
 __all__ = ["Sending"]
+
+_HERE_BYTES = 1 << 18
+"""What is larger is left to the lanes' threads."""
 
 
 class Sending:
@@ -50,6 +55,7 @@ class Sending:
         self.engine = engine
         self.live: set[Push] = set()
         self.offering = Offering(self)
+        self._lock = threading.Lock()
         self._active: dict[tuple[int, TransferKey], Push] = {}
         self._by_tid: dict[tuple[Link, int], Push] = {}
         self._landed: Memory[tuple[int, TransferKey], bool] = Memory(engine.settings.max_remembered)
@@ -63,36 +69,97 @@ class Sending:
     # -- from this node ---------------------------------------------------------------------
 
     def push(self, p: Push) -> Push:
-        """Begin to push; the result may be an earlier, equal push."""
-        name = (p.target, p.key)
-        if (same := self._active.get(name)) is not None:
-            if not same.sends_what(p):
-                raise ConfigError(
-                    f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way already, "
-                    "with other blocks; another try needs another attempt number"
+        """Begin to push; the result may be an earlier, equal push. From any thread.
+
+        Over a link that is up it does not wait for the event loop.
+        """
+        name, limit = (p.target, p.key), self.engine.settings.max_in_flight
+        with self._lock:
+            if (same := self._active.get(name)) is not None:
+                if not same.sends_what(p):
+                    raise ConfigError(
+                        f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way "
+                        "already, with other blocks; another try needs another attempt number"
+                    )
+                return same
+            known = self._landed.get(name) or self._failed.get(p.key) is not None
+            if not known:
+                if len(self._active) >= limit:
+                    raise ResourceError(
+                        f"{len(self._active)} transfers are in flight already; max_in_flight is "
+                        f"{limit}"
+                    )
+                self._active[name] = p
+        if known:
+            self.engine.loop.run(lambda: self._repeat(p))
+            return p
+        try:
+            if p.pool is not None:
+                p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
+            link = self.engine.links.ready(p.target)
+            if link is not None and self._begin_here(p, link):
+                return p
+            if link is None or not self.engine.loop.call(lambda: self._begin(p, link)):
+                self.engine.loop.run(
+                    lambda: self._begin(p, self.engine.links.to(p.target, p.handle.deadline))
                 )
-            return same
-        if self._landed.get(name):
+        except BaseException:
+            self._forget(p)
+            if p.pool is not None:
+                p.pool.release(p)
+            raise
+        return p
+
+    def _repeat(self, p: Push) -> None:
+        """End a push as its key has ended before."""
+        if (error := self._failed.get(p.key)) is None:
             for event in (Event.ACCEPT, Event.DONE, Event.IDLE):
                 p.handle.take(event)
-            return p
-        if (error := self._failed.get(p.key)) is not None:
-            p.handle.take(ending(error))
-            p.error = error
-            self._quiet(p)
-            return p
-        if len(self._active) >= self.engine.settings.max_in_flight:
-            raise ResourceError(
-                f"{len(self._active)} transfers are in flight already; max_in_flight is "
-                f"{self.engine.settings.max_in_flight}"
-            )
-        link = self.engine.links.to(p.target, p.handle.deadline)
-        if p.pool is not None:
-            p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
-        self._active[name] = p
+            return
+        p.handle.take(ending(error))
+        p.error = error
+        self._quiet(p)
+
+    def _begin_here(self, p: Push, link: Link) -> bool:
+        """Take an invitation, and send what is small, on the caller's own thread."""
+        if p.pool is not self.engine.pool or link.mismatch is not None:
+            return False
+        if not self._take_invitation(p, link):
+            return False
+        size = self._prepare(p, link)
+        # our caller must not wait for a peer that does not read: all that was sent before has come
+        here = size <= _HERE_BYTES and link.confirmed_before(p.flow.tid)
+        if not self.engine.loop.call(lambda: self._register(p, link)):
+            raise PeerLostError("the channel is closed")
+        link.writer.add(p.flow, here=here)
+        return True
+
+    def _register(self, p: Push, link: Link) -> None:
+        if RULES[p.handle.phase].moves:
+            self._watch(p)
+            if link.error is not None:
+                self.fail(p, link.error)
+
+    def _take_invitation(self, p: Push, link: Link) -> bool:
+        """Use the grant that the receiver has made ahead, if there is one that fits."""
+        if p.pool is None or p.dst_blocks is not None:
+            return False
+        with self._lock:  # so that the receiver's end finds it, here or there
+            invite = link.invitations.take(p.key)
+            if invite is None or {n: len(ids) for n, ids in p.blocks.items()} != invite.counts:
+                return False  # an offer finds out what is wrong
+            p.link, p.tid, p.flow.tid = link, invite.tid, invite.tid
+            self._by_tid[link, p.tid] = p
+        p.flow.extent = extent = PoolExtent(p.pool, p.blocks, invite.parts)
+        if p.sealed:
+            p.flow.flags = SEALED
+            if not any(map(extent.units, range(extent.layers))):  # no frame will say so
+                self.engine.loop.call(lambda: link.send(wire.Sealed(p.tid, p.num_tokens)))
+        return True
+
+    def _begin(self, p: Push, link: Link) -> None:
         self._watch(p)
         link.when_up(lambda error: self._start(p, link, error))
-        return p
 
     def serve(self, p: Push, link: Link) -> None:
         """Send what a peer has fetched; it is ready for it."""
@@ -187,6 +254,7 @@ class Sending:
             return
         if step.tells:
             link.send(wire.Release(tid))
+        link.confirm(tid)
         self._forget(p)
         self._fence(p)
 
@@ -194,10 +262,12 @@ class Sending:
         """The receiver gave up; False when it is none of ours."""
         if self.offering.fetches.pop(link, tid) is not None:
             return True
-        if (invite := link.invitations.forget(tid)) is not None:
+        with self._lock:
+            invite, p = link.invitations.forget(tid), self._by_tid.get((link, tid))
+        if invite is not None:
             self._failed[TransferKey(invite.id, invite.attempt)] = error
             return True
-        if (p := self._by_tid.get((link, tid))) is None:
+        if p is None:
             return False
         self.fail(p, error, told=True)
         return True
@@ -205,12 +275,12 @@ class Sending:
     def fail_key(self, key: TransferKey, error: CommError) -> None:
         """The attempt has failed somewhere else."""
         self._failed[key] = error
-        for p in [p for p in self._active.values() if p.key == key]:
+        for p in [p for p in list(self._active.values()) if p.key == key]:
             self.fail(p, error)
 
     def link_lost(self, link: Link, error: CommError) -> None:
         """Fail what went over a link."""
-        for p in [p for (of, _), p in self._by_tid.items() if of is link]:
+        for p in [p for (of, _), p in list(self._by_tid.items()) if of is link]:
             self.fail(p, error)
         self.offering.fetches.drop(link)
         link.invitations.clear()
@@ -236,29 +306,17 @@ class Sending:
         if error is not None:
             self.fail(p, error)
             return
-        invite = link.invitations.take(p.key)
-        p.link = link
         if p.tensors is None and link.mismatch is not None:
+            p.link = link
             self.fail(p, link.mismatch)
-        elif invite is not None and p.pool is self.engine.pool and _fits(p, invite):
-            self._accept(p, link, invite)
+        elif p.pool is self.engine.pool and self._take_invitation(p, link):
+            self._go(p, link)
         else:
             self._offer(p, link)
 
-    def _accept(self, p: Push, link: Link, invite: wire.Invite) -> None:
-        """Send what the receiver has asked for ahead."""
-        assert p.pool is not None, "an invitation fits blocks of a pool only"
-        p.tid = p.flow.tid = invite.tid
-        self._by_tid[link, p.tid] = p
-        p.flow.extent = extent = PoolExtent(p.pool, p.blocks, invite.parts)
-        if p.sealed:
-            p.flow.flags = SEALED
-            if not any(map(extent.units, range(extent.layers))):  # no frame will say so
-                link.send(wire.Sealed(p.tid, p.num_tokens))
-        self._go(p, link)
-
     def _offer(self, p: Push, link: Link) -> None:
-        p.tid = p.flow.tid = link.new_tid()
+        p.link, p.tid = link, link.new_tid()
+        p.flow.tid = p.tid
         self._by_tid[link, p.tid] = p
         named = p.dst_blocks
         link.send(
@@ -276,6 +334,13 @@ class Sending:
         )
 
     def _go(self, p: Push, link: Link) -> None:
+        self._prepare(p, link)
+        link.confirmed_before(p.flow.tid)
+        link.writer.add(p.flow)
+
+    @staticmethod
+    def _prepare(p: Push, link: Link) -> int:
+        """Say what will move; its bytes."""
         extent = p.flow.extent
         assert extent is not None, "granted"
         units = [extent.units(i) for i in range(extent.layers)]
@@ -284,7 +349,7 @@ class Sending:
         p.handle.layers_done([i for i, n in enumerate(units) if not n])  # nothing to wait for
         p.handle.via(link.path)
         p.handle.take(Event.ACCEPT)
-        link.writer.add(p.flow)
+        return size
 
     def _expire(self, p: Push) -> None:
         state = p.handle.state
@@ -351,8 +416,9 @@ class Sending:
             p.link.abort_data()
 
     def _forget(self, p: Push) -> None:
-        if self._active.get((p.target, p.key)) is p:
-            del self._active[p.target, p.key]
+        with self._lock:
+            if self._active.get((p.target, p.key)) is p:
+                del self._active[p.target, p.key]
 
     def close(self, error: CommError) -> None:
         """Fail everything."""
@@ -360,10 +426,3 @@ class Sending:
             self.fail(p, error)
         for o in list(self.offering.offers.values()):
             self.offering.fail(o, error)
-
-
-def _fits(p: Push, invite: wire.Invite) -> bool:
-    """Whether an invitation says all there is to agree on; if not, an offer finds out what."""
-    if p.tensors is not None or p.dst_blocks is not None:
-        return False
-    return {n: len(ids) for n, ids in p.blocks.items()} == invite.counts

@@ -106,7 +106,7 @@ def take(engine: Engine) -> Snapshot:
         pool_leases=engine.pool.lease_holders() if engine.pool is not None else [],
         bounce_bytes=receiving.bounce_bytes,
         bounce_limit_bytes=engine.settings.max_bounce_bytes,
-        ignored=dict(engine.ignored),
+        ignored=engine.ignored_so_far(),
     )
 
 

@@ -26,6 +26,11 @@ __all__ = ["DataWriter"]
 
 _NOT_READY_S = 0.0005
 _SHARED_BYTES = 1 << 20
+_GROWTH = 4
+"""The first frames of a transfer are smaller by this, so that its pipeline fills early."""
+_FRAME_S = 0.025
+_LEAST_BYTES = 1 << 16
+"""What a slow network brings frames down to."""
 
 
 class _Lane:
@@ -44,13 +49,23 @@ class _Lane:
         self.conn = conn
         self.codec = codec
         self.one_sided = conn if isinstance(conn, OneSidedConnection) else None
-        self.first_bytes = chunk_bytes
+        self.first_bytes = max(1, chunk_bytes // _GROWTH)
         self.chunk_bytes = self.one_sided.frame_bytes if self.one_sided else chunk_bytes
+        self._most_bytes = self.chunk_bytes
         self.wake = threading.Condition(lock)
         self.asleep = False
         self.busy = False
         self.ended = False
         self.error: CommError | None = None
+
+    def pace(self, count: int, seconds: float) -> None:
+        """Have frames take about as long as others may wait for, after one took so long."""
+        if self.one_sided is not None:
+            return
+        if seconds > _FRAME_S:
+            self.chunk_bytes = max(_LEAST_BYTES, int(count * _FRAME_S / seconds))
+        elif seconds < _FRAME_S / 2:
+            self.chunk_bytes = min(self._most_bytes, 2 * self.chunk_bytes)
 
     def rouse(self) -> None:
         """Have its thread look again."""
@@ -83,6 +98,7 @@ class DataWriter:
     ) -> None:
         self.traffic = traffic
         self.checksum = True
+        self.key = b""
         self.make_codec: Callable[[], KVCodec] | None = None
         self.tuner = tuner
         self._want_lanes = want_lanes
@@ -200,7 +216,8 @@ class DataWriter:
         for _ in range(len(self._flows)):
             flow = self._flows[0]
             self._flows.rotate(-1)
-            chunk = flow.claim(lane.first_bytes, lane.chunk_bytes)
+            lanes = min(self.tuner.lanes, len(self._lanes))
+            chunk = flow.claim(lane.first_bytes, lane.chunk_bytes, lanes)
             if chunk is not None:
                 self._rate.begin()
                 if self._much_waits():
@@ -238,7 +255,7 @@ class DataWriter:
     def _tell(self, lane: _Lane, news: memoryview) -> None:
         """Send a reference to nothing, in a frame of no transfer."""
         sums = bytes(8)
-        head = Header(0, 0, 0, 1, len(news), REF).pack(sums)
+        head = Header(0, 0, 0, 1, len(news), REF).pack(sums, self.key)
         lane.conn.send([memoryview(head), news], self._io_timeout_s)
         self.traffic.count(0, len(head) + len(news))
 
@@ -270,8 +287,10 @@ class DataWriter:
             codec_s = time.perf_counter() - start
             table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
         size = sum(map(len, payload))
-        head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table)
+        head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
+        start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
+        lane.pace(raw, time.perf_counter() - start)
         wire = len(head) + size
         self.traffic.count(raw, wire)
         flow.handle.moved(

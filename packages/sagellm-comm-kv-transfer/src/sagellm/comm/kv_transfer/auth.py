@@ -29,6 +29,7 @@ __all__ = [
     "Seal",
     "as_key",
     "data_token",
+    "frame_key",
     "new_nonce",
     "proof",
     "read_key_file",
@@ -126,6 +127,12 @@ def session_key(key: bytes, transcript_digest: bytes) -> bytes:
 def data_token(session: bytes, number: int) -> bytes:
     """The one-time secret of the link's data connection of that number; never crosses the wire."""
     return hmac.digest(session, b"data %d" % number, "sha256")
+
+
+def frame_key(session: bytes, *, initiator: bool) -> bytes:
+    """What seals the headers of the data frames that one side of the link sends."""
+    role = _INITIATOR if initiator else _ACCEPTOR
+    return hmac.digest(session, b"frames " + role, "sha256")
 
 
 def token_id(token: bytes) -> bytes:

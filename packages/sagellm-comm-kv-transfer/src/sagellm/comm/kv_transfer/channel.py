@@ -13,7 +13,6 @@ from sagellm.core.protocols import (
     BlockIds,
     Blocks,
     CommBackendProtocol,
-    CommError,
     CommTimeoutError,
     Completion,
     ConfigError,
@@ -34,6 +33,7 @@ from sagellm.core.protocols.ports import PortSettings
 from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
+from ._fetching import fetch
 from ._link import Link
 from ._paths import AUTO, Paths
 from ._push import Offered, Push
@@ -198,7 +198,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             UnsupportedOperationError: This system cannot share memory; use `register`.
 
         """
-        pool = RegisteredPool.allocate(layout, num_blocks)
+        pool = RegisteredPool.allocate(layout, num_blocks, self._engine.settings.copy_workers)
         try:
             self._engine.loop.run(lambda: self._use(pool))
         except BaseException:
@@ -249,7 +249,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Push blocks to a node. `dst_blocks` are used when its `receive` names none."""
         push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
         push.flow.queue(push.all_spans())
-        return self._engine.loop.run(lambda: self._engine.sending.push(push)).handle
+        return self._engine.sending.push(push).handle
 
     def begin(
         self,
@@ -263,8 +263,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         push = self._push(blocks, target_node, key, deadline_s, None, sealed=False)
         if push.pool is None:
             raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
-        started = self._engine.loop.run(lambda: self._engine.sending.push(push))
-        if started is not push:
+        if self._engine.sending.push(push) is not push:
             raise ConfigError(f"transfer {key.id}/{key.attempt} is being sent already")
         return Stream(self._engine, push)
 
@@ -345,21 +344,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         r = Receive(handle, table, None, pool=pool)
         handle.owner = r
 
-        def begin() -> None:
-            link = engine.links.to(peer, handle.deadline)
-            pool.lease(r, f"{key.id}/{key.attempt}", table)
-            engine.receiving.fetch(r, peer, layers)
-
-            def up(error: CommError | None) -> None:
-                if error is not None:
-                    engine.receiving.fail(r, error)
-                elif r.error is None:
-                    engine.links.data.both_ways(link)
-                    engine.receiving.request(r, link, wanted, deadline_s)
-
-            link.when_up(up)
-
-        engine.loop.run(begin)
+        engine.loop.run(lambda: fetch(engine, r, peer, src_blocks=wanted, layers=layers))
         return handle
 
     # -- ends -------------------------------------------------------------------------------
@@ -513,14 +498,4 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if handle.done():
             return False
         error = KVTransferError(f"cancelled by node {self.node_id}", cause=CANCELLED)
-        owner, engine = handle.owner, self._engine
-
-        def end() -> None:
-            if isinstance(owner, Push):
-                engine.sending.fail(owner, error)
-            elif isinstance(owner, Receive):
-                engine.receiving.fail(owner, error)
-            elif isinstance(owner, Offered):
-                engine.sending.offering.fail(owner, error)
-
-        return engine.loop.call(end)
+        return self._engine.loop.call(lambda: self._engine.end(handle.owner, error))

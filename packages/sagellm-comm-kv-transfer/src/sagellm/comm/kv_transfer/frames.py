@@ -4,11 +4,14 @@ A frame is a fixed header, a table with one entry per block, and the payload: th
 in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
 in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
 entries also hold each block's coded length. Where the receiver reads the sender's memory, the
-payload is a reference to the bytes. Header and table carry their own digest.
+payload is a reference to the bytes. The header holds a digest of the table and is sealed with a
+key of the link and the direction, so that frames of another connection are no frames here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,9 +48,9 @@ RAW_BIT = 1 << 31
 """In a coded length: this block did not shrink and is sent as it is."""
 
 _FIELDS = struct.Struct("<4sBBHIIIIQQ")
-_DIGEST = struct.Struct("<Q")
+_SEAL_BYTES = 8
 _MAGIC = b"sKVf"
-HEADER_BYTES = _FIELDS.size + _DIGEST.size
+HEADER_BYTES = _FIELDS.size + _SEAL_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,8 @@ class Header:
         """Length of the table."""
         return self.count * (12 if self.flags & CODED else 8)
 
-    def pack(self, table: bytes) -> bytes:
-        """Header and table."""
+    def pack(self, table: bytes, key: bytes = b"") -> bytes:
+        """Header and table; the key is that of this direction of the link."""
         head = _FIELDS.pack(
             _MAGIC,
             1,
@@ -92,27 +95,31 @@ class Header:
             self.payload_bytes,
             xxhash.xxh3_64_intdigest(table),
         )
-        return head + _DIGEST.pack(xxhash.xxh3_64_intdigest(head)) + table
+        return head + _seal(head, key) + table
 
     @classmethod
-    def unpack(cls, data: bytes | bytearray | memoryview) -> Header:
+    def unpack(cls, data: bytes | bytearray | memoryview, key: bytes = b"") -> Header:
         """The header in these bytes.
 
         Raises:
-            IntegrityError: They are none, or were changed on the way.
+            IntegrityError: They are none, were changed on the way, or are of another link.
 
         """
         magic, version, flags, _, tid, layer, first, count, payload, table = _FIELDS.unpack_from(
             data
         )
-        (digest,) = _DIGEST.unpack_from(data, _FIELDS.size)
-        if magic != _MAGIC or digest != xxhash.xxh3_64_intdigest(data[: _FIELDS.size]):
+        seal = bytes(data[_FIELDS.size : HEADER_BYTES])
+        if magic != _MAGIC or not hmac.compare_digest(seal, _seal(data[: _FIELDS.size], key)):
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
         if flags & ~SEALED not in (0, CODED, REF):
             raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
+
+
+def _seal(head: bytes | bytearray | memoryview, key: bytes) -> bytes:
+    return hashlib.blake2b(head, key=key, digest_size=_SEAL_BYTES).digest()
 
 
 def block_sum(views: Iterable[memoryview], layer: int, position: int) -> int:

@@ -75,8 +75,10 @@ class RegisteredPool:
         self._written = {n: np.zeros(c, dtype=bool) for n, c in self._num_blocks.items()}
 
     @classmethod
-    def allocate(cls, layout: KVLayout, num_blocks: int | Mapping[str, int]) -> RegisteredPool:
-        """A pool in shared memory, zeroed, every page of it there.
+    def allocate(
+        cls, layout: KVLayout, num_blocks: int | Mapping[str, int], copy_workers: int = 0
+    ) -> RegisteredPool:
+        """A pool in shared memory, zeroed, every page of it there, with processes to fill it.
 
         Raises:
             ConfigError: The layout or the numbers make no sense.
@@ -96,6 +98,8 @@ class RegisteredPool:
                 size += -(-nbytes // _ALIGN) * _ALIGN
         segment = Segment(size, f"a pool of {num_blocks} blocks")
         try:
+            if copy_workers:
+                segment.start_workers(copy_workers)
             segment.seal()
             return cls(layout, _tensors_in(segment, places), segment)
         except BaseException:

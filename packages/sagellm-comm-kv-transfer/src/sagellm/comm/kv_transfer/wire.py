@@ -1,7 +1,13 @@
 """Control messages: what two channels say to each other, and how it is framed.
 
-A message is a 4-byte big-endian length and a msgpack map with a `type`. Fields that a reader
-does not know are ignored; a version is agreed on in the handshake. Nothing is ever unpickled.
+A message is a 4-byte big-endian length and a msgpack map with a `type`. Nothing is ever unpickled.
+
+Each side states the oldest and the newest version it speaks; the newest common one holds for the
+link. Within a version fields may be added that have a default; whoever does not know a field
+ignores it. A type of message is added with a version and sent over links of that version or a
+newer one, unless it has a field `optional: true`: then whoever does not know it ignores it. Any
+other unknown type ends the link, with its name in the error.
+
 "I" is the side that opened the link, "A" the one that accepted it; "S" sends blocks and "R"
 receives them. Transfer ids (`tid`) mean something on this link only and are never used again:
 I gives out those below `INVITED`, A the others, each in rising order.
@@ -10,6 +16,7 @@ I gives out those below `INVITED`, A the others, each in rising order.
 from __future__ import annotations
 
 import struct
+import typing
 from collections.abc import Iterator
 
 import msgspec
@@ -46,6 +53,7 @@ __all__ = [
     "Release",
     "Sealed",
     "TensorInfo",
+    "Unknown",
     "Welcome",
     "decode",
     "encode",
@@ -278,6 +286,10 @@ class Bye(_Message, frozen=True, tag="bye"):
     message: str = ""
 
 
+class Unknown(_Message, frozen=True, tag="unknown"):
+    """A message of a type that is not known here, and that its sender has called optional."""
+
+
 Handshake = Hello | Challenge | Proof | Welcome | Ready | Reject
 Session = (
     LayoutChanged
@@ -297,10 +309,20 @@ Session = (
     | Ask
     | Answer
     | Bye
+    | Unknown
 )
 Message = Handshake | Session
 
 _encoder = msgspec.msgpack.Encoder()
+_KNOWN = frozenset(m.__struct_config__.tag for m in typing.get_args(Message))
+
+
+class _Kind(msgspec.Struct):
+    type: str
+    optional: bool = False
+
+
+_kind_decoder = msgspec.msgpack.Decoder(_Kind)
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
@@ -311,7 +333,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | bytearray | memoryview) -> Message:
-    """The message in a frame's body.
+    """The message in a frame's body; `Unknown` for an optional one of a type not known here.
 
     Raises:
         DistributedRuntimeError: These bytes are no message of this protocol.
@@ -320,7 +342,19 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
     try:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {e}") from None
+        error = e
+    try:
+        kind = _kind_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        kind = None
+    if kind is None or kind.type in _KNOWN:
+        raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {error}") from None
+    if kind.optional:
+        return Unknown()
+    raise DistributedRuntimeError(
+        f"a message of type {kind.type[:64]!r}, which {PROTOCOL} {VERSIONS[0]}..{VERSIONS[1]} does "
+        "not have; types of newer versions go over links of those versions, or are optional"
+    )
 
 
 def held_bytes(message: Offer | Fetch | Invite) -> int:

@@ -1,4 +1,4 @@
-"""One topology out of many fragments: by bus address, then UUID, then name.
+"""One topology out of many fragments.
 
 On conflict the source of higher precedence wins and the conflict is a warning. What no source
 knows stays unknown, but for what a rule concludes; its links say "inferred".
@@ -6,6 +6,7 @@ knows stays unknown, but for what a rule concludes; its links say "inferred".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,13 +20,10 @@ from sagellm.core.protocols import (
 )
 
 from ._fingerprint import fingerprint
-from ._sysfs import normal_bdf
+from ._same_device import merge_devices
 from .graph import TopologyGraph
 
 __all__ = ["merge"]
-
-_FIRST_KNOWN = ("vendor", "model", "uuid", "cpulist", "index", "memory_bytes")
-_MUST_AGREE = ("kind", "uuid", "numa_nodes")
 
 
 def merge(
@@ -46,7 +44,7 @@ def merge(
     notes = [*warnings]
     for _, fragment in ordered:
         notes += [f"{fragment.source}: {w}" for w in fragment.warnings]
-    devices, names = _merge_devices([f for _, f in ordered], notes)
+    devices, names = merge_devices([f for _, f in ordered], notes)
     links = _merge_links([f for _, f in ordered], devices, names, notes)
     domains = _merge_domains([f for _, f in ordered], devices, names, notes)
     pairs = _merge_pairs([f for _, f in ordered], devices, names, notes)
@@ -71,68 +69,10 @@ def merge(
 def _order(device: Device) -> tuple[bool, bool, int, str]:
     accelerator = device.kind in ("gpu", "npu")
     index = device.index if accelerator else None
-    return not accelerator, index is None, index or 0, device.id
-
-
-def _merge_devices(
-    fragments: Sequence[TopologyFragment], notes: list[str]
-) -> tuple[dict[str, Device], dict[str, str]]:
-    """Devices by final id, and every name that a source used to its final id."""
-    devices: dict[str, Device] = {}
-    names: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    for fragment in fragments:
-        for device in fragment.devices:
-            bdf = normal_bdf(device.bdf) if device.bdf else None
-            keys = [k for k in (bdf, device.uuid, device.id, *_names(device)) if k]
-            known = next((names[k] for k in keys if k in names), None)
-            if known is None:
-                final = bdf or device.id
-                devices[final] = replace(device, id=final, bdf=bdf)
-                sources[final] = fragment.source
-            else:
-                final = known
-                pair = (sources[final], fragment.source)
-                devices[final] = _combine(devices[final], device, bdf, pair, notes)
-            names.update((k, final) for k in keys)
-    return devices, names
-
-
-def _names(device: Device) -> list[str]:
-    """Ids that sources without bus addresses give it: by interface, or by the driver's number."""
-    if device.kind == "nic":
-        return [
-            f"{prefix}:{name}"
-            for prefix, attr in (("ib", "ib"), ("net", "netdev"))
-            for name in device.attrs.get(attr, "").split(",")
-            if name
-        ]
-    if device.kind in ("gpu", "npu") and device.index is not None and device.node == 0:
-        return [f"{device.vendor}:{device.index}"]
-    return []
-
-
-def _combine(
-    first: Device, second: Device, bdf: str | None, sources: tuple[str, str], notes: list[str]
-) -> Device:
-    """`first` comes from the source of higher precedence; `second` fills its gaps."""
-    for name in _MUST_AGREE:
-        a, b = getattr(first, name), getattr(second, name)
-        if name == "numa_nodes" and (set(a) <= set(b) or set(b) <= set(a)):
-            continue  # one source is merely coarser, or does not know
-        if a is not None and b is not None and a != b:
-            notes.append(
-                f"{first.id}: {name} is {a} by {sources[0]} but {b} by {sources[1]}; "
-                f"{sources[0]} is believed"
-            )
-    filled = {name: getattr(second, name) for name in _FIRST_KNOWN if getattr(first, name) is None}
-    return replace(
-        first,
-        **filled,
-        bdf=first.bdf or bdf,
-        numa_nodes=first.numa_nodes or second.numa_nodes,
-        attrs={**second.attrs, **first.attrs},
-    )
+    name = device.id
+    if device.bdf is None:  # mlx5_2 before mlx5_10
+        name = re.sub(r"\d+", lambda m: m[0].zfill(8), name)
+    return not accelerator, index is None, index or 0, name
 
 
 def _merge_links(

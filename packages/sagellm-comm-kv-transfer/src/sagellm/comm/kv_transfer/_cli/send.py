@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
 
 from sagellm.core.protocols import CommTimeoutError, ConfigError, KVTransferError, TransferKey
 from sagellm.core.protocols.show import print_json, print_line
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sagellm.comm.kv_transfer.transfer import TransferHandle
 
 __all__ = ["add_send", "send"]
+
+_Starts: TypeAlias = "Callable[[], Iterator[TransferHandle]]"
 
 _PART_BYTES = 16 << 20
 _IN_FLIGHT = 4
@@ -66,15 +68,14 @@ def send(arguments: argparse.Namespace) -> int:
         Live("send", total, quiet=arguments.json) as live,
     ):
         if arguments.into_pool:
-            starts = _into_pool(channel, arguments)
+            start = _into_pool(channel, arguments)
         elif arguments.file is not None:
-            channel.connect(arguments.peer, arguments.timeout_s)
-            starts = _of_file(channel, arguments, total)
+            start = _of_file(channel, arguments, total)
         else:
-            channel.connect(arguments.peer, arguments.timeout_s)
-            starts = _of_blocks(channel, arguments)
+            start = _of_blocks(channel, arguments)
+        channel.connect(arguments.peer, arguments.timeout_s)
         live.begin()
-        error = _drive(channel, arguments.peer, starts, live)
+        error = _drive(channel, arguments.peer, start(), live)
     if arguments.json:
         print_json({**live.report(), "error": None if error is None else str(error)})
     else:
@@ -119,32 +120,37 @@ def _size_of(path: str) -> int:
     return size
 
 
-def _of_file(
-    channel: KVTransferChannel, arguments: argparse.Namespace, size: int
-) -> Iterator[TransferHandle]:
+def _of_file(channel: KVTransferChannel, arguments: argparse.Namespace, size: int) -> _Starts:
     import numpy as np
     import torch
 
-    run = secrets.token_hex(6)
+    run, name = secrets.token_hex(6), os.path.basename(arguments.file)
     # mode c: torch takes no memory that cannot be written, and nobody writes this
     data = torch.from_numpy(np.memmap(arguments.file, np.uint8, mode="c", shape=(size,)))
-    name = os.path.basename(arguments.file)
-    for offset in range(0, size, _PART_BYTES):
-        key = FilePart(run, offset, size, name).key()
-        yield _push(channel, arguments, data[offset : offset + _PART_BYTES], key)
+
+    def start() -> Iterator[TransferHandle]:
+        for offset in range(0, size, _PART_BYTES):
+            key = FilePart(run, offset, size, name).key()
+            yield _push(channel, arguments, data[offset : offset + _PART_BYTES], key)
+
+    return start
 
 
-def _of_blocks(
-    channel: KVTransferChannel, arguments: argparse.Namespace
-) -> Iterator[TransferHandle]:
+def _of_blocks(channel: KVTransferChannel, arguments: argparse.Namespace) -> _Starts:
+    """The same random bytes in every part: making more would take longer than sending them."""
     import torch
 
-    per_part = max(1, _PART_BYTES // arguments.block_bytes)
+    block_bytes = arguments.block_bytes
+    per_part = max(1, min(arguments.blocks, _PART_BYTES // block_bytes))
+    data = torch.randint(0, 256, (per_part, block_bytes), dtype=torch.uint8)
     run = transfer_name("blocks")
-    for i, first in enumerate(range(0, arguments.blocks, per_part)):
-        count = min(per_part, arguments.blocks - first)
-        data = torch.randint(0, 256, (count, arguments.block_bytes), dtype=torch.uint8)
-        yield _push(channel, arguments, data, TransferKey(f"{run}-{i}"))
+
+    def start() -> Iterator[TransferHandle]:
+        for i, first in enumerate(range(0, arguments.blocks, per_part)):
+            count = min(per_part, arguments.blocks - first)
+            yield _push(channel, arguments, data[:count], TransferKey(f"{run}-{i}"))
+
+    return start
 
 
 def _push(
@@ -153,21 +159,21 @@ def _push(
     return channel.transfer([data], arguments.peer, key=key, deadline_s=arguments.timeout_s)
 
 
-def _into_pool(
-    channel: KVTransferChannel, arguments: argparse.Namespace
-) -> Iterator[TransferHandle]:
+def _into_pool(channel: KVTransferChannel, arguments: argparse.Namespace) -> _Starts:
     """Random blocks of a pool of ours into random blocks of theirs, in one transfer."""
     import numpy as np
 
-    shape = block_layout(arguments.block_bytes)
-    pool = channel.allocate(shape, arguments.blocks)
+    pool = channel.allocate(block_layout(arguments.block_bytes), arguments.blocks)
     pool.tensors["blocks"].random_(0, 256)
-    channel.connect(arguments.peer, arguments.timeout_s)
     order = np.random.default_rng()
-    yield channel.transfer(
-        order.permutation(arguments.blocks),
-        arguments.peer,
-        key=TransferKey(transfer_name("pool")),
-        dst_blocks=order.permutation(arguments.blocks),
-        deadline_s=arguments.timeout_s,
-    )
+
+    def start() -> Iterator[TransferHandle]:
+        yield channel.transfer(
+            order.permutation(arguments.blocks),
+            arguments.peer,
+            key=TransferKey(transfer_name("pool")),
+            dst_blocks=order.permutation(arguments.blocks),
+            deadline_s=arguments.timeout_s,
+        )
+
+    return start

@@ -96,5 +96,5 @@ def figure(
     ratios = [a / b for a, b in pairs if a is not None and b]
     pick = min if over == "worst" else statistics.median
     case = {"path": path, "against": against, "over": over, "at_least": goal, "where": HOST}
-    name = f"{path} / {against}, {over} of the cases"
+    name = f"{path} / {against}{', worst case' if over == 'worst' else ''}"
     return Ratio(name, case, pick(ratios) if ratios else None, goal)

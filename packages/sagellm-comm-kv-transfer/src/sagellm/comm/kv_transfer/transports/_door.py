@@ -8,6 +8,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = ["TokenDoor", "binding_of", "present"]
 
 _HELLO_BYTES = 16 + 32
 _MAX_PENDING = 64
+_MAX_FORGOTTEN = 256
 _PAUSE_S = 0.1
 
 
@@ -57,6 +59,7 @@ class TokenDoor:
         self._changed = threading.Condition()
         self._presented: dict[bytes, _Presented] = {}
         self._expected: set[bytes] = set()
+        self._forgotten: deque[bytes] = deque(maxlen=_MAX_FORGOTTEN)
         self.rejected = 0
         self.closed = False
         self._wake_r, self._wake_w = socket.socketpair()
@@ -78,11 +81,13 @@ class TokenDoor:
                 while True:
                     left = end - time.monotonic()
                     if not self._changed.wait_for(
-                        lambda: name in self._presented or self.closed, max(0.0, left)
+                        lambda: name in self._presented or self.closed or name in self._forgotten,
+                        max(0.0, left),
                     ):
                         raise CommTimeoutError(f"no data connection within {deadline_s:g} s")
-                    if self.closed:
-                        raise PeerLostError("the transport is closed")
+                    if self.closed or name in self._forgotten:
+                        what = "the transport is closed" if self.closed else "nobody wants it now"
+                        raise PeerLostError(what)
                     found = self._presented.pop(name)
                     sock = found.sock
                     binding = binding_of(self._tls, sock)
@@ -99,6 +104,12 @@ class TokenDoor:
             sock.close()
             raise PeerLostError(f"the data connection broke: {e}") from e
         return sock
+
+    def forget(self, token: bytes) -> None:
+        """Have a `take` of this token give up, also one that is only about to begin."""
+        with self._changed:
+            self._forgotten.append(token_id(token))
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Release listener, thread and whoever waits. Idempotent."""

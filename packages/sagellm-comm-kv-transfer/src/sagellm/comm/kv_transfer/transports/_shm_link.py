@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sagellm.comm.kv_transfer._board import Board, BoardPledge
 from sagellm.comm.kv_transfer._copy import mover
+from sagellm.comm.kv_transfer._offload import InFiles
 from sagellm.comm.kv_transfer._peek import Peek
 from sagellm.comm.kv_transfer._reference import (
     ADDRESSES,
@@ -27,6 +28,7 @@ from sagellm.comm.kv_transfer._reference import (
     Table,
 )
 from sagellm.comm.kv_transfer._segment import Segment, View, locate
+from sagellm.comm.kv_transfer.memory import Ints
 from sagellm.core.protocols import (
     IntegrityError,
     MemoryRuns,
@@ -40,7 +42,6 @@ from ._socket import SocketConnection
 
 __all__ = ["Meeting", "ShmConnection"]
 
-_FRAME_BYTES = 32 << 20
 _REFERRING_BUFFER_BYTES = 16 << 10
 """Kernel buffer where only references cross: more would queue frames before small transfers."""
 _AHEAD_BYTES = 1 << 14
@@ -54,6 +55,7 @@ class Meeting(NamedTuple):
     theirs: View
     peek: Peek | None
     readable: bool
+    frame_bytes: int
 
 
 class ShmConnection(SocketConnection, OneSidedConnection):
@@ -88,7 +90,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
     @property
     def frame_bytes(self) -> int:
         """Enough to make the cost of a frame vanish, little enough to overlap sums and copies."""
-        return _FRAME_BYTES
+        return self._meeting.frame_bytes
 
     # -- what we send -----------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         return int(self._promises[slot]) if slot < len(self._promises) else 0
 
 
-class _ShmReference(Reference):
+class _ShmReference(Reference, InFiles):
     """A checked table, with the mappings that it names."""
 
     def __init__(
@@ -314,7 +316,8 @@ class _ShmReference(Reference):
     ) -> None:
         self._table = table
         self._runs = runs
-        self._held = [v.memory for v in views.values()]  # mapped as long as this is
+        self._files = sorted(views.values(), key=lambda v: v.address)
+        self._held = [v.memory for v in self._files]  # mapped as long as this is
         self._connection = connection
 
     @property
@@ -340,6 +343,16 @@ class _ShmReference(Reference):
             return self._connection.read(part, addresses[low:high])
 
         return read
+
+    def files(self, sources: MemoryRuns) -> tuple[Sequence[View], Ints, Ints] | None:
+        """The segments that the runs are in."""
+        if self._table.kind != SEGMENTS:
+            return None
+        starts = np.array([v.address for v in self._files], dtype=np.int64)
+        at = np.searchsorted(starts, sources.addresses, side="right") - 1
+        numbers = np.array([v.number for v in self._files], dtype=np.int64)
+        used = [self._files[i] for i in np.unique(at).tolist()]
+        return used, numbers[at], sources.addresses - starts[at]
 
     def kept(self) -> bool:
         """Whether the pledge is on the board still."""

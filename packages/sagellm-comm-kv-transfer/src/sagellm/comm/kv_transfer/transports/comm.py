@@ -158,6 +158,11 @@ class CommTransport(KVTransport):
             raise
         return CommConnection(self, rank, there, back)
 
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` that waits for this token give up."""
+        for which in (b"there", b"back"):
+            self._signals.forget(_derive(token, which))
+
     def close(self) -> None:
         """Release listener and thread; the backend stays open. Idempotent."""
         self._signals.close()

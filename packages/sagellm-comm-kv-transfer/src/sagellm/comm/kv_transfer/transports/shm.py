@@ -21,7 +21,7 @@ import numpy as np
 
 from sagellm.comm.kv_transfer._board import BOARD_BYTES, Board
 from sagellm.comm.kv_transfer._peek import Peek
-from sagellm.comm.kv_transfer._segment import View, shared_segments
+from sagellm.comm.kv_transfer._segment import View, have_workers, shared_segments
 from sagellm.core.protocols import (
     AuthenticationError,
     BackendUnavailableError,
@@ -45,15 +45,18 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CREDENTIALS = struct.Struct("3i")
 _GREETING = struct.Struct("<4sHHQ16s")
 _MAGIC = b"sKVm"
-_HAS_SEGMENTS = 1
+_HAS_SEGMENTS, _HAS_WORKERS = 1, 2
+_FRAME_BYTES, _WORKERS_FRAME_BYTES = 32 << 20, 128 << 20
+"""Copy workers get more at once: beside a busy GIL every frame costs switch intervals."""
 _NONCE_BYTES = 16
+_BUFFER_BYTES = 1 << 18
 
 
 class ShmTransport(KVTransport):
     """Data connections to processes of this host and this user.
 
     Args:
-        socket_buffer_bytes: Kernel buffer of a connection over which bytes have to be sent.
+        socket_buffer_bytes: Kernel buffer where bytes have to be sent; 0 takes 256 KiB.
         handshake_timeout_s: A connection that presents no token by then is closed.
         ignored: What other transports need.
 
@@ -65,13 +68,13 @@ class ShmTransport(KVTransport):
     def __init__(
         self,
         *,
-        socket_buffer_bytes: int = 1 << 20,
+        socket_buffer_bytes: int = 0,
         handshake_timeout_s: float = 5.0,
         **ignored: object,
     ) -> None:
         if not (probe := _probe()).available:
             raise BackendUnavailableError(f"shm: {probe.reason}")
-        self._buffer_bytes = socket_buffer_bytes
+        self._buffer_bytes = socket_buffer_bytes or _BUFFER_BYTES
         name = f"sagellm-kv-{os.getpid()}-{secrets.token_hex(8)}"
         self._endpoint = f"{_boot_id()}/{name}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -142,6 +145,10 @@ class ShmTransport(KVTransport):
             undo.pop_all()
         return connection
 
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` that waits for this token give up."""
+        self._door.forget(token)
+
     def close(self) -> None:
         """Release listener and thread. Idempotent."""
         self._door.close()
@@ -153,6 +160,8 @@ class ShmTransport(KVTransport):
             undo.callback(board.close)
             nonce = np.frombuffer(secrets.token_bytes(_NONCE_BYTES), dtype=np.uint8).copy()
             mine = _HAS_SEGMENTS if shared_segments() else 0
+            if have_workers():
+                mine |= _HAS_WORKERS
             greeting = _GREETING.pack(_MAGIC, 1, mine, nonce.ctypes.data, nonce.tobytes())
             try:
                 sock.settimeout(max(0.001, end - time.monotonic()))
@@ -161,6 +170,7 @@ class ShmTransport(KVTransport):
                 with contextlib.ExitStack() as shut:
                     shut.callback(os.close, fd)
                     view = View(fd, BOARD_BYTES)
+                    undo.callback(view.close)
                 peek, why = _try_peek(_credentials(sock)[0], theirs)
                 if peek is not None:
                     undo.callback(peek.close)
@@ -179,7 +189,9 @@ class ShmTransport(KVTransport):
                     f"memory that is no allocated pool cannot be read across processes ({reason}); "
                     "`channel.allocate` makes pools that can"
                 )
-            meeting = Meeting(board, view, peek, readable)
+            large = theirs[0] & _HAS_WORKERS
+            frame_bytes = _WORKERS_FRAME_BYTES if large else _FRAME_BYTES
+            meeting = Meeting(board, view, peek, readable, frame_bytes)
             connection = ShmConnection(sock, peer, meeting, self._buffer_bytes)
             undo.pop_all()
         return connection

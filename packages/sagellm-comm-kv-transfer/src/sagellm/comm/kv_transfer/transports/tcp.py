@@ -183,6 +183,10 @@ class TcpTransport(KVTransport):
             sock.close()
             raise PeerLostError(f"the data connection broke: {e}") from e
 
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` that waits for this token give up."""
+        self._door.forget(token)
+
     def close(self) -> None:
         """Release listener and thread. Idempotent."""
         self._door.close()

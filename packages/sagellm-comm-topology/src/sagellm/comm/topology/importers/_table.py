@@ -60,7 +60,7 @@ class Table:
 
 
 def read_tables(lines: Iterable[str]) -> Iterator[Table]:
-    """Every table in the lines, from its header to the first line that is no row of it."""
+    """Every table in the lines; lines that are no rows do not end one, the next header does."""
     table: Table | None = None
     title = ""
     for line in lines:
@@ -70,11 +70,8 @@ def read_tables(lines: Iterable[str]) -> Iterator[Table]:
                 yield _checked(table)
             table = header
             continue
-        if table is not None:
-            if not line.strip() or _row(table, line):
-                continue
-            yield _checked(table)
-            table = None
+        if table is not None and _row(table, line):
+            continue
         if line.strip():
             title = line.strip(" =-\t")
     if table is not None:
@@ -130,7 +127,7 @@ def _row(table: Table, line: str) -> bool:
         found = _tail_of_tabs(table, tail)
     else:
         cells, found = _words(table, line)
-    if all(c is None for c in cells):
+    if not any((c and _CELLS.match(c)) or (c and c.isdigit()) for c in cells):
         return False
     strange = [c for c in cells if c and not _WHOLE.match(c)]
     if strange:

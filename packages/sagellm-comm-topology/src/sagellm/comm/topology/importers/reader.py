@@ -26,6 +26,21 @@ USER_FILE = 100
 """Precedence of a file that a user names."""
 
 
+def known_format(name: str | None) -> Format | None:
+    """The format of that name; None stays None.
+
+    Raises:
+        ConfigError: There is no such format; the message lists the known ones.
+
+    """
+    for form in FORMATS:
+        if name == form:
+            return form
+    if name is None:
+        return None
+    raise ConfigError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+
+
 def import_topology(
     data: bytes,
     *,
@@ -59,8 +74,7 @@ def read_fragment(
     source: str = "",
 ) -> TopologyFragment:
     """What a file says, to be merged with what others say; see `import_topology`."""
-    if form is not None and form not in FORMATS:
-        raise ConfigError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
+    form = known_format(form)
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
     if form in ("nccl-xml", "hwloc-xml") or (form is None and start.startswith(b"<")):
         return _xml(data, source)

@@ -18,7 +18,7 @@ from ._text import numa_numbers
 __all__ = ["looks_like_rocm", "read_rocm"]
 
 _FACT = re.compile(
-    r"^\s*(GPU|HCU|DCU)\[(\d+)\]\s*:\s*\(Topology\)\s*(Numa (?:Node|Affinity))\s*:?\s*(\S+)",
+    r"^\s*(GPU|HCU|DCU)\s*\[?(\d+)\]?\s*:\s*\(Topology\)\s*(Numa (?:Node|Affinity))\s*:?\s*(\S+)",
     re.IGNORECASE,
 )
 _SECTION = re.compile(r"link type", re.IGNORECASE)
@@ -26,7 +26,7 @@ _SECTION = re.compile(r"link type", re.IGNORECASE)
 
 def looks_like_rocm(lines: Sequence[str]) -> bool:
     """Whether the lines have a section or a fact of these tools."""
-    return any(_FACT.match(x) or re.search(r"=\s*Link Type between two", x) for x in lines)
+    return any(_FACT.match(x) or re.search(r"[=-]\s*Link Type between two", x) for x in lines)
 
 
 def read_rocm(

@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 
 from sagellm.comm.topology.calibration import calibrate
-from sagellm.comm.topology.live import NATIVE
-from sagellm.core.protocols import BackendUnavailableError, CommBackendProtocol
-from sagellm.core.protocols.selection import backend_registry
+from sagellm.comm.topology.live import NATIVE, check_backend
+from sagellm.core.protocols import CommBackendProtocol
 
 _SAMPLE_S = 400e-6  # a sample of small payloads is the mean of calls that take about this long
 _MOST_CALLS = 20
@@ -61,13 +60,9 @@ def main(folder: Path, rank: int) -> None:
 
 def _backend(name: str, timeout_s: float) -> CommBackendProtocol | None:
     """None is torch's own gloo or NCCL; others come from their entry point."""
-    if name in ("gloo", "nccl"):
+    spec = check_backend(name)
+    if spec is None:
         return None
-    spec = backend_registry().load(name)
-    probe = spec.probe()
-    if not probe.available or "cpu" not in spec.device_types:
-        why = probe.reason if not probe.available else f"serves {spec.device_types}, not the CPU"
-        raise BackendUnavailableError(f"backend {name!r} cannot be timed here: {why}")
     return spec.load()(spec, dist.group.WORLD, device="cpu", timeout_s=min(timeout_s, 60.0))
 
 

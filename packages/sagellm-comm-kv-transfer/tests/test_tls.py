@@ -138,7 +138,7 @@ def test_the_contract_of_transports_holds_under_tls(authority):
 
     report = check_transport(lambda: TcpTransport(tls=tls))
 
-    assert report.ok, report
+    assert report.ok(), report
 
 
 def test_nothing_of_the_blocks_crosses_the_wire_in_the_open(channel, authority, proxy, layout):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from sagellm.comm.topology.__main__ import main
 from sagellm.comm.topology.cost_model import CostModel
 from sagellm.comm.topology.live import calibrate_live, library_of, sweep_live
-from sagellm.core.protocols import ConfigError, DistributedRuntimeError
+from sagellm.core.protocols import CommTimeoutError, ConfigError, DistributedRuntimeError
 from sagellm.core.protocols.selection import backend_registry
 
 pytest.importorskip("torch", reason="timing collectives needs torch")
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="counts children in /proc")
 
 
 def children():
@@ -23,6 +26,7 @@ def children():
     return found
 
 
+@on_linux
 def test_processes_are_timed_kept_and_predicted_from(tmp_path, capsys, hgx_root):
     source = ["--from", str(hgx_root), "--folder", str(tmp_path)]
     before, files = children(), len(os.listdir("/proc/self/fd"))
@@ -94,11 +98,23 @@ def test_a_backend_found_by_its_entry_point_is_timed():
     assert len(rows) == 10
 
 
-def test_a_backend_that_is_not_there_is_named_and_nothing_is_left(tmp_path):
+@on_linux
+def test_when_a_rank_fails_its_words_are_told_and_nothing_is_left(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     before = children()
 
-    with pytest.raises(DistributedRuntimeError, match="nonesuch"):
-        sweep_live("nonesuch", 2, [4096], repeats=5, timeout_s=60)
+    with pytest.raises(DistributedRuntimeError, match=r"rank \d ended with exit code 1: .*Error"):
+        sweep_live("gloo", 2, [4096], repeats=5, timeout_s=60)
+
+    assert children() == before
+
+
+@on_linux
+def test_a_deadline_ends_the_processes():
+    before = children()
+
+    with pytest.raises(CommTimeoutError, match=r"longer than 0\.2 s"):
+        sweep_live("gloo", 2, [4096], repeats=5, timeout_s=0.2)
 
     assert children() == before
 
@@ -111,6 +127,7 @@ def test_a_backend_that_is_not_there_is_named_and_nothing_is_left(tmp_path):
         (lambda: calibrate_live("gloo", 2, repeats=4), "at least 5"),
         (lambda: calibrate_live("gloo", 2, timeout_s=0), "timeout_s"),
         (lambda: sweep_live("gloo", 2, []), "at least 1 byte"),
+        (lambda: sweep_live("nonesuch", 2, [8]), "nonesuch"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_before_anything_starts(call, words):

@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 
 from sagellm.comm.topology.calibration import calibrate
-from sagellm.comm.topology.live import NATIVE
-from sagellm.core.protocols import BackendUnavailableError, CommBackendProtocol
-from sagellm.core.protocols.selection import backend_registry
+from sagellm.comm.topology.live import NATIVE, check_backend
+from sagellm.core.protocols import CommBackendProtocol
 
 _SAMPLE_S = 400e-6  # a sample of small payloads is the mean of calls that take about this long
 _MOST_CALLS = 20
@@ -32,19 +31,23 @@ def main(folder: Path, rank: int) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     size = int(job["ranks"])
+    library, device = "gloo", torch.device("cpu")
+    if job["backend"] == "nccl":  # unverified on hardware: nobody here has two GPUs
+        library, device = "nccl", torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=size,
+        library, init_method=f"file://{folder / 'meet'}", rank=rank, world_size=size,
         timeout=timedelta(seconds=job["timeout_s"]),
     )  # fmt: skip
     backend = _backend(job["backend"], job["timeout_s"])
     rows: list[dict[str, Any]] = []
     try:
-        timers = {op: _Timer(backend, op, size) for op in job["ops"]}
+        timers = {op: _Timer(backend, op, size, device) for op in job["ops"]}
         if "calibrate" in job:
             for op, timer in timers.items():
                 rows += _calibrated(timer, op, size, job["calibrate"])
         else:
-            rows = _swept(timers, size, **job["sweep"])
+            rows = _swept(timers, size, device, **job["sweep"])
     finally:
         if backend is not None:
             backend.close()
@@ -56,51 +59,55 @@ def main(folder: Path, rank: int) -> None:
 
 
 def _backend(name: str, timeout_s: float) -> CommBackendProtocol | None:
-    """None is torch's own gloo; others come from their entry point."""
-    if name == "gloo":
+    """None is torch's own gloo or NCCL; others come from their entry point."""
+    spec = check_backend(name)
+    if spec is None:
         return None
-    spec = backend_registry().load(name)
-    probe = spec.probe()
-    if not probe.available or "cpu" not in spec.device_types:
-        why = probe.reason if not probe.available else f"serves {spec.device_types}, not the CPU"
-        raise BackendUnavailableError(f"backend {name!r} cannot be timed here: {why}")
     return spec.load()(spec, dist.group.WORLD, device="cpu", timeout_s=min(timeout_s, 60.0))
 
 
 class _Timer:
     """Takes the slowest rank's microseconds of one operation, equal on all ranks."""
 
-    def __init__(self, backend: CommBackendProtocol | None, op: str, size: int) -> None:
+    def __init__(
+        self, backend: CommBackendProtocol | None, op: str, size: int, device: torch.device
+    ) -> None:
         self._backend = backend
         self._op = op
         self._size = size
+        self._device = device
         self._calls: dict[int, tuple[Callable[[], object], int]] = {}
 
     def take(self, nbytes: int, repeats: int) -> list[float]:
         """Some samples in a row."""
-        return _slowest([self.sample(nbytes) for _ in range(repeats)])
+        return _slowest([self.sample(nbytes) for _ in range(repeats)], self._device)
 
     def sample(self, nbytes: int) -> float:
         """This rank's microseconds of one call; the mean of several where they are short."""
         if nbytes not in self._calls:
             call = self._call(nbytes)
             call()
-            dist.barrier()
-            start_s = time.perf_counter()
-            call()
-            (once_us,) = _slowest([1e6 * (time.perf_counter() - start_s)])
+            (once_us,) = _slowest([self._timed(call, 1)], self._device)
             self._calls[nbytes] = call, max(1, min(_MOST_CALLS, int(_SAMPLE_S * 1e6 / once_us)))
-        call, times = self._calls[nbytes]
+        return self._timed(*self._calls[nbytes])
+
+    def _timed(self, call: Callable[[], object], times: int) -> float:
         dist.barrier()
+        self._settle()
         start_s = time.perf_counter()
         for _ in range(times):
             call()
+        self._settle()
         return 1e6 * (time.perf_counter() - start_s) / times
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _call(self, nbytes: int) -> Callable[[], object]:
         count = max(1, nbytes // 4 // self._size) * self._size
-        x, y = torch.zeros(count), torch.zeros(count)
-        part = torch.zeros(count // self._size)
+        x, y = (torch.zeros(count, device=self._device) for _ in range(2))
+        part = torch.zeros(count // self._size, device=self._device)
         b = self._backend
         if self._op == "all_reduce":
             return lambda: dist.all_reduce(x) if b is None else b.all_reduce(x)
@@ -117,8 +124,8 @@ class _Timer:
         return lambda: dist.all_to_all_single(y, x) if b is None else b.all_to_all_single(y, x)
 
 
-def _slowest(times: Sequence[float]) -> list[float]:
-    seen = torch.tensor(times, dtype=torch.float64)
+def _slowest(times: Sequence[float], device: torch.device) -> list[float]:
+    seen = torch.tensor(times, dtype=torch.float64, device=device)
     dist.all_reduce(seen, dist.ReduceOp.MAX)
     found: list[float] = seen.tolist()
     return found
@@ -135,7 +142,11 @@ def _calibrated(timer: _Timer, op: str, size: int, plan: dict[str, Any]) -> list
 
 
 def _swept(
-    timers: dict[str, _Timer], size: int, sizes: Sequence[int], repeats: int
+    timers: dict[str, _Timer],
+    size: int,
+    device: torch.device,
+    sizes: Sequence[int],
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Every size once in each round, in a fresh order, so that a drift hits all sizes alike."""
     order = random.Random(0)
@@ -150,7 +161,7 @@ def _swept(
             times.append(statistics.median(timers[op].sample(n) for _ in range(3)))
     return [
         {"op": op, "algorithm": NATIVE, "group_size": size, "nbytes": n, "time_us": t}
-        for (op, n), t in zip(taken, _slowest(times), strict=True)
+        for (op, n), t in zip(taken, _slowest(times, device), strict=True)
     ]
 
 

@@ -14,19 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.core.protocols import (
+    BackendSpec,
     BackendUnavailableError,
     CommTimeoutError,
     ConfigError,
     DistributedRuntimeError,
 )
 
-__all__ = ["NATIVE", "OPS", "calibrate_live", "library_of", "sweep_live"]
+__all__ = [
+    "NATIVE", "OPS", "TORCH_OWN", "calibrate_live", "check_backend", "library_of", "sweep_live",
+]  # fmt: skip
 
 NATIVE = "native"
 """Algorithm under which a library's own choice is recorded."""
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
 """Operations that can be timed."""
+
+TORCH_OWN = ("gloo", "nccl")
+"""Backends that need no plug-in."""
 
 _MOST_RANKS = 64
 
@@ -63,8 +69,8 @@ def calibrate_live(
     they end with this call, whatever happens.
 
     Args:
-        backend: `gloo`, which is torch's own, or the name of an installed backend that serves
-            the CPU.
+        backend: `gloo`, which is torch's own; `nccl`, torch's too, a GPU for each rank
+            (unverified on hardware); or the name of an installed backend that serves the CPU.
         ranks: 2 to 64.
         ops: Of `OPS`.
         smallest: First payload in bytes.
@@ -103,6 +109,26 @@ def sweep_live(
     return _run(backend, ranks, ops, {"sweep": sweep}, repeats, timeout_s)
 
 
+def check_backend(name: str) -> BackendSpec | None:
+    """The spec of a backend that can be timed here; None for torch's own.
+
+    Raises:
+        ConfigError: No such backend; the message lists the known ones.
+        BackendUnavailableError: It cannot run here, or not on the CPU.
+
+    """
+    if name in TORCH_OWN:
+        return None
+    from sagellm.core.protocols.selection import backend_registry  # brings pydantic
+
+    spec = backend_registry().load(name)
+    probe = spec.probe()
+    if not probe.available or "cpu" not in spec.device_types:
+        why = probe.reason if not probe.available else f"it serves {spec.device_types}, not the CPU"
+        raise BackendUnavailableError(f"backend {name!r} cannot be timed here: {why}")
+    return spec
+
+
 def _run(
     backend: str,
     ranks: int,
@@ -121,6 +147,7 @@ def _run(
     if not timeout_s > 0:
         raise ConfigError(f"timeout_s must be above 0, not {timeout_s}")
     library_of(backend)
+    check_backend(backend)
     with tempfile.TemporaryDirectory(prefix="sagellm-live-") as name:
         folder = Path(name)
         job = {"backend": backend, "ranks": ranks, "ops": list(ops), "timeout_s": timeout_s, **what}

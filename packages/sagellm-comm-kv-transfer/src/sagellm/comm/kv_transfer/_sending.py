@@ -397,7 +397,15 @@ class Sending:
             error = transfer_error(p.key, f"to node {p.target}", p.error)
         if p.pool is not None:
             p.pool.release(p)
-        if p.handle.take(Event.IDLE, error=error) is None:
+
+
+        def ended() -> None:
+            if p.offered is None:
+                if error is None:
+                    self._landed[p.target, p.key] = True
+                self.engine.report(p.handle, error)
+
+        if p.handle.take(Event.IDLE, error=error, first=ended) is None:
             return
         if p.watch is not None:
             p.watch.follow()
@@ -407,8 +415,6 @@ class Sending:
         if p.offered is not None:
             self.offering.served(p, p.offered)
             return
-        if error is None:
-            self._landed[p.target, p.key] = True
         self.engine.completed(p.handle, error)
 
     def _break_off(self, p: Push) -> None:

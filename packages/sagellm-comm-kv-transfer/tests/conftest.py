@@ -1,8 +1,10 @@
 """Channels that are closed, layouts and tensors to move, a proxy that damages bytes."""
 
 import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from sagellm.core.protocols.testing.pytest_plugin import (
     rank_pool as rank_pool,
     rank_pools as rank_pools,
 )
+
+
+sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
 
 
 @pytest.fixture(autouse=True)

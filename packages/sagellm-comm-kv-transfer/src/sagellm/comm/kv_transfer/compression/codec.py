@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from sagellm.comm.kv_transfer.memory import bytes_of
 from sagellm.core.protocols import KVCodec
 
-from ..memory import bytes_of
 from .frame import Payload
 from .layout import Section
 

@@ -100,7 +100,7 @@ class _FixedCodec(SectionCodec):
         if grain == "channel":
             whole = f_THD.shape[0] // CHUNK_TOKENS * CHUNK_TOKENS
             if whole:
-                yield f_THD[:whole].unflatten(0, (-1, CHUNK_TOKENS)), 1
+                yield f_THD[:whole].view(-1, CHUNK_TOKENS, *f_THD.shape[1:]), 1
             if whole < f_THD.shape[0]:
                 yield f_THD[whole:].unsqueeze(0), 1
         elif grain == "token":
@@ -108,7 +108,7 @@ class _FixedCodec(SectionCodec):
         else:
             if f_THD.shape[2] % self._group:
                 raise ConfigError(f"groups of {self._group} in heads of {f_THD.shape[2]} channels")
-            yield f_THD.unflatten(2, (-1, self._group)), 3
+            yield f_THD.view(*f_THD.shape[:2], -1, self._group), 3
 
     @abstractmethod
     def _scale(self, values: Tensor, axis: int) -> Tensor:

@@ -126,11 +126,12 @@ class Header:
             raise ConfigError(f"{geometry.sections} sections; a frame has at most {_MAX_SECTIONS}")
         self.geometry, self.dtype, self.codings = geometry, dtype, tuple(codings)
         g, layout = geometry, geometry.layout
-        rope = layout.rope and _Rope(layout.rope.inv_freq, layout.rope.interleaved)
+        rope = layout.rope
+        turned = _Rope(rope.inv_freq, rope.interleaved) if rope else None
         body = _encoder.encode(
             _Description(
                 self.codings, dtype, g.shape, layout.axes, layout.kind, g.tokens, g.span,
-                layout.first_layer, layout.first_position, rope, layout.model,
+                layout.first_layer, layout.first_position, turned, layout.model,
             )
         )  # fmt: skip
         if len(body) > _MAX_DESCRIPTION:
@@ -162,7 +163,7 @@ class Header:
             raise IntegrityError("the header's checksum does not fit: it was changed on the way")
         try:
             header = cls._of(_decoder.decode(frame[_PREFIX.size : end]))
-        except (msgspec.MsgspecError, ConfigError, RecursionError, OverflowError) as e:
+        except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as e:
             raise IntegrityError(f"the frame's description cannot be used: {e}") from None
         if header.geometry.sections != sections or len(header.data) != end + _HASH.size:
             raise IntegrityError(
@@ -177,7 +178,7 @@ class Header:
             raise ConfigError(f"dtype {d.dtype!r} is unknown")
         if not 1 <= len(d.codings) <= 255 or d.span < 1:
             raise ConfigError(f"{len(d.codings)} codecs, {d.span} tokens per section")
-        rope = d.rope and RopeSpec(d.rope.inv_freq, d.rope.interleaved)
+        rope = RopeSpec(d.rope.inv_freq, d.rope.interleaved) if d.rope else None
         layout = TensorLayout(
             d.axes, d.kind, d.tokens, d.first_layer, d.first_position, rope, d.model
         )

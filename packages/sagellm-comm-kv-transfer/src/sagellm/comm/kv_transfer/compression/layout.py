@@ -142,7 +142,7 @@ class Geometry:
         """The section of that index: layer by layer, K before V, tokens in order."""
         part, nth = divmod(index, self.per_part)
         layer, kv = divmod(part, self.kvs)
-        kind: Kind = self.layout.kind if self.kvs == 1 else ("k", "v")[kv]  # type: ignore[assignment]  # of a tuple of literals
+        kind: Kind = self.layout.kind if self.kvs == 1 else ("k", "v")[kv]
         start = nth * self.span
         return Section(
             index, layer, kv, kind, start, min(self.span, self.tokens - start),

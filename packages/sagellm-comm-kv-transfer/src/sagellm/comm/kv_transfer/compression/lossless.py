@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from sagellm.comm.kv_transfer.memory import bytes_of
 from sagellm.core.protocols import CodecSpec, IntegrityError, KVCodec
 
-from ..memory import bytes_of
 from .codec import SectionCodec, dtype_name
 from .entropy import Bytes, deflate, inflate
 from .frame import ITEM_BYTES, Payload
@@ -180,9 +180,7 @@ def _from_nibbles(data: memoryview, count: int, channels: int) -> Bytes:
 
 
 _probe = importable("zstandard", "pip install zstandard")
-LOSSLESS = CodecSpec(
-    "lossless", True, _probe, lambda: LosslessCodec, "pip install zstandard"
-)
+LOSSLESS = CodecSpec("lossless", True, _probe, lambda: LosslessCodec, "pip install zstandard")
 LOSSLESS_FAST = CodecSpec(
     "lossless-fast", True, _probe, lambda: FastLosslessCodec, "pip install zstandard"
 )

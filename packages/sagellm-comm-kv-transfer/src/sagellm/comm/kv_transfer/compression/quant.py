@@ -57,7 +57,7 @@ class _Tile:
 
 def _tiles(tokens: int, heads: int, dim: int, rope: RopeSpec | None) -> Iterator[_Tile]:
     """A section's tiles in the order in which they are coded."""
-    parts = [(slice(0, rope.dim), rope)] if rope else []
+    parts: list[tuple[slice, RopeSpec | None]] = [(slice(0, rope.dim), rope)] if rope else []
     first = rope.dim if rope else 0
     if first < dim:
         parts.append((slice(first, dim), None))
@@ -73,9 +73,7 @@ def _tiles(tokens: int, heads: int, dim: int, rope: RopeSpec | None) -> Iterator
             spans.append((1, tokens % CHUNK_TOKENS, whole * CHUNK_TOKENS))
         for chunks, length, start in spans:
             for h in range(0, heads, some):
-                yield _Tile(
-                    chunks, length, start, slice(h, min(h + some, heads)), dims, turned
-                )
+                yield _Tile(chunks, length, start, slice(h, min(h + some, heads)), dims, turned)
 
 
 class QuantCodec(SectionCodec):
@@ -115,9 +113,10 @@ class QuantCodec(SectionCodec):
         codes = self._scratch.get("codes", (x_THD.numel(),), torch.int8)
         sides: tuple[list[bytes], list[bytes]] = ([], [])
         escapes, at = [], 0
-        for tile in _tiles(*x_THD.shape, section.rope):
+        tokens, heads, dim = x_THD.shape
+        for tile in _tiles(tokens, heads, dim, section.rope):
             z = self._load(tile, x_THD, section)
-            if not self._normalise(z, section.kind, x_THD.shape[2], sides):
+            if not self._normalise(z, section.kind, dim, sides):
                 return None
             flat = z.view(-1)
             values = flat.numpy()
@@ -155,15 +154,18 @@ class QuantCodec(SectionCodec):
         if strays > count or at + strays * _ESCAPE.itemsize > len(payload):
             raise IntegrityError(f"{strays} escapes in a quant section of {count} values")
         escapes = np.frombuffer(payload, _ESCAPE, strays, at)
-        if strays and (int(escapes["at"][-1]) >= count or (np.diff(escapes["at"]) <= 0).any()):
+        places = escapes["at"]
+        if strays and (int(places[-1]) >= count or (places[1:] <= places[:-1]).any()):
             raise IntegrityError(f"escapes out of order or beyond the section's {count} values")
         codes = inflate(payload[at + escapes.nbytes :], count // 2 if paired else count)
         codes = np.concatenate([codes & 15, codes >> 4]) if paired else codes.view(np.int8)
         offset = 8 if paired else 0
-        means = np.frombuffer(payload, "<u2", sides, _HEAD.size).astype("<u4")
+        means = np.frombuffer(payload, "<u2", sides, _HEAD.size).astype("<u4") << 16
+        if not np.isfinite(means.view("<f4")).all():
+            raise IntegrityError("a quant section with means that are not finite")
         exponents = np.frombuffer(payload, np.uint8, sides // spread, _HEAD.size + 2 * sides)
         scales = np.repeat(self._scales[section.kind].take(exponents), spread)
-        shifts = (means << 16).view("<f4") - offset * scales
+        shifts = means.view("<f4") - offset * scales
         at = side = 0
         for tile in _tiles(tokens, heads, dim, section.rope):
             view = tile.view(out_THD)
@@ -172,8 +174,8 @@ class QuantCodec(SectionCodec):
             size = len(values)
             np.copyto(values, codes[at : at + size])
             if strays:
-                first, last = np.searchsorted(escapes["at"], [at, at + size])
-                values[escapes["at"][first:last] - at] = escapes["code"][first:last] + offset
+                first, last = np.searchsorted(places, [at, at + size])
+                values[places[first:last] - at] = escapes["code"][first:last] + offset
             n = size // tile.tokens
             shape = (*z.shape[:2], 1, z.shape[3])
             scale, shift = (s[side : side + n].reshape(shape) for s in (scales, shifts))
@@ -258,6 +260,6 @@ QUANT = CodecSpec(
     "quant",
     False,
     importable("zstandard", "pip install zstandard"),
-    lambda: QuantCodec,  # type: ignore[arg-type,return-value]
+    lambda: QuantCodec,
     "pip install zstandard",
 )

@@ -177,15 +177,15 @@ _tables = _Tables()
 
 
 def rotate(
-    x_2THP: Tensor, out_2THP: Tensor, scratch_2THP: Tensor, rope: RopeSpec, position: int, *,
+    x_PTHR: Tensor, out_PTHR: Tensor, scratch_PTHR: Tensor, rope: RopeSpec, position: int, *,
     undo: bool,
 ) -> None:  # fmt: skip
     """Rotate float32 pairs of channels of consecutive tokens.
 
     Args:
-        x_2THP: First and second channels of the pairs, [2, tokens, heads, pairs], contiguous.
-        out_2THP: Where to; shares no memory with the others.
-        scratch_2THP: Room for the tables, spread over heads: long rows are what torch is fast on.
+        x_PTHR: First and second channels of the pairs, [2, tokens, heads, pairs], contiguous.
+        out_PTHR: Where to; shares no memory with the others.
+        scratch_PTHR: Room for the tables, spread over heads: long rows are what torch is fast on.
         rope: How.
         position: Of the first token.
         undo: Rotate back, which takes a model's keys to what they were before RoPE.
@@ -193,17 +193,18 @@ def rotate(
     """
     import torch
 
-    cos, sin = scratch_2THP
-    for spread, table in zip((cos, sin), _tables.get(rope, position, x_2THP.shape[1]), strict=True):
+    cos, sin = scratch_PTHR
+    for spread, table in zip((cos, sin), _tables.get(rope, position, x_PTHR.shape[1]), strict=True):
         spread.copy_(table)
     sign = 1.0 if undo else -1.0
-    torch.mul(x_2THP, cos, out=out_2THP)
-    out_2THP[0].addcmul_(x_2THP[1], sin, value=sign)
-    out_2THP[1].addcmul_(x_2THP[0], sin, value=-sign)
+    torch.mul(x_PTHR, cos, out=out_PTHR)
+    out_PTHR[0].addcmul_(x_PTHR[1], sin, value=sign)
+    out_PTHR[1].addcmul_(x_PTHR[0], sin, value=-sign)
 
 
 def pairs_of(x_THD: Tensor, rope: RopeSpec) -> Tensor:
     """The rotated channels as a view [2, tokens, heads, pairs]."""
     x = x_THD[..., : rope.dim]
-    halves = x.unflatten(-1, (-1, 2) if rope.interleaved else (2, -1))
-    return halves.permute((3, 0, 1, 2) if rope.interleaved else (2, 0, 1, 3))
+    if rope.interleaved:
+        return x.view(*x.shape[:2], -1, 2).permute(3, 0, 1, 2)
+    return x.view(*x.shape[:2], 2, -1).permute(2, 0, 1, 3)

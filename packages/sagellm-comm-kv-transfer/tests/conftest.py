@@ -16,7 +16,6 @@ from sagellm.core.protocols.testing.pytest_plugin import (
     rank_pools as rank_pools,
 )
 
-
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
 
 

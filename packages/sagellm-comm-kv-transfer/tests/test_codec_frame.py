@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 import xxhash
-
 from codec_data import cache, half, layout, same_bits
+
 from sagellm.comm.kv_transfer.compression import Compressor, Decoder, codec_names
 from sagellm.comm.kv_transfer.compression.frame import ENTRY_BYTES, Header, split
 from sagellm.core.protocols import (
@@ -174,7 +174,9 @@ def test_values_that_do_not_fit_the_receiver_are_refused_before_they_are_decoded
     with pytest.raises(LayoutMismatchError, match="does not fit `out`"):
         compressor.decode(frame, torch.empty(1, 2, 40, 2, 16))
     with pytest.raises(LayoutMismatchError, match="another layout"):
-        compressor.decode(frame, torch.empty(1, 2, 40, 2, 16, dtype=torch.bfloat16), layout=layout())
+        compressor.decode(
+            frame, torch.empty(1, 2, 40, 2, 16, dtype=torch.bfloat16), layout=layout()
+        )
 
 
 def test_a_codec_that_is_not_installed_is_named():

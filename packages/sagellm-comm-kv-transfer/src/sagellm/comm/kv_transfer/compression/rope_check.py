@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["check_rope"]
 
 _LAYERS = 4
-_FEWEST_TOKENS = 64
+_FEWEST = 64  # tokens from which a spread can be told
 _CLEARLY = 0.03  # bits per value; a wrong convention costs 0.05 to 0.2, and noise 0.01
 
 
@@ -36,24 +36,32 @@ def check_rope(geometry: Geometry, view: Tensor) -> None:
 
     """
     rope = geometry.layout.rope
-    if rope is None or geometry.tokens < _FEWEST_TOKENS or not geometry.sections:
+    if rope is None or not geometry.sections:
+        return
+    step = max(1, geometry.layers // _LAYERS)
+    found = (_sample(geometry, view, layer) for layer in range(0, geometry.layers, step))
+    keys = [x for x in found if x is not None]
+    position = geometry.layout.first_position
+
+    def bits(spec: RopeSpec | None, *, swapped: bool = False) -> float:
+        turned = [x.transpose(0, 1)[:CHUNK_TOKENS] if swapped else x for x in keys]
+        return sum(_bits(x, spec, position) for x in turned) / len(turned)
+
+    if (
+        keys
+        and geometry.heads >= _FEWEST
+        and bits(rope, swapped=True) < bits(None, swapped=True) - _CLEARLY
+    ):
+        raise ConfigError(
+            f"RoPE turns the {geometry.heads} heads as if they were tokens: the axes "
+            f"{geometry.layout.axes} seem to be in the wrong order"
+        )
+    if not keys or geometry.tokens < _FEWEST:
         return
     other = RopeSpec(rope.inv_freq, not rope.interleaved)
-    costs = dict.fromkeys(("as the layout says", _name(other), "none"), 0.0)
-    step = max(1, geometry.layers // _LAYERS)
-    keys = [
-        x
-        for layer in range(0, geometry.layers, step)
-        if (x := _sample(geometry, view, layer)) is not None
-    ]
-    if not keys:
-        return
-    for x in keys:
-        for name, spec in zip(costs, (rope, other, None), strict=True):
-            costs[name] += _bits(x, spec, geometry.layout.first_position) / len(keys)
-    best = min(costs, key=costs.__getitem__)
-    if costs[best] < costs["as the layout says"] - _CLEARLY:
-        listed = ", ".join(f"{name} {bits:.2f}" for name, bits in costs.items())
+    costs = {"as the layout says": bits(rope), _name(other): bits(other), "none": bits(None)}
+    if min(costs.values()) < costs["as the layout says"] - _CLEARLY:
+        listed = ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
         raise ConfigError(
             f"keys contradict the layout's RoPE ({_name(rope)}): bits of spread per value are "
             f"{listed}; check the layout's axes and give RopeSpec the engine's convention, or None"

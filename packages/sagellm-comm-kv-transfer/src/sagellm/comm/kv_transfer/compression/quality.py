@@ -202,7 +202,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _captured(model: Any, queries: dict[int, Tensor]) -> Iterator[None]:  # Any: HF's
     """Keep the queries, after RoPE, that each layer's attention is called with."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS  # noqa: N811
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
     before = model.config._attn_implementation
     inner = FUNCTIONS["sdpa"]

@@ -127,7 +127,7 @@ def test_sections_decode_alone_and_in_any_order(codec):
     compressor = Compressor(codec, workers=1)
     frame = memoryview(compressor.encode(x, layout()))
     want = compressor.decode(frame)
-    header, sections = split(frame)
+    _, sections = split(frame)
     out = torch.zeros_like(x)
 
     decoder = Decoder(Header.parse(frame), out)

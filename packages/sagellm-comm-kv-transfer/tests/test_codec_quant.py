@@ -121,7 +121,7 @@ def test_a_wrong_rope_convention_is_noticed(interleaved):
     ):
         with pytest.raises(ConfigError, match="keys contradict the layout's RoPE"):
             round_trip(x, rope=wrong)
-    with pytest.raises(ConfigError, match="none -?0"):
+    with pytest.raises(ConfigError, match=r"none -?0"):
         round_trip(cache(4, 300, 2, 32, seed=3), rope=right)
 
 

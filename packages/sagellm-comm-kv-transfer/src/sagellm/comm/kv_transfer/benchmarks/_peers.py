@@ -50,7 +50,7 @@ def _affine(x: Tensor, bits: int, axis: int, group: int) -> tuple[Tensor, float]
 
     moved = x.float().movedim(axis, -1)
     parts, nbytes = [], x.numel() * bits / 8
-    for part in moved.split(group, -1):
+    for part in torch.split(moved, group, -1):
         low = part.amin(-1, keepdim=True).half().float()
         scale = ((part.amax(-1, keepdim=True) - low) / (2**bits - 1)).half().float()
         scale = scale.clamp(min=1e-7)
@@ -132,7 +132,7 @@ def _cachegen_lmcache(x: Tensor, fine: float) -> tuple[Tensor, float]:
         largest = row.abs().amax(-1, keepdim=True).clamp(min=1e-12)
         codes = (row * (levels / largest)).round()
         out[layer] = codes / levels * largest
-        for chunk in codes.split(CHUNK):
+        for chunk in torch.split(codes, CHUNK):
             nbytes += _entropy_bytes(chunk.T) + 66 * chunk.shape[1]
     return out.view(layers, tokens, heads, dim).transpose(1, 2).bfloat16(), nbytes
 

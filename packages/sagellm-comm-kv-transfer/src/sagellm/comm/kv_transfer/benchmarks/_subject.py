@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,12 +56,13 @@ def harness(windows: int = WINDOWS) -> Harness:
         raise ConfigError("the small Llama is in a checkout's examples/data; or give --model")
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+
+        transformers = importlib.import_module("transformers")
     except ImportError:
         raise ConfigError(
             "`pip install transformers safetensors` brings the model's code"
         ) from None
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return Harness(model, _windows(path)[:windows], PREFIX)
 
 
@@ -68,14 +70,11 @@ def _windows(path: Path) -> Tensor:
     import torch
 
     if _TEXT not in os.environ:
-        from safetensors.torch import load_file
-
-        ids: Tensor = load_file(path / "windows.safetensors")["heldout_ids"]
+        load = importlib.import_module("safetensors.torch").load_file
+        ids: Tensor = load(path / "windows.safetensors")["heldout_ids"]
         return ids
-    from transformers import AutoTokenizer
-
-    text = Path(os.environ[_TEXT]).read_text()
-    tokens = AutoTokenizer.from_pretrained(path)(text)["input_ids"]
+    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(path)
+    tokens = tokenizer(Path(os.environ[_TEXT]).read_text())["input_ids"]
     length = PREFIX + SCORED
     count = len(tokens) // length
     if not count:

@@ -9,6 +9,7 @@ Needs `transformers`; the model is any of its causal language models with a plai
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Coder", "Harness", "Quality", "coder_of", "evaluate", "outlier_scale"]
+
+Model: TypeAlias = Any
+"""A causal language model of `transformers`, which type checkers need not have."""
 
 Coder: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]"
 """Round trip of K and V, [layers, heads, tokens, head_dim]: what comes back, and its bytes."""
@@ -69,12 +73,13 @@ class Harness:
 
     """
 
-    def __init__(self, model: Any, windows: Tensor, prefix_tokens: int) -> None:  # Any: HF's
+    def __init__(self, model: Model, windows: Tensor, prefix_tokens: int) -> None:
         import torch
 
         if not 0 < prefix_tokens < windows.shape[1] - 1:
             raise ConfigError(f"a prefix of {prefix_tokens} of {windows.shape[1]} tokens")
-        self.model, self.prefix_tokens = model.eval(), prefix_tokens
+        self.model, self.prefix_tokens = model, prefix_tokens
+        self.model.eval()
         self.rope = RopeSpec.from_config(model.config.to_dict(), tokens=windows.shape[1])
         with torch.no_grad():
             self._references = [self._reference(ids) for ids in windows.long()]
@@ -112,9 +117,8 @@ class Harness:
 
     def _reference(self, ids: Tensor) -> _Reference:
         import torch
-        from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache = _empty_cache()
         self.model(ids[None, : self.prefix_tokens], past_key_values=cache)
         # releases before 4.56 keep two lists instead of layers
         layers = getattr(cache, "layers", None)
@@ -130,9 +134,7 @@ class Harness:
         return _Reference(ids, k, v, [queries[i] for i in range(len(k))], logits)
 
     def _go_on(self, ids: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from transformers import DynamicCache
-
-        cache, dtype = DynamicCache(), self.model.dtype
+        cache, dtype = _empty_cache(), self.model.dtype
         for i in range(len(k)):
             cache.update(k[i][None].to(dtype, copy=True), v[i][None].to(dtype, copy=True), i)
         out: Tensor = self.model(ids[None, self.prefix_tokens :], past_key_values=cache).logits[0]
@@ -152,8 +154,8 @@ class Harness:
 
 
 def evaluate(
-    codec: Compressor | Coder, model: Any, windows: Tensor, prefix_tokens: int = 1536
-) -> Quality:  # Any: HF's model
+    codec: Compressor | Coder, model: Model, windows: Tensor, prefix_tokens: int = 1536
+) -> Quality:
     """`Harness.evaluate` for one codec."""
     return Harness(model, windows, prefix_tokens).evaluate(codec)
 
@@ -199,22 +201,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
+def _empty_cache() -> Any:  # noqa: ANN401  # transformers' own
+    return importlib.import_module("transformers").DynamicCache()
+
+
 @contextlib.contextmanager
-def _captured(model: Any, queries: dict[int, Tensor]) -> Iterator[None]:  # Any: HF's
+def _captured(model: Model, queries: dict[int, Tensor]) -> Iterator[None]:
     """Keep the queries, after RoPE, that each layer's attention is called with."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
-
+    functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
     before = model.config._attn_implementation
-    inner = FUNCTIONS["sdpa"]
+    inner = functions["sdpa"]
 
-    def keep(module: Any, query: Tensor, *args: Any, **fields: Any) -> Any:  # Any: HF's
+    def keep(module: Any, query: Tensor, *args: Any, **fields: Any) -> Any:  # noqa: ANN401  # HF's own
         queries[module.layer_idx] = query[0].float()
         return inner(module, query, *args, **fields)
 
     model.config._attn_implementation = "sdpa"
-    FUNCTIONS["sdpa"] = keep
+    functions["sdpa"] = keep
     try:
         yield
     finally:
-        FUNCTIONS["sdpa"] = inner
+        functions["sdpa"] = inner
         model.config._attn_implementation = before

@@ -7,6 +7,7 @@ all first halves of pairs and all second ones; `_tiles` says in which order valu
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ _ESCAPE = np.dtype([("at", "<u4"), ("code", "<i2")])
 _POWERS = np.exp2(np.arange(256, dtype=np.uint8).view(np.int8) / 8)
 _LARGEST = float(2**15 - 1)
 _WILD = 2.0**30  # of a variance; its eighths of octaves fit a byte
-_TILE_VALUES = 1 << 17  # float32 copies of a tile stay in a core's second-level cache
+_CALM = np.float32(2.0**-30)
+_TILE_VALUES = 1 << 18  # float32 copies of a tile stay in a core's second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +118,18 @@ class QuantCodec(SectionCodec):
         tokens, heads, dim = x_THD.shape
         for tile in _tiles(tokens, heads, dim, section.rope):
             z = self._load(tile, x_THD, section)
-            if not self._normalise(z, section.kind, dim, sides):
+            bound = self._normalise(z, section.kind, dim, sides)
+            if bound is None:
                 return None
             flat = z.view(-1)
             values = flat.numpy()
-            top = max(float(values.max()), -float(values.min()))
-            if top > limit + 0.5:
+            if bound > limit:
+                top = max(float(values.max()), -float(values.min()))
                 if top > _LARGEST:
                     return None
-                escapes.append(_escapes(values, limit, at))
-                flat.clamp_(-limit, limit)
+                if top > limit + 0.5:
+                    escapes.append(_escapes(values, limit, at))
+                    flat.clamp_(-limit, limit)
             codes[at : at + len(values)].copy_(flat.round_())
             at += len(values)
         strays = np.concatenate(escapes) if escapes else np.empty(0, _ESCAPE)
@@ -224,29 +228,37 @@ class QuantCodec(SectionCodec):
 
     def _normalise(
         self, z: Tensor, kind: Kind, dim: int, sides: tuple[list[bytes], list[bytes]]
-    ) -> bool:
-        """Take means off and divide by steps, in place; False for values that are too wild."""
+    ) -> float | None:
+        """Take means off and divide by steps, in place.
+
+        Returns:
+            What no code exceeds, for none of n values lies beyond sqrt(n) deviations; None for
+            values that are not finite or too wild.
+
+        """
         import torch
 
         mean = z.mean(2, keepdim=True).bfloat16()
         z.sub_(mean.float())
         square = self._scratch.get("a", tuple(z.shape), torch.float32)
-        power = torch.mul(z, z, out=square).sum(2, keepdim=True).numpy()
-        if kind == "v":
-            power = power.reshape(-1, dim).mean(1)
-        power *= 1 / z.shape[2]
-        if not power.max() < _WILD:
-            return False
-        eighths = np.log2(power + 1 / _WILD)
+        energy = torch.mul(z, z, out=square).sum(2).numpy().reshape(-1)
+        power = np.add.reduce(energy.reshape(-1, dim), 1) if kind == "v" else energy
+        count = z.shape[2] * (dim if kind == "v" else 1)
+        top = float(energy.max())
+        if not top < _WILD * z.shape[2]:
+            return None
+        eighths = np.log2(power * np.float32(1 / count) + _CALM)
         eighths *= 4
-        exponent = np.rint(eighths).astype(np.int8)
+        exponent = np.rint(eighths, out=eighths).astype(np.int8)
         inverse = self._inverse[kind].take(exponent.view(np.uint8))
         if kind == "v":
-            inverse = np.repeat(inverse, dim).reshape(mean.shape)
-        z.mul_(torch.from_numpy(inverse))
+            inverse = np.repeat(inverse, dim)
+        z.mul_(torch.from_numpy(inverse).view(mean.shape))
+        energy *= inverse
+        energy *= inverse
         sides[0].append(mean.view(torch.int16).numpy().tobytes())
         sides[1].append(exponent.tobytes())
-        return True
+        return math.sqrt(float(energy.max())) * 1.01
 
 
 def _escapes(values: NDArray[np.float32], limit: int, first: int) -> NDArray[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sagellm.core.protocols import bench_table
 from sagellm.core.protocols.bench import Benchmark, Missing, Ratio, Row, markdown, validate
 from sagellm.core.protocols.errors import ConfigError, DistributedRuntimeError
 
@@ -187,3 +188,15 @@ def test_priority_says_what_was_granted(module, tmp_path):
     scheduling = json.loads(file.read_text())["hardware"]["scheduling"]
     assert scheduling != "default"
     assert Path(file).exists()
+
+
+def test_reports_of_several_runs_become_one_table():
+    def report(*launches):
+        case = {"op": "all_reduce", "nbytes": 64 << 10}
+        judged = {"name": "gloo/x", "case": case, "goal": 3.0, "launches": list(launches)}
+        return {"bench": "small", "ratios": [judged, {**judged, "name": "other", "goal": None}]}
+
+    *_, row = bench_table.lines([report(2.0, 4.0), report(9.0)])
+
+    assert row == "| small | `gloo/x` | op=all_reduce nbytes=64KiB | 3 | 4 | 2-9 of 3 | yes |"
+    assert list(bench_table.lines([report()]))[2].endswith("| 3 | not measured |  |  |")

@@ -21,7 +21,6 @@ from sagellm.comm.collective_ops.benchmarks import (
     bench_fusion,
     bench_hierarchical,
     bench_wrapper,
-    table,
 )
 from sagellm.core.protocols import DistributedRuntimeError
 from sagellm.core.protocols.bench import Benchmark, Missing, Row
@@ -431,15 +430,3 @@ def test_an_absent_peer_says_what_to_install(monkeypatch):
 
     assert _fleet.missing("openmpi") == "mpi4py is not installed"
     assert _deepspeed.missing(build=True) == "deepspeed is not installed"
-
-
-def test_reports_of_several_runs_become_one_table():
-    def report(*launches):
-        case = {"op": "all_reduce", "nbytes": 64 * KIB}
-        judged = {"name": "gloo/x", "case": case, "goal": 3.0, "launches": list(launches)}
-        return {"bench": "small", "ratios": [judged, {**judged, "name": "other", "goal": None}]}
-
-    *_, row = table.lines([report(2.0, 4.0), report(9.0)])
-
-    assert row == "| small | `gloo/x` | op=all_reduce nbytes=64KiB | 3 | 4 | 2-9 of 3 | yes |"
-    assert list(table.lines([report()]))[2].endswith("| 3 | not measured |  |  |")

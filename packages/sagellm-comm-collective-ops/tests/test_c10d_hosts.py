@@ -16,8 +16,8 @@ from sagellm.comm.collective_ops import register_c10d_backend
 from sagellm.comm.collective_ops._c10d import making
 from sagellm.comm.collective_ops._c10d.libraries import GroupPlan
 from sagellm.comm.collective_ops._hier import build
-from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
 from sagellm.core.protocols import CollectiveMismatchError, CommError, ConfigError
+from sagellm.core.protocols.netns import ShapedHosts, enter_namespace, why_not
 from sagellm.core.protocols.testing.rank_pool import ThreadRanks
 
 HOSTS = [[0, 2], [1, 3]]

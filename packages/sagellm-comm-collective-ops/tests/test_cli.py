@@ -13,8 +13,8 @@ from sagellm.comm.collective_ops._cli import bench, checkup
 from sagellm.comm.collective_ops._cli.host import quota_cpus
 from sagellm.comm.collective_ops._cli.launch import Meeting
 from sagellm.comm.collective_ops._cli.main import main
-from sagellm.comm.collective_ops._cli.show import bytes_text, parse_bytes
 from sagellm.core.protocols import CommTimeoutError
+from sagellm.core.protocols.show import bytes_text, parse_bytes
 
 
 def run_json(capsys, *arguments):

@@ -10,8 +10,8 @@ from test_choice import in_order, model, watched
 
 from sagellm.comm.collective_ops import HierBackend, create_comm_backend, error_bound
 from sagellm.comm.collective_ops._hier.partition import HostMap
-from sagellm.comm.collective_ops.benchmarks._netns import ShapedHosts, enter_namespace, why_not
 from sagellm.core.protocols import CollectiveMismatchError, CommError, ConfigError
+from sagellm.core.protocols.netns import ShapedHosts, enter_namespace, why_not
 
 LAYOUTS = [
     [[0, 2], [1, 3]],

@@ -1,6 +1,11 @@
 """Channels that are closed, layouts and tensors to move, a proxy that damages bytes."""
 
+import collections
+import contextlib
+import gc
+import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -9,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferChannel
-from sagellm.core.protocols import CacheGroup, KVLayout, Shard
+from sagellm.comm.kv_transfer import KVTransferChannel, auth, wire
+from sagellm.core.protocols import CacheGroup, IntegrityError, KVLayout, Shard, TransferKey
 from sagellm.core.protocols.testing.pytest_plugin import (
     rank_pool as rank_pool,
     rank_pools as rank_pools,
@@ -23,6 +28,28 @@ sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
 def clean_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+
+
+def held_by_this_process():
+    """Descriptors by kind, threads and mappings that channels may hold."""
+    kinds = collections.Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists the others
+            kinds[os.readlink(f"/proc/self/fd/{fd}").split(":")[0]] += 1
+    with open("/proc/self/maps") as f:
+        kinds["mapped"] = sum("memfd:" in line or "/dev/shm" in line for line in f)
+    kinds["threads"] = sum(t.name.startswith("kv-") for t in threading.enumerate())
+    names = ("socket", "pipe", "anon_inode", "/memfd", "mapped", "threads")
+    return {name: kinds[name] for name in names}
+
+
+@pytest.fixture
+def leakless(eventually):
+    """Holds a test to leaving no descriptor, port, thread or mapping; name it first."""
+    before = held_by_this_process()
+    yield
+    gc.collect()
+    eventually(lambda: held_by_this_process() == before)
 
 
 @pytest.fixture
@@ -93,11 +120,15 @@ def pair(channel, layout, tensors):
 
 
 class Proxy:
-    """Forwards one address byte by byte, except those that it flips."""
+    """Forwards one address byte by byte, except those that it flips.
+
+    `flip` sees what goes to the address, `flip_back` what comes from it, each with its position
+    in the stream; None cuts the connection.
+    """
 
     def __init__(self, target):
         self.target = target
-        self.flip = lambda position, data: data
+        self.flip = self.flip_back = lambda position, data: data
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._sockets = [self._listener]
@@ -117,18 +148,21 @@ class Proxy:
 
     def _pump(self, a, b, forward):
         position = 0
-        while True:
-            try:
-                data = bytearray(a.recv(1 << 16))
-                if not data:
-                    b.shutdown(socket.SHUT_WR)
-                    return
-                if forward:
-                    data = self.flip(position, data)
-                    position += len(data)
+        try:
+            while data := bytearray(a.recv(1 << 16)):
+                at, position = position, position + len(data)
+                data = (self.flip if forward else self.flip_back)(at, data)
+                if data is None:
+                    break
                 b.sendall(data)
-            except OSError:
+            else:
+                b.shutdown(socket.SHUT_WR)
                 return
+        except OSError:  # one end is gone: so is the other
+            pass
+        for sock in (a, b):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self):
         for s in self._sockets:
@@ -150,6 +184,139 @@ def proxy():
     yield make
     for p in made:
         p.close()
+
+
+class Strangers:
+    """What a test does with sockets of its own."""
+
+    @staticmethod
+    def dial(address):
+        """A connection to `host:port`."""
+        host, port = address.rsplit(":", 1)
+        return socket.create_connection((host, int(port)), timeout=5)
+
+    @staticmethod
+    def closed(sock):
+        """Whether the other side ends the connection in time."""
+        try:
+            while sock.recv(65536):
+                pass
+        except (ConnectionError, TimeoutError) as e:
+            return not isinstance(e, TimeoutError)
+        return True
+
+
+@pytest.fixture
+def strangers():
+    """Connections that are no channel's."""
+    return Strangers
+
+
+@pytest.fixture
+def works():
+    """Tells whether a small transfer goes through."""
+
+    def check(a, b, attempt=0):
+        key = TransferKey("works", attempt)
+        t = a.transfer([torch.ones(3)], b.node_id, key=key)
+        got = b.receive(key).wait(10)
+        t.wait(10)
+        return torch.equal(got.blocks[0].tensor, torch.ones(3))
+
+    return check
+
+
+class Attacker:
+    """A peer that has the key, and says what it likes: a control connection made by hand."""
+
+    def __init__(self, b, node_id=9, then=b"", instance=b""):
+        self.sock = Strangers.dial(b.address)
+        hello = wire.encode(
+            wire.Hello(wire.PROTOCOL, node_id, b.node_id, b"n" * 32, 1, 1, instance)
+        )
+        self.sock.sendall(hello)
+        self._buffer = wire.FrameBuffer(1 << 20)
+        self._bodies = []
+        body = self._body()
+        digest = auth.transcript(hello[4:], body)
+        key = b._engine.discovery.key
+        self.sock.sendall(wire.encode(wire.Proof(auth.proof(key, digest, initiator=True))))
+        self.session = session = auth.session_key(key, digest)
+        self._ours = auth.Seal(session, initiator=True)
+        self._theirs = auth.Seal(session, initiator=False)
+        try:
+            self.welcome = self.read()
+        except IntegrityError:  # nothing but a refusal comes without a seal
+            self.welcome = None
+            return
+        self.token = auth.data_token(session, 0)
+        self.frame_key = auth.frame_key(session, initiator=True)
+        pool = b._engine.pool
+        ready = wire.Ready(pool.layout if pool is not None else None, [], "none", "tcp", True, "")
+        self.sock.sendall(self.sealed(ready) + then)
+
+    def _body(self):
+        while not self._bodies:
+            data = self.sock.recv(65536)
+            assert data, "closed"
+            self._bodies.extend(self._buffer.feed(data))
+        return self._bodies.pop(0)
+
+    def read(self):
+        return wire.decode(self._theirs.open(self._body()))
+
+    def connect_data(self, b, number=0):
+        """The link's data connection of that number, as bytes: nothing is sent but the token."""
+        token = auth.data_token(self.session, number)
+        sock = Strangers.dial(b._engine.paths["tcp"].endpoint())
+        sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
+        assert sock.recv(32) == auth.token_proof(token, initiator=False)
+        return sock
+
+    def sealed(self, *messages):
+        return b"".join(self.sealed_body(wire.encode(m)[4:]) for m in messages)
+
+    def sealed_body(self, body):
+        body = self._ours.close(body)
+        return struct.pack(">I", len(body)) + body
+
+    def say(self, *messages):
+        self.sock.sendall(self.sealed(*messages))
+
+    def answer(self, kind):
+        """The next message of that kind; others are passed over."""
+        while not isinstance(message := self.read(), kind):
+            pass
+        return message
+
+    def gone(self):
+        """Whether the link has ended by now; what came is thrown away, and nothing waits."""
+        try:
+            while data := self.sock.recv(1 << 20):
+                assert data
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def lost(self):
+        """Whether the other side ends the link in time."""
+        return Strangers.closed(self.sock)
+
+
+@pytest.fixture
+def attacker():
+    """Makes peers that have the key, and closes them."""
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Attacker(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for enemy in made:
+        enemy.sock.close()
 
 
 @pytest.fixture

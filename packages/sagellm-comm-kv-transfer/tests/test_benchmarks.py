@@ -1,9 +1,23 @@
 """The benchmarks run, on cases small enough for a test."""
 
+import os
+
 import pytest
 
-from sagellm.comm.kv_transfer.benchmarks import bench_codecs, bench_transfer
-from sagellm.core.protocols.bench import Row
+from sagellm.comm.kv_transfer.benchmarks import (
+    bench_codecs,
+    bench_cpu,
+    bench_latency,
+    bench_transfer,
+)
+from sagellm.comm.kv_transfer.benchmarks._pair import Pair, regions
+from sagellm.comm.kv_transfer.benchmarks._worker import Spec
+from sagellm.core.protocols import DistributedRuntimeError
+from sagellm.core.protocols.bench import Missing, Row
+
+ALWAYS_HERE = {
+    "memcpy, one thread", "one plain socket", "gloo, gathered", "tcp, checks off", "tcp, checks on",
+}  # fmt: skip
 
 
 def test_codecs_are_measured():
@@ -21,14 +35,104 @@ def test_codecs_are_measured():
     assert len(bench_codecs.cases(True)) == 4
 
 
-@pytest.mark.timeout(120)
-def test_every_contender_moves_the_blocks():
-    case = {"nbytes": 1 << 20, "block_bytes": 1 << 16}
+def measured(bench, case):
     rows = []
-    with bench_transfer.contenders(case) as named:
+    with bench.contenders(case) as named:
         for name, run in named.items():
-            rows.append(Row(case, name, (run(),)))
+            if isinstance(run, Missing):
+                rows.append(Row(case, name, missing=run.reason))
+            else:
+                rows.append(Row(case, name, (run(),)))
+    return rows
 
-    assert all(row.median > 0 for row in rows)
-    assert len(bench_transfer.ratios(rows)) == 6
-    assert bench_transfer.cases(True)
+
+def judged(bench, rows):
+    return {
+        (r.case["path"], r.case["against"], r.case["over"]): r
+        for r in bench.ratios(rows)
+        if "at_least" in r.case
+    }
+
+
+@pytest.mark.timeout(120)
+def test_every_contender_moves_the_blocks_and_leaves_nothing_behind():
+    case = {"work": "blocks", "nbytes": 1 << 20, "block_bytes": 1 << 16}
+    before = len(os.listdir("/proc/self/fd"))
+    rows = measured(bench_transfer, case)
+
+    for row in rows:
+        if row.contender in ALWAYS_HERE:
+            assert row.median is not None, f"{row.contender}: {row.missing}"
+        if row.missing:
+            assert "Error: " in row.missing, "a contender that cannot run says why"
+    found = judged(bench_transfer, rows)
+    assert found["tcp, checks off", "gloo, best", "median"].value > 0
+    assert all(r.case["where"] == "CPU host, loopback" for r in found.values())
+    assert len(os.listdir("/proc/self/fd")) - before <= 3  # the fork server's own
+
+
+def test_every_figure_of_a_transfer_has_a_goal_and_stands_where_nothing_ran():
+    case = {"work": "blocks", "nbytes": 1 << 20, "block_bytes": 1 << 16}
+    found = judged(bench_transfer, [Row(case, "ZeroMQ", missing="not installed")])
+
+    goals = {key: ratio.goal for key, ratio in found.items()}
+    assert goals["shm, checks off", "memcpy, one thread", "median"] == 0.9
+    assert goals["shm, checks off", "memcpy, one thread", "worst"] == 0.7
+    assert goals["tcp, checks on", "Mooncake, tcp", "median"] == 3.0
+    assert goals["tcp", "one plain socket, link of 1 Gbit/s", "median"] == 0.95
+    assert len(found) == 20
+    assert all(r.value is None for r in found.values())
+
+
+def test_the_worst_case_and_the_median_are_told_apart():
+    rows = []
+    for i, speed in enumerate((1.0, 0.5, 2.0)):
+        case = {"work": "blocks", "nbytes": 1 << 20, "block_bytes": 1 << (16 + i)}
+        rows.append(Row(case, "memcpy, one thread", (10.0,)))
+        rows.append(Row(case, "shm, checks off", (10.0 * speed,)))
+
+    found = judged(bench_transfer, rows)
+
+    assert found["shm, checks off", "memcpy, one thread", "worst"].value == 0.5
+    assert found["shm, checks off", "memcpy, one thread", "median"].value == 1.0
+
+
+def test_a_turn_whose_bytes_differ_is_no_sample():
+    case = {"nbytes": 1 << 20, "block_bytes": 1 << 16}
+    idle = Spec("sagellm.comm.kv_transfer.benchmarks._worker:End")
+    with (
+        regions(case) as shared,
+        Pair(idle, shared) as pair,
+        pytest.raises(DistributedRuntimeError, match="other bytes"),
+    ):
+        pair.run()
+
+
+@pytest.mark.timeout(120)
+def test_latency_counts_from_the_sender_on():
+    case = {"nbytes": 1 << 16, "block_bytes": 1 << 16, "turns": 3, "percentile": 50}
+    rows = measured(bench_latency, case)
+
+    assert all(row.median > 0 for row in rows if not row.missing)
+    found = judged(bench_latency, rows)
+    name = "p50 of one 64 KiB block, tcp, checks on"
+    assert found["time of Mooncake, tcp", name, "median"].goal == 1.429
+    assert bench_latency.cases(True)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"per": "GB", "nbytes": 1 << 20, "block_bytes": 1 << 16},
+        {"per": "second", "nbytes": 1 << 20, "block_bytes": 1 << 16, "seconds": 0.2},
+        {"per": "byte", "nbytes": 8 << 20, "block_bytes": 1 << 16, "transfers": 8},
+    ],
+    ids=lambda case: case["per"],
+)
+def test_costs_are_measured(case):
+    rows = measured(bench_cpu, case)
+
+    assert all(0 <= row.median < 1000 for row in rows if not row.missing)
+    assert {r.case["per"] for r in rows} == {case["per"]}
+    assert len(judged(bench_cpu, rows)) == 6

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
         ["--codec", "zstd", "--reference"],
         ["--codec", "none", "--reference"],
         ["--transport", "tcp", "--reference"],
+        ["--transport", "shm", "--reference"],
     ],
 )
 def test_the_contract_holds(arguments, capsys):

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ def test_either_of_offer_and_fetch_may_come_first(pair, offer_first, eventually)
         f = into.fetch(TransferKey("o"), 0, [5, 6])
     else:
         f = into.fetch(TransferKey("o"), 0, [5, 6])
-        eventually(lambda: out._engine.sending._fetches)
+        eventually(lambda: len(out._engine.sending.offering.fetches))
         o = out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
 
     f.wait(10)
@@ -47,6 +50,26 @@ def test_one_standing_offer_serves_chosen_blocks_and_layers(pair):
         o.wait(10)
 
 
+def test_an_offer_that_is_cancelled_while_it_is_fetched_has_not_landed(pair):
+    out, _, into, _ = pair()
+    o = out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=30)
+    key = TransferKey("o", 1)
+    hold, served = threading.Event(), out._engine.sending
+
+    def late(link, tid, on_done=served.on_done):
+        assert o.cancel()  # before the receiver's word has been taken in
+        out._engine.loop.call(lambda: on_done(link, tid))
+        out._engine.loop.call(hold.set)
+
+    served.on_done = late
+    into.fetch(key, 0, [5], src_blocks=[1]).wait(10)
+    assert hold.wait(10)
+
+    with pytest.raises(KVTransferError, match="cancelled"):
+        o.wait(10)
+    assert o.state is TransferState.CANCELLED
+
+
 def test_an_offer_ends_when_all_parts_were_fetched(channel, layout, tensors):
     out = channel()
     out.register(layout(4), a := tensors(layout(4)))
@@ -73,8 +96,70 @@ def test_an_offer_nobody_fetches_ends_with_its_lease(pair):
     with pytest.raises(KVTransferError, match="not fetched within") as caught:
         o.wait(10)
 
-    assert caught.value.cause == "comm_timeout"
+    assert caught.value.cause == "lease_expired"
     assert out._engine.pool.leases == 0
+
+
+def test_a_renewed_offer_stands_longer_and_an_expired_one_cannot_be_renewed(pair):
+    out, a, into, b = pair()
+    kept = out.offer(TransferKey("kept"), [1], num_tokens=4, ttl_s=0.2)
+    left = out.offer(TransferKey("left"), [2], num_tokens=4, ttl_s=0.2)
+    assert kept.renew(30)
+    assert kept.renew(0.001)  # never shortens
+
+    with pytest.raises(KVTransferError, match="not fetched within"):
+        left.wait(10)
+    assert not left.renew(30)
+    into.fetch(TransferKey("kept"), 0, [5]).wait(10)
+    kept.wait(10)
+
+    assert torch.equal(a["layer0"][1], b["layer0"][5])
+    with pytest.raises(UnsupportedOperationError, match="no lease"):
+        out.transfer([1], 1, key=TransferKey("push")).renew(1)
+    assert not kept.renew(30)
+
+
+def test_offers_are_reaped_in_order_of_expiry(pair):
+    out, _, _, _ = pair()
+    order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
+    offers = {i: out.offer(TransferKey(str(i)), [i], num_tokens=1, ttl_s=30) for i in order}
+    far = out.offer(TransferKey("far"), [1], num_tokens=1, ttl_s=3600)
+    now = time.monotonic()
+    for i, o in offers.items():
+        o.deadline = now + 0.02 + i / 100
+        out._engine.loop.run(o.owner.watch._at_limit)
+
+    for i in reversed(range(10)):
+        with pytest.raises(KVTransferError):
+            offers[i].wait(10)
+
+    ended = out.poll()
+    assert [c.key.id for c in ended] == [str(i) for i in range(10)]
+    assert {c.cause for c in ended} == {"lease_expired"}
+    assert out.get_stats().failures == {"lease_expired": 10}
+    assert not far.done()
+
+
+def test_a_fetch_that_a_lease_cuts_off_fails_with_its_cause_on_both_sides(pair):
+    out, _, into, _ = pair()
+    never = Never()
+    o = out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=0.3, after=never)
+    f = into.fetch(TransferKey("o"), 0, [5])
+
+    for handle in (f, o):
+        with pytest.raises(KVTransferError) as caught:
+            handle.wait(10)
+        assert caught.value.cause == "lease_expired"
+
+
+class Never:
+    """An event that does not happen."""
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        raise AssertionError("nobody may block on it")
 
 
 def test_a_fetch_nobody_offers_ends_with_its_deadline(pair):

@@ -195,7 +195,8 @@ def test_fingerprint_forgets_names_and_orders_but_not_links(look, tmp_path):
 
 def test_import_brings_neither_torch_nor_pydantic_nor_rich():
     code = (
-        "import sys, sagellm.comm.topology as t; t.TopologyManager().detect(); "
+        "import sys, sagellm.comm.topology as t; from sagellm.comm.topology.detector import "
+        "BUILT_IN; t.TopologyManager(detectors=BUILT_IN).detect(); "
         "print([m for m in ('torch', 'networkx', 'rich', 'subprocess') if m in sys.modules])"
     )
 

@@ -89,7 +89,38 @@ def test_numa_of_the_driver_fills_a_hole_of_the_firmware(gpus, look):
 def test_peer_access_is_kept_apart_from_paths(gpus, look):
     info = look(gpus, nvml=StubNvml([A, B], peers={A: [B], B: [A]})).detect()
 
-    assert info.find(A).attrs["p2p_read"] == B
+    (pair,) = info.pairs
+    assert (pair.a, pair.b, pair.path) == (A, B, None)
+    assert dict(pair.peer) == {"read": "OK", "write": "OK", "atomics": "OK"}
+
+
+def test_refused_peer_access_says_why_and_leaves_the_path(gpus, look):
+    manager = look(gpus, nvml=StubNvml([A, B], ancestors={frozenset((A, B)): 30}, p2p=2))
+
+    (pair,) = manager.detect().pairs
+
+    assert (pair.path, pair.peer["read"]) == ("PHB", "GNS")
+    assert manager.path(A, B).kind is not None
+
+
+def test_class_of_the_driver_serves_where_the_pci_tree_is_hidden(tmp_path, look):
+    stub = StubNvml([A, B], ancestors={frozenset((A, B)): 50})
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    (dev / "nvidiactl").touch()
+
+    path = look(tmp_path, nvml=stub).path(A, B)
+
+    assert (path.kind, path.hops, path.links) == ("SYS", None, ())
+
+
+def test_nvlinks_to_the_processor_are_links_to_its_node(gpus, look):
+    gpus.numa(0, "0-3", (10,))
+    info = look(gpus, nvml=StubNvml([A], peers={A: ["cpu"] * 3}, numa={A: 0})).detect()
+
+    (link,) = [x for x in info.links if x.kind == "nvlink"]
+
+    assert (link.a, link.b, link.count, link.confidence) == (A, "numa:0", 3, "inferred")
 
 
 def test_library_is_closed_and_missing_library_is_a_warning(tmp_path):

@@ -12,7 +12,7 @@ from sagellm.comm.topology.__main__ import main
 from sagellm.comm.topology._gather import join_hosts
 from sagellm.comm.topology.export import from_json, to_json, to_matrix
 from sagellm.comm.topology.render import render_matrix, render_svg, render_table
-from sagellm.core.protocols import Device, IntegrityError, Link, TopologyInfo
+from sagellm.core.protocols import Device, IntegrityError, Link, Pair, TopologyInfo
 
 
 def printed(renderable, width=160):
@@ -122,15 +122,15 @@ def test_directly_linked_and_homeless_devices_are_drawn():
 
 
 def test_no_card_covers_another(hgx):
-    from sagellm.comm.topology import _svg
+    from sagellm.comm.topology import _svg, _svg_canvas
 
-    canvas = _svg._Canvas()
+    canvas = _svg_canvas.Canvas()
     _svg._draw_host(canvas, hgx.detect(), 0, 0.0, named=False)
 
     cards = [n for n in canvas.at.values() if n.device.kind in ("gpu", "nic")]
     for i, a in enumerate(cards):
         for b in cards[i + 1 :]:
-            apart = abs(a.x - b.x) >= _svg._CARD_W or abs(a.y - b.y) >= _svg._CARD_H
+            apart = abs(a.x - b.x) >= _svg_canvas.CARD_W or abs(a.y - b.y) >= _svg_canvas.CARD_H
             assert apart, (a.device.id, b.device.id)
 
 
@@ -182,3 +182,29 @@ def test_module_runs_on_this_host():
     )
 
     assert from_json(done.stdout).fingerprint
+
+
+def test_links_to_processors_and_meshes_are_drawn():
+    devices = [Device(f"g{i}", "npu", numa_nodes=(0,)) for i in range(8)]
+    wires = [Link(f"g{i}", f"g{j}", "hccs") for i in range(8) for j in range(i + 1, 8)]
+    node = Device("numa:0", "numa", numa_nodes=(0,), cpulist="0-3")
+    info = TopologyInfo(
+        devices=(*devices, node), links=(*wires, Link("g0", "numa:0", "c2c", 1, 450e9))
+    )
+
+    svg = render_svg(info)
+
+    assert "hccs full mesh: 8 members, 28 wires" in svg
+    assert "c2c, 450.0 GB/s each way" in svg
+
+
+def test_a_nic_is_drawn_in_the_node_of_the_gpu_it_is_near():
+    devices = (
+        Device("g0", "gpu", numa_nodes=(1,)),
+        Device("ib:mlx5_0", "nic", attrs={"ib": "mlx5_0"}),
+        Device("numa:1", "numa", numa_nodes=(1,)),
+    )
+
+    assert "NUMA unknown" in render_svg(TopologyInfo(devices))
+    near = TopologyInfo(devices, pairs=(Pair("g0", "ib:mlx5_0", "PXB"),))
+    assert "NUMA unknown" not in render_svg(near)

@@ -5,14 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from .backend_spec import Probe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "CodecSpec",
     "KVCodec",
     "KVConnection",
     "KVTransport",
+    "MemoryRuns",
+    "OneSidedConnection",
+    "Pledge",
+    "Reference",
     "TransportSpec",
 ]
 
@@ -40,12 +49,115 @@ class KVConnection(ABC):
         """Release it. Idempotent."""
 
 
+class MemoryRuns(NamedTuple):
+    """Stretches of a process's memory, in the order in which their bytes cross the wire.
+
+    Attributes:
+        addresses: Where each begins.
+        lengths: Bytes of each, all positive.
+
+    """
+
+    addresses: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+class Pledge(ABC):
+    """A sender's word that memory it refers to stays as it is. Thread-safe."""
+
+    @abstractmethod
+    def revoke(self) -> None:
+        """Take it back, before the memory is used for something else. Idempotent, never blocks.
+
+        Whatever a peer copies after this returns does not count, even if the peer was stopped
+        in the middle of a copy and goes on later.
+        """
+
+
+class Reference(ABC):
+    """Memory of a peer that may be read; checked against what the peer has shown us."""
+
+    @property
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Bytes in all runs."""
+
+    @property
+    @abstractmethod
+    def runs(self) -> MemoryRuns:
+        """The runs, with addresses that only its copier understands."""
+
+    @abstractmethod
+    def copier(
+        self, sources: MemoryRuns, addresses: NDArray[np.int64]
+    ) -> Callable[[int, int], int]:
+        """What copies parts of the runs to addresses of ours, from one position to another.
+
+        It returns the number of kernel calls. The caller answers for the addresses; sources are
+        checked when the reference is made.
+        """
+
+    @abstractmethod
+    def kept(self) -> bool:
+        """Whether the peer keeps its pledge still: what was copied before this is the peer's."""
+
+
+class OneSidedConnection(KVConnection):
+    """A connection over which a receiver reads the sender's memory instead of being sent it.
+
+    One thread per direction, as for every connection; pledges are for any thread.
+    """
+
+    @property
+    @abstractmethod
+    def frame_bytes(self) -> int:
+        """Bytes that one reference should cover, about."""
+
+    @abstractmethod
+    def pledge(self) -> Pledge | None:
+        """A pledge for references to come; None when too many are out, so send the bytes."""
+
+    @abstractmethod
+    def refer(self, runs: MemoryRuns, pledge: Pledge) -> memoryview | None:
+        """What to send in place of the bytes in these runs, as the last view of the next `send`.
+
+        None when the peer cannot read them: send the bytes.
+        """
+
+    @abstractmethod
+    def resolve(self, size: int, deadline_s: float) -> Reference:
+        """Receive a reference of so many bytes, as the peer's `refer` made it.
+
+        Raises:
+            IntegrityError: It is none, or names memory the peer has not shown us.
+
+        """
+
+    @abstractmethod
+    def watch(self, callback: Callable[[], object]) -> None:
+        """Call back, from any thread, when `news` has something."""
+
+    @abstractmethod
+    def news(self) -> memoryview | None:
+        """A reference to nothing that the peer should get soon: it lets go of memory."""
+
+
 class KVTransport(ABC):
     """Moves bytes for the channel, whose control plane has already met and proven the peer."""
 
     @abstractmethod
-    def endpoint(self) -> str:
-        """What a peer needs to reach us; travels over the authenticated control connection."""
+    def endpoint(self, reached_at: str = "") -> str:
+        """What a peer needs to reach us; travels over the authenticated control connection.
+
+        Args:
+            reached_at: Host at which that peer has reached our control port, for a transport
+                that listens at every address.
+
+        """
+
+    def reaches(self, endpoint: str) -> Probe:
+        """Whether `connect` may work, as far as can be told at once; else why not."""
+        return Probe(True, "nothing speaks against it")
 
     @abstractmethod
     def connect(self, endpoint: str, token: bytes, deadline_s: float) -> KVConnection:
@@ -61,6 +173,13 @@ class KVTransport(ABC):
     @abstractmethod
     def accept(self, token: bytes, deadline_s: float) -> KVConnection:
         """The incoming connection that presents `token`; others are closed and counted."""
+
+    def forget(self, token: bytes) -> None:
+        """Have an `accept` of this token, which waits or is about to, raise PeerLostError.
+
+        A transport that cannot lets it end at its deadline. From any thread.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:
@@ -79,8 +198,15 @@ class TransportSpec:
         cancel: A started move can be stopped.
         integrity: The transport itself detects changed bytes.
         probe: Cheap, without side effects.
-        load: Returns the class or factory of the transport; called with the channel's settings
-            as keyword arguments.
+        load: Returns the class or factory of the transport. It is called with keyword arguments,
+            of which it takes what it needs and ignores the rest: `host` to listen on,
+            `advertise` (host that peers are told, None leaves it open), `socket_buffer_bytes`,
+            `handshake_timeout_s`, `comm`, a communication backend or None, and `tls`, what
+            encrypts connections to other hosts or None. It raises BackendUnavailableError when
+            it cannot work with these: with `tls`, when blocks would leave the host in the open.
+        install_hint: Line that brings what the probe misses.
+        start_lanes: Connections per peer to begin with.
+        max_lanes: Connections per peer that may make it faster.
 
     """
 
@@ -93,6 +219,8 @@ class TransportSpec:
     probe: Callable[[], Probe]
     load: Callable[[], Callable[..., KVTransport]]
     install_hint: str = ""
+    start_lanes: int = 1
+    max_lanes: int = 1
 
 
 class KVCodec(ABC):

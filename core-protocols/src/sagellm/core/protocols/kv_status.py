@@ -20,6 +20,22 @@ __all__ = [
 ]
 
 
+_CAUSES = {
+    "transport": {"peer_lost"},
+    "checksum": {"integrity"},
+    "lease_expiry": {"lease_expired"},
+    "refused": {
+        "invalid_argument",
+        "layout_mismatch",
+        "resource_exhausted",
+        "unauthenticated",
+        "not_implemented",
+        "unavailable",
+    },
+    "deadline": {"comm_timeout"},
+}
+
+
 class TransferKey(NamedTuple):
     """Names one attempt at one transfer on every side of it.
 
@@ -151,6 +167,8 @@ class TransferStats:
         in_flight: Transfers now in flight.
         peers: Connected peers.
         rejected_connections: Connections that did not authenticate or broke the protocol.
+        ignored: Messages that came too late, twice, for an earlier epoch or of a type not known
+            here, and late frames, by type.
 
     """
 
@@ -163,3 +181,17 @@ class TransferStats:
     in_flight: int = 0
     peers: int = 0
     rejected_connections: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def causes(self) -> Mapping[str, int]:
+        """Transfers that did not land, by why: codes that ask for the same remedy are one.
+
+        `transport` (a peer or a connection was lost), `checksum`, `lease_expiry`, `refused`
+        (layouts, arguments, room, keys), `deadline`, `cancelled` and `other`.
+        """
+        total = dict.fromkeys((*_CAUSES, "cancelled", "other"), 0)
+        total["cancelled"] = self.transfers.get("cancelled", 0)
+        for code, count in self.failures.items():
+            total[next((c for c, codes in _CAUSES.items() if code in codes), "other")] += count
+        return total

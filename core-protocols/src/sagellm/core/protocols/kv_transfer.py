@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .comm_types import KVBlock
 from .kv_layout import BlockIds, Blocks, KVLayout
@@ -132,6 +132,18 @@ class Transfer(Awaitable["Transfer"], Protocol):
         """Ask both sides to give up; False when it was already over. Never blocks.
 
         The destination's blocks are safe only once the completion says so.
+        """
+        ...
+
+    def renew(self, ttl_s: float) -> bool:
+        """Let what `offer` gave stand for at least so many seconds from now. Never blocks.
+
+        Returns:
+            False when it has ended. A lease is never shortened: cancel it instead.
+
+        Raises:
+            UnsupportedOperationError: This is no offer.
+
         """
         ...
 
@@ -292,7 +304,10 @@ class KVTransferChannelProtocol(ABC):
         ttl_s: float,
         after: ReadyEvent | None = None,
     ) -> Transfer:
-        """Let peers fetch blocks for `ttl_s` seconds; lands when one has fetched them."""
+        """Let peers fetch blocks for `ttl_s` seconds; lands when one has fetched them.
+
+        `Transfer.renew` extends the lease. When it ends first, the cause is `lease_expired`.
+        """
 
     @abstractmethod
     def fetch(
@@ -364,7 +379,7 @@ class KVTransferChannelProtocol(ABC):
     def get_stats(self) -> TransferStats:
         """A snapshot of the counters."""
 
-    def __enter__(self) -> KVTransferChannelProtocol:
+    def __enter__(self) -> Self:
         """Return itself; `close` runs at the end of the block."""
         return self
 

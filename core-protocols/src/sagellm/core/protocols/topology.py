@@ -24,6 +24,7 @@ __all__ = [
     "Estimate",
     "Link",
     "LinkKind",
+    "Pair",
     "Path",
     "PathClass",
     "Store",
@@ -118,8 +119,38 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """What a source says of two devices without naming the links between them.
+
+    Tools print classes (`PHB`) and peer access (`GNS`) for pairs. A path over links that are
+    known is believed before such a class.
+
+    Attributes:
+        a: One device id.
+        b: The other device id.
+        path: Class of the way, or None when the source does not say.
+        via: Kind of the links on it where only that is known (`pcie`), or None.
+        peer: Capability (`read`, `write`, `atomics`) to the tool's word for it (`OK`, `GNS`, …).
+        source: Detector or file that said so.
+        confidence: Stated by the source, or inferred from a pattern.
+
+    """
+
+    a: str
+    b: str
+    path: PathClass | None = None
+    via: LinkKind | None = None
+    peer: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    confidence: Confidence = "stated"
+
+
+@dataclass(frozen=True, slots=True)
 class SwitchDomain:
-    """Devices that reach each other through one switched fabric (NVSwitch, UB, MLU-Link)."""
+    """Devices that reach each other through one switched fabric (NVSwitch, UB, MLU-Link).
+
+    Members are empty where a source shows the switches but not who is on them.
+    """
 
     id: str
     kind: LinkKind
@@ -138,6 +169,7 @@ class TopologyFragment:
         devices: Devices it saw.
         links: Links it saw; ends may be devices of other fragments.
         domains: Switch domains it saw.
+        pairs: Pairs it classed without saying what is between them.
         warnings: Sentences for a person: what could not be read, and what that means.
         elapsed_s: Time the detector took.
 
@@ -149,6 +181,7 @@ class TopologyFragment:
     domains: tuple[SwitchDomain, ...] = ()
     warnings: tuple[str, ...] = ()
     elapsed_s: float = 0.0
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +198,7 @@ class TopologyInfo:
         provenance: Detector name to the seconds it took.
         fingerprint: Hash of everything that a choice may depend on; equal machines are equal.
         hostname: Name of this host, for display only; never proof of anything.
+        pairs: Pairs that a source classed without saying what is between them.
 
     """
 
@@ -177,6 +211,7 @@ class TopologyInfo:
     provenance: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     hostname: str = ""
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def accelerators(self) -> tuple[Device, ...]:
@@ -201,7 +236,8 @@ class Path:
         a: First device id.
         b: Last device id.
         kind: Path class, or None when the devices are not known to be joined.
-        hops: Links walked; 0 for a device to itself, None when unknown.
+        hops: Links walked; 0 for a device to itself, None when unknown or when a source states
+            the class alone.
         devices: Ids along the way, both ends included.
         bottleneck_bytes_per_s: Smallest bandwidth on the way, None when a link's is unknown.
         latency_s: Sum of one-way latencies, None when a link's is unknown.

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import get_args
 
 from sagellm.core.protocols.detection import CommandResult, DetectionContext, Detector
-from sagellm.core.protocols.topology import DeviceKind, LinkKind, TopologyFragment
+from sagellm.core.protocols.topology import (
+    DeviceKind,
+    LinkKind,
+    PathClass,
+    TopologyFragment,
+)
 
 from .contract import Check, Report, run_local, select
 from .targets import factory_of, name_of, resolve
@@ -82,6 +87,11 @@ def _sound(fragment: object, what: str) -> TopologyFragment:
         speed = link.bandwidth_bytes_per_s
         if speed is not None and not speed > 0:
             raise AssertionError(f"{what}: an unknown speed is None, not {speed}: {link}")
+    for pair in fragment.pairs:
+        if pair.a == pair.b or (pair.path is None and pair.via is None and not pair.peer):
+            raise AssertionError(f"{what}: a pair says nothing: {pair}")
+        if pair.path is not None and pair.path not in get_args(PathClass):
+            raise AssertionError(f"{what}: a pair is of unknown class: {pair}")
     if not all(isinstance(w, str) and w for w in fragment.warnings):
         raise AssertionError(f"{what}: warnings are {fragment.warnings!r}")
     return fragment

@@ -9,11 +9,13 @@ from .compression import (
     create_codec as create_codec,
 )
 from .settings import KVTransferSettings as KVTransferSettings
+from .staging import HostStaging as HostStaging
 from .state import TRANSITIONS as TRANSITIONS
 from .transports import TcpTransport as TcpTransport
 
 __all__ = [
     "TRANSITIONS",
+    "HostStaging",
     "KVTransferChannel",
     "KVTransferSettings",
     "Lz4Codec",

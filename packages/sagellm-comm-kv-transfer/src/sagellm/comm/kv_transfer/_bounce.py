@@ -11,7 +11,7 @@ import numpy as np
 
 from sagellm.core.protocols import ConfigError, KVBlock, KVLayout, ResourceError
 
-from .memory import Extent, Ints, TensorExtent
+from .memory import Extent, Ints, TensorExtent, torch_dtype
 from .plan import Part, inner_axes
 from .pool import BlockTable, PoolExtent, RegisteredPool
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .wire import TensorInfo
 
-__all__ = ["Destination", "block_ids", "bounce_for_layout", "bounce_for_tensors", "torch_dtype"]
+__all__ = ["Destination", "block_ids", "bounce_for_layout", "bounce_for_tensors"]
 
 _MIN_PAGE_BYTES = 4096
 _TENSOR_BYTES = 512
@@ -93,21 +93,6 @@ class _TensorDestination(Destination):
         return [
             KVBlock(t, i.layer, i.index) for t, i in zip(self._tensors, self._infos, strict=True)
         ]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name.
-
-    Raises:
-        ConfigError: torch has none.
-
-    """
-    import torch
-
-    found = getattr(torch, name, None) if name.isidentifier() else None
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"torch has no dtype {name!r}")
-    return found
 
 
 def block_ids(raw: Mapping[str, bytes]) -> dict[str, Ints]:

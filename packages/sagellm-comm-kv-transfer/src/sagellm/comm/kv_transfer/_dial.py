@@ -14,12 +14,16 @@ from sagellm.core.protocols import (
     AuthenticationError,
     CommError,
     CommTimeoutError,
+    ConfigError,
     DistributedRuntimeError,
+    IntegrityError,
     PeerLostError,
     error_from_code,
 )
 
 from . import auth, wire
+from ._control import Control, keep_alive
+from .tls import Tls, TlsSocket
 from .transports.tcp import parse_address
 
 __all__ = ["Dialled", "Dialler"]
@@ -33,11 +37,10 @@ _LEAST_ATTEMPT_S = 0.05
 class Dialled:
     """A control connection whose both ends have proven the key."""
 
-    sock: socket.socket
-    buffer: wire.FrameBuffer
+    control: Control
     address: str
+    instance: bytes
     version: int
-    session: bytes
     welcome: wire.Welcome
 
 
@@ -47,10 +50,13 @@ class Dialler:
     Args:
         node_id: Ours.
         target: Its.
+        instance: Tells this channel from any other that claims our node id.
         key: The shared key.
+        tls: Our side of TLS; None dials plain connections.
         address_of: Where it is, None while that is unknown.
         timeout_s: For one attempt.
         retry_s: Longest pause between attempts.
+        peer_timeout_s: A peer that is silent for so long is lost.
         max_message_bytes: Of the peer, once proven.
 
     """
@@ -60,20 +66,26 @@ class Dialler:
         *,
         node_id: int,
         target: int,
+        instance: bytes,
         key: bytes,
+        tls: Tls | None,
         address_of: Callable[[int], str | None],
         timeout_s: float,
         retry_s: float,
+        peer_timeout_s: float,
         max_message_bytes: int,
     ) -> None:
         self.until = 0.0
         self.why = "its address is not known yet"
         self._node_id = node_id
         self._target = target
+        self._instance = instance
         self._key = key
+        self._tls = tls
         self._address_of = address_of
         self._timeout_s = timeout_s
         self._retry_s = retry_s
+        self._peer_timeout_s = peer_timeout_s
         self._max_message_bytes = max_message_bytes
         self._stop = threading.Event()
 
@@ -114,31 +126,95 @@ class Dialler:
         end = time.monotonic() + left
         sock = socket.create_connection(parse_address(address), timeout=left)
         with contextlib.ExitStack() as undo:
+            binding = b""
+            if self._tls is not None:
+                sock = self._secure(sock, self._tls, left)
+                binding = self._tls.binding(sock)
             undo.callback(sock.close)
-            dialled = self._handshake(sock, address, end)
+            keep_alive(sock, self._peer_timeout_s)
+            dialled = self._handshake(sock, address, binding, end)
             undo.pop_all()
         return dialled
 
-    def _handshake(self, sock: socket.socket, address: str, end: float) -> Dialled:
+    def _secure(self, sock: socket.socket, tls: Tls, timeout_s: float) -> TlsSocket:
+        try:
+            secured = tls.client(sock)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            secured.settimeout(timeout_s)
+            secured.handshake()
+            secured.require_node(self._target)
+        except AuthenticationError as e:
+            secured.close()
+            raise AuthenticationError(f"node {self._target}: {e}") from e
+        except BaseException:
+            secured.close()
+            raise
+        return secured
+
+    def _handshake(self, sock: socket.socket, address: str, binding: bytes, end: float) -> Dialled:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        buffer = wire.FrameBuffer(self._max_message_bytes)
+        buffer = wire.FrameBuffer(wire.MAX_HANDSHAKE_BYTES)
         low, high = wire.VERSIONS
-        nonce = auth.new_nonce()
         hello = wire.encode(
-            wire.Hello(wire.PROTOCOL, self._node_id, self._target, nonce, low, high)
+            wire.Hello(
+                wire.PROTOCOL,
+                self._node_id,
+                self._target,
+                auth.new_nonce(),
+                low,
+                high,
+                self._instance,
+            )
         )
         sock.sendall(hello)
         body = _read(sock, buffer, end)
-        challenge = _expect(body, wire.Challenge, self._target)
+        challenge = self._expect(wire.decode(body), wire.Challenge)
+        if challenge.node_id != self._target:
+            raise ConfigError(f"{address} is node {challenge.node_id}, not {self._target}")
         if not low <= challenge.version <= high:
             raise DistributedRuntimeError(f"node {self._target} chose version {challenge.version}")
-        digest = auth.transcript(hello[4:], body)
+        digest = auth.transcript(hello[4:], body, binding)
         sock.sendall(wire.encode(wire.Proof(auth.proof(self._key, digest, initiator=True))))
-        welcome = _expect(_read(sock, buffer, end), wire.Welcome, self._target)
+        control = Control(
+            sock,
+            buffer,
+            auth.session_key(self._key, digest),
+            initiator=True,
+            max_message_bytes=self._max_message_bytes,
+        )
+        welcome = self._welcomed(control, _read(sock, buffer, end))
         auth.verify(self._key, digest, welcome.mac, initiator=False)
-        session = auth.session_key(self._key, digest)
-        return Dialled(sock, buffer, address, challenge.version, session, welcome)
+        return Dialled(control, address, challenge.instance, challenge.version, welcome)
+
+    def _welcomed(self, control: Control, body: bytes) -> wire.Welcome:
+        """The sealed welcome; a peer without the key can only reject, in the open."""
+        try:
+            message = control.open(body)
+        except IntegrityError:
+            with contextlib.suppress(DistributedRuntimeError):
+                self._raise_if_rejected(wire.decode(body))
+            raise AuthenticationError(
+                f"node {self._target} does not have this channel's key"
+            ) from None
+        return self._expect(message, wire.Welcome)
+
+    def _expect(self, message: wire.Message, kind: type[M]) -> M:
+        self._raise_if_rejected(message)
+        if not isinstance(message, kind):
+            raise DistributedRuntimeError(
+                f"node {self._target} sent {type(message).__name__}, not {kind.__name__}"
+            )
+        return message
+
+    def _raise_if_rejected(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Reject):
+            text = f"node {self._target} refused us: {message.message}"
+            if message.code == AuthenticationError.code:
+                raise AuthenticationError(text)
+            raise error_from_code(message.code, text)
 
 
 def _read(sock: socket.socket, buffer: wire.FrameBuffer, end: float) -> bytes:
@@ -149,16 +225,3 @@ def _read(sock: socket.socket, buffer: wire.FrameBuffer, end: float) -> bytes:
             raise PeerLostError("it closed the connection during the handshake")
         for body in buffer.feed(data):
             return body  # the peer waits for our answer: nothing can follow it
-
-
-def _expect(body: bytes, kind: type[M], target: int) -> M:
-    message = wire.decode(body)
-    if isinstance(message, wire.Reject):
-        if message.code == AuthenticationError.code:
-            raise AuthenticationError(f"node {target} refused us: {message.message}")
-        raise error_from_code(message.code, f"node {target} refused us: {message.message}")
-    if not isinstance(message, kind):
-        raise DistributedRuntimeError(
-            f"node {target} sent {type(message).__name__}, not {kind.__name__}"
-        )
-    return message

@@ -2,7 +2,7 @@
 
 A flow belongs to the event loop; its data thread only claims a piece, moves it, and reports.
 `stop` is the fence: once it has returned True, or `idle` has been called, no thread reads or
-writes the blocks any more.
+writes the blocks any more. Several threads may be at different pieces of one flow.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sagellm.core.protocols import IntegrityError, ReadyEvent
+from sagellm.core.protocols import IntegrityError, OneSidedConnection, Pledge, ReadyEvent
 
 from .frames import MAX_UNITS, Header
 from .memory import Extent
 from .transfer import TransferHandle
 
 __all__ = ["Chunk", "Flow", "Inflow", "Outflow", "Span"]
+
+_MISSING, _COMING, _LANDED = np.uint8(0), np.uint8(1), np.uint8(2)
 
 
 class Span(NamedTuple):
@@ -55,24 +57,24 @@ class Flow:
         self.lock = threading.Lock()
         self.stopped = False
         self.idle: Callable[[], object] | None = None
-        self._busy = False
+        self._pieces = 0
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at the blocks now."""
-        return self._busy
+        return self._pieces > 0
 
     def stop(self) -> bool:
         """Let no further piece begin; True when none is under way."""
         with self.lock:
             self.stopped = True
-            return not self._busy
+            return not self._pieces
 
     def leave(self) -> None:
         """End a piece; tells whoever waits behind the fence."""
         with self.lock:
-            self._busy = False
-            idle = self.idle if self.stopped else None
+            self._pieces -= 1
+            idle = self.idle if self.stopped and not self._pieces else None
         if idle is not None:
             idle()
 
@@ -86,17 +88,47 @@ class Outflow(Flow):
     def __init__(self, handle: TransferHandle, tid: int) -> None:
         super().__init__(handle, tid)
         self.extent: Extent | None = None
+        self.flags = 0
         self._pending: deque[Span] = deque()
+        self._claimed_bytes = 0
+        self._pledges: dict[OneSidedConnection, Pledge] = {}
+
+    def stop(self) -> bool:
+        """Let no further piece begin, and no peer's copy count that has not ended."""
+        with self.lock:
+            self.stopped = True
+            pledges, self._pledges = self._pledges, {}
+        for pledge in pledges.values():
+            pledge.revoke()
+        return not self.busy
+
+    def pledge(self, conn: OneSidedConnection) -> Pledge | None:
+        """Our word to one peer that the blocks stay as they are; None when it cannot be given."""
+        with self.lock:
+            if self.stopped:
+                return None
+            found = self._pledges.get(conn) or conn.pledge()
+            if found is not None:
+                self._pledges[conn] = found
+            return found
 
     def queue(self, spans: Iterable[Span]) -> None:
         """Add units to send."""
         with self.lock:
             self._pending.extend(spans)
 
-    def claim(self, chunk_bytes: int) -> Chunk | None:
-        """The next units to send; None when there are none, or none that are ready."""
+    def claim(self, first_bytes: int, chunk_bytes: int, lanes: int = 1) -> Chunk | None:
+        """The next units to send; None when there are none, or none that are ready.
+
+        Args:
+            first_bytes: Of the first chunk at most, so that the receiver begins early; each may
+                be as large as all before it.
+            chunk_bytes: Of any chunk at most.
+            lanes: That share what is left, so that all are done at about the same time.
+
+        """
         with self.lock:
-            if self.stopped or self._busy or self.extent is None:
+            if self.stopped or self.extent is None:
                 return None
             for _ in range(len(self._pending)):
                 span = self._pending[0]
@@ -108,13 +140,17 @@ class Outflow(Flow):
                 if span.after is not None and not span.after.query():
                     self._pending.rotate(-1)
                     continue
-                fit = max(1, chunk_bytes // max(1, self.extent.unit_bytes(span.layer)))
-                count = min(fit, stop - span.first, MAX_UNITS)
+                unit = max(1, self.extent.unit_bytes(span.layer))
+                share = (stop - span.first) * unit // lanes
+                grown = min(max(first_bytes, self._claimed_bytes), max(first_bytes, share))
+                most = min(chunk_bytes, grown)
+                count = min(max(1, most // unit), stop - span.first, MAX_UNITS)
+                self._claimed_bytes += count * unit
                 self._pending.popleft()
                 if span.first + count < stop:
                     rest = Span(span.layer, span.first + count, stop)
                     self._pending.appendleft(rest)
-                self._busy = True
+                self._pieces += 1
                 return Chunk(span.layer, span.first, count)
             return None
 
@@ -123,6 +159,19 @@ class Outflow(Flow):
         """Whether something is queued, ready or not."""
         with self.lock:
             return bool(self._pending) and not self.stopped and self.extent is not None
+
+    def waiting_bytes(self, most: int) -> int:
+        """Bytes that are queued, ready or not, counted until they are `most`."""
+        with self.lock:
+            total = 0
+            if self.stopped or self.extent is None:
+                return 0
+            for span in self._pending:
+                count = min(span.stop, self.extent.units(span.layer)) - span.first
+                total += max(0, count) * self.extent.unit_bytes(span.layer)
+                if total >= most:
+                    break
+            return total
 
 
 class Inflow(Flow):
@@ -145,11 +194,12 @@ class Inflow(Flow):
     ) -> None:
         super().__init__(handle, tid)
         self.extent = extent
+        self.begun = False
         wanted = range(extent.layers) if layers is None else set(layers)
-        self._missing = [
-            np.ones(extent.units(i) if i in wanted else 0, dtype=bool) for i in range(extent.layers)
+        self._units = [
+            np.full(extent.units(i) if i in wanted else 0, _MISSING) for i in range(extent.layers)
         ]
-        self._left = [len(m) for m in self._missing]
+        self._left = [len(u) for u in self._units]
         self._retried: set[tuple[int, int]] = set()
         self.total_bytes = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(self._left) if n)
         self.total_units = sum(self._left)
@@ -173,25 +223,27 @@ class Inflow(Flow):
         with self.lock:
             if self.stopped:
                 return False
-            layers = len(self._missing)
-            if head.layer >= layers or head.first + head.count > len(self._missing[head.layer]):
+            layers = len(self._units)
+            if head.layer >= layers or head.first + head.count > len(self._units[head.layer]):
                 raise IntegrityError(
                     f"the peer sent blocks {head.first}..{head.first + head.count - 1} of layer "
                     f"{head.layer}, which were not granted"
                 )
-            if not self._missing[head.layer][head.first : head.first + head.count].all():
+            span = self._units[head.layer][head.first : head.first + head.count]
+            if (span != _MISSING).any():
                 raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
-            self._busy = True
+            span[:] = _COMING
+            self._pieces += 1
+            self.begun = True
             return True
 
     def landed(self, head: Header, bad: list[int]) -> tuple[list[int], list[int]]:
         """Note a frame's outcome: (damaged for the first time, damaged again)."""
         with self.lock:
-            good = np.ones(head.count, dtype=bool)
-            good[bad] = False
-            missing = self._missing[head.layer][head.first : head.first + head.count]
-            missing &= ~good
-            self._left[head.layer] -= int(good.sum())
+            span = self._units[head.layer][head.first : head.first + head.count]
+            span[:] = _LANDED
+            span[bad] = _MISSING
+            self._left[head.layer] -= head.count - len(bad)
             again = [i for i in bad if (head.layer, head.first + i) in self._retried]
             fresh = [i for i in bad if (head.layer, head.first + i) not in self._retried]
             self._retried.update((head.layer, head.first + i) for i in fresh)

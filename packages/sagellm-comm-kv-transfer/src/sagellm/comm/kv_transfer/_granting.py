@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from sagellm.core.protocols import CacheGroup, ConfigError, KVLayout
 
@@ -29,7 +29,7 @@ class Granter:
     def __init__(self, pool: Callable[[], RegisteredPool | None], max_bounce_bytes: int) -> None:
         self._pool = pool
         self._limit = max_bounce_bytes
-        self._used = 0
+        self.used = 0
 
     def plan(
         self, r: Receive, link: Link, offer: wire.Offer
@@ -81,18 +81,47 @@ class Granter:
         assert r.destination is not None, "planned before"
         assert link.layout is not None, "planned before"
         parts = {}
-        for name, part in shared_parts(layout, link.layout).items():
-            group = next(g for g in layout.groups if g.name == name)
-            r.wanted.setdefault(name, held_part(group, part.axis))
+        shared = shared_parts(layout, link.layout)
+        self._want(r, layout, shared)
+        for name, part in shared.items():
             granted = [p for s in r.sources if (p := s.parts.get(name)) is not None]
             gaps = coverage_gap(part, granted)
             if len(gaps) > 1:
                 raise ConfigError(f"group {name!r}: senders overlap in more than one interval")
             if gaps:
                 parts[name] = Part(part.axis, *gaps[0])
-        for group in layout.groups:  # a group of which this sender has nothing is still wanted
-            r.wanted.setdefault(group.name, held_part(group, _axis_of(group)))
         return r.destination.extent_for(parts), parts
+
+    def ahead(
+        self, r: Receive, links: Iterable[Link]
+    ) -> list[tuple[Link, Extent, dict[str, Part]]]:
+        """What each of the named senders is to send, told before any has offered.
+
+        Nothing when two of them hold the same part: it is for the first that comes.
+        """
+        assert r.pool is not None, "destinations are pool blocks"
+        assert r.blocks is not None, "destinations are pool blocks"
+        layout = r.pool.layout
+        shares = []
+        taken: dict[str, list[Part]] = {}
+        for link in links:
+            assert link.layout is not None, "compared before"
+            parts = shared_parts(layout, link.layout)
+            for name, part in parts.items():
+                if coverage_gap(part, taken.setdefault(name, [])) != [(part.first, part.stop)]:
+                    return []
+                taken[name].append(part)
+            shares.append((link, parts))
+        r.destination = Destination(r.pool, r.blocks, 0)
+        for _, parts in shares:
+            self._want(r, layout, parts)
+        return [(link, r.destination.extent_for(parts), parts) for link, parts in shares]
+
+    @staticmethod
+    def _want(r: Receive, layout: KVLayout, shared: Mapping[str, Part]) -> None:
+        for group in layout.groups:  # a group of which a sender has nothing is still wanted
+            axis = shared[group.name].axis if group.name in shared else _axis_of(group)
+            r.wanted.setdefault(group.name, held_part(group, axis))
 
     def _adopt(self, r: Receive, raw: Mapping[str, bytes]) -> None:
         """Take the destinations that the sender knows; they are checked like our own."""
@@ -105,17 +134,17 @@ class Granter:
 
     def _room(self) -> tuple[int, int]:
         """Bytes of bounce buffers that are free now, and that there are at all."""
-        return self._limit - self._used, self._limit
+        return self._limit - self.used, self._limit
 
     def _use(self, r: Receive, made: Destination) -> None:
         r.destination = made
-        self._used += made.bounce_bytes
+        self.used += made.bounce_bytes
 
     def give_back(self, r: Receive) -> bool:
         """Count a transfer's memory as free; False when it had none."""
         if r.destination is None or not r.destination.bounce_bytes:
             return False
-        self._used -= r.destination.bounce_bytes
+        self.used -= r.destination.bounce_bytes
         return True
 
 

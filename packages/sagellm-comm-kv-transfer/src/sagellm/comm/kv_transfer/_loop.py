@@ -20,6 +20,9 @@ from sagellm.core.protocols import CommTimeoutError, PeerLostError
 __all__ = ["READ", "WRITE", "EventLoop", "Timer"]
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 3600.0
+"""The kernel counts milliseconds in 32 bits, and a deadline may be years away."""
 T = TypeVar("T")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -52,6 +55,7 @@ class EventLoop:
         self._wake_w.setblocking(False)
         self._selector.register(self._wake_r, READ, self._drain_wake)
         self._calls: deque[Callable[[], None]] = deque()
+        self._last: list[Callable[[], None]] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._ids = itertools.count()
         self._stopping = False
@@ -97,6 +101,10 @@ class EventLoop:
             if future.done():
                 raise
             raise CommTimeoutError(f"the channel's thread is busy for {timeout_s:g} s") from e
+
+    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        """Run it once what has come in this turn is handled."""
+        self._last.append(callback)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """Run it after a delay."""
@@ -148,20 +156,27 @@ class EventLoop:
             self._run_calls()
             if self._stopping:
                 self._run_calls()
+                self._end_turn()
                 return
-            for key, events in self._selector.select(self._run_timers()):
-                self._guard(functools.partial(key.data, events))
+            self._run_timers()
+            self._end_turn()
+            ready = self._selector.select(self._until_next())
+            self._run_calls()  # before answers to what their callers have sent since
+            watched = self._selector.get_map()
+            for key, events in ready:
+                if watched.get(key.fd) is key:
+                    self._guard(functools.partial(key.data, events))
 
-    def _run_calls(self) -> None:
-        while True:
-            with self._lock:
-                if not self._calls:
-                    return
-                callback = self._calls.popleft()
+    def _end_turn(self) -> None:
+        last, self._last = self._last, []
+        for callback in last:
             self._guard(callback)
 
-    def _run_timers(self) -> float | None:
-        """Seconds until the next timer, after running those that are due."""
+    def _run_calls(self) -> None:
+        for _ in range(len(self._calls)):  # not those that these make: sockets have their turn
+            self._guard(self._calls.popleft())
+
+    def _run_timers(self) -> None:
         if len(self._timers) > 4096 and sum(t.callback is None for *_, t in self._timers) > 2048:
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]
             heapq.heapify(self._timers)
@@ -170,9 +185,14 @@ class EventLoop:
             _, _, timer = heapq.heappop(self._timers)
             if timer.callback is not None:
                 self._guard(timer.callback)
+
+    def _until_next(self) -> float | None:
+        """Seconds until there is something to do besides sockets; None when nothing is known."""
         if self._calls:
             return 0.0
-        return max(0.0, self._timers[0][0] - now) if self._timers else None
+        if not self._timers:
+            return None
+        return min(max(0.0, self._timers[0][0] - time.monotonic()), _LONGEST_WAIT_S)
 
     @staticmethod
     def _guard(callback: Callable[[], object]) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 
 from sagellm.core.protocols import CommError, KVBlock, ReadyEvent, TransferKey
 
+from . import wire
 from ._flows import Outflow, Span
+from ._limits import Watch
 from ._link import Link
-from ._loop import Timer
 from .plan import Part
 from .pool import BlockTable, RegisteredPool
 from .transfer import TransferHandle
@@ -57,10 +58,8 @@ class Push:
         self.tid = 0
         self.flow = Outflow(handle, 0)
         self.error: CommError | None = None
-        self.landed = False
-        self.finished = False
         self.nacked = 0
-        self.timer: Timer | None = None
+        self.watch: Watch | None = None
 
     @property
     def key(self) -> TransferKey:
@@ -74,6 +73,20 @@ class Push:
         return self.blocks.keys() == other.blocks.keys() and all(
             np.array_equal(ids, other.blocks[n]) for n, ids in self.blocks.items()
         )
+
+    def tensor_infos(self) -> list[wire.TensorInfo] | None:
+        """What an offer says of plain tensors; None for blocks of a pool."""
+        if self.tensors is None:
+            return None
+        return [
+            wire.TensorInfo(
+                tuple(b.tensor.shape),
+                str(b.tensor.dtype).removeprefix("torch."),
+                b.layer,
+                b.index,
+            )
+            for b in self.tensors
+        ]
 
     def all_spans(self, after: ReadyEvent | None = None) -> list[Span]:
         """Everything it has, layer by layer."""
@@ -106,7 +119,7 @@ class Offered:
         self.blocks = blocks
         self.num_tokens = num_tokens
         self.after = after
-        self.timer: Timer | None = None
+        self.watch: Watch | None = None
         self.served: set[Push] = set()
-        self.ending: CommError | None = None
+        self.error: CommError | None = None
         self.reads: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sagellm.core.protocols import CommError, TransferKey
+from sagellm.core.protocols import CommError, KVTransferError, TransferKey
 
 from ._bounce import Destination
 from ._flows import Inflow
+from ._limits import Watch
 from ._link import Link
-from ._loop import Timer
-from .plan import Part
+from .plan import Part, coverage_gap
 from .pool import BlockTable, RegisteredPool
-from .transfer import TransferHandle
+from .transfer import TransferHandle, transfer_error
 
 __all__ = ["End", "Receive", "Source"]
 
@@ -29,13 +29,27 @@ class Source:
     """One sender of a receive."""
 
     def __init__(
-        self, link: Link, inflow: Inflow, parts: Mapping[str, Part], *, sealed: bool
+        self,
+        link: Link,
+        inflow: Inflow,
+        parts: Mapping[str, Part],
+        *,
+        sealed: bool,
+        invited: bool = False,
     ) -> None:
         self.link = link
         self.inflow = inflow
         self.parts = parts
         self.sealed = sealed
+        self.whole = sealed
+        """Whether its sender never waits for a layer: it is no stream."""
+        self.invited = invited
         self.released = False
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it was invited and has sent nothing yet."""
+        return self.invited and not self.sealed and not self.inflow.begun
 
 
 class Receive:
@@ -70,14 +84,72 @@ class Receive:
         self.open_groups: set[str] = set()
         self.destination: Destination | None = None
         self.error: CommError | None = None
-        self.landed = False
-        self.finished = False
-        self.timer: Timer | None = None
+        self.watch: Watch | None = None
 
     @property
     def key(self) -> TransferKey:
         """Its key."""
         return self.handle.key
+
+    def expect(self) -> None:
+        """What its senders bring, and what nobody brings yet."""
+        self.open_groups = {
+            name
+            for name, part in self.wanted.items()
+            if coverage_gap(part, [p for s in self.sources if (p := s.parts.get(name)) is not None])
+        }
+        self.handle.expect(
+            sum(s.inflow.total_bytes for s in self.sources),
+            sum(s.inflow.total_units for s in self.sources),
+            max((s.inflow.extent.layers for s in self.sources), default=0),
+        )
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Report those of these layers that are in place and verified."""
+        names = self.destination.group_names if self.destination is not None else []
+        done = [
+            i
+            for i in layers
+            if not (names and names[i] in self.open_groups)
+            and all(s.inflow.layer_complete(i) for s in self.sources)
+        ]
+        if done:
+            self.handle.layers_done(done)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sender has brought all it was to bring, and nothing is missing."""
+        counts = self.destination.counts if self.destination is not None else {}
+        return (
+            bool(self.sources)
+            and not any(counts.get(name, 1) for name in self.open_groups)
+            and all(s.sealed and s.inflow.complete for s in self.sources)
+        )
+
+    @property
+    def came(self) -> set[int]:
+        """Nodes that have begun to send."""
+        return {s.link.peer for s in self.sources if not s.awaited}
+
+    def whom(self) -> str:
+        """Who has to do something before it can land, in words."""
+        came = self.came
+        if self.fetch_from is not None:
+            return f"node {self.fetch_from}" + ("" if came else ", which never came")
+        if self.senders is not None and (absent := sorted(self.senders - came)):
+            return f"node {', '.join(map(str, absent))}, which never came"
+        if not came:
+            return "any node: nobody sent it"
+        if unsealed := sorted({s.link.peer for s in self.sources if not s.sealed}):
+            return f"node {', '.join(map(str, unsealed))} to seal its stream"
+        return f"node {', '.join(map(str, sorted(came)))}; {self.handle.progress}"
+
+    def failure(self) -> KVTransferError:
+        """What its caller is told."""
+        assert self.error is not None, "only failed receives have one"
+        nodes = sorted(self.came | (self.senders or frozenset()))
+        who = f"from node {', '.join(map(str, nodes))}" if nodes else "from any node"
+        return transfer_error(self.key, who, self.error, self.destination_ids())
 
     def fingerprint(self) -> int | None:
         """Tells destinations apart; None when there are none."""

@@ -7,8 +7,6 @@ replicated heads cross the wire once. Everything here runs on the event loop, ex
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,26 +21,24 @@ from sagellm.core.protocols import (
     KVBlock,
     ResourceError,
     TransferKey,
-    TransferState,
 )
 
 from . import wire
+from ._backlog import Backlog
 from ._flows import Inflow
 from ._granting import Granter
+from ._limits import Watch
 from ._link import Link
 from ._receive import End, Receive, Source
-from ._records import Memory, failure
-from .frames import Header
-from .plan import check_layouts, coverage_gap, shared_parts
-from .pool import BlockTable, PoolExtent
-from .transfer import TransferHandle, transfer_error
+from ._records import Memory, ending, failure
+from .frames import SEALED, Header
+from .state import RULES, Event, Phase
+from .transfer import TransferHandle
 
 if TYPE_CHECKING:
     from ._engine import Engine
 
 __all__ = ["Receiving"]
-
-logger = logging.getLogger(__name__)
 
 
 class Receiving:
@@ -57,16 +53,23 @@ class Receiving:
         self._engine = engine
         self._active: dict[TransferKey, Receive] = {}
         self._next: list[Receive] = []
-        self._fetches: set[Receive] = set()
-        self._parked: dict[tuple[Link, int], wire.Offer] = {}
+        limits = engine.settings
+        self.live: set[Receive] = set()
+        self.unconfirmed: set[Receive] = set()
+        self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
-        self._ended: Memory[TransferKey, End] = Memory(engine.settings.max_remembered)
-        self._granter = Granter(lambda: engine.pool, engine.settings.max_bounce_bytes)
+        self._ended: Memory[TransferKey, End] = Memory(limits.max_remembered)
+        self._granter = Granter(lambda: engine.pool, limits.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Memory of transfers without destination, now."""
+        return self._granter.used
 
     def in_flight(self) -> list[TransferHandle]:
         """Receives that have not ended."""
-        return [r.handle for r in (*self._active.values(), *self._next, *self._fetches)]
+        return [r.handle for r in self.live]
 
     # -- from this node ---------------------------------------------------------------------
 
@@ -87,33 +90,49 @@ class Receiving:
                 return same.handle
             if (end := self._ended.get(r.key)) is not None:
                 return self._repeat(r, end)
+        self.check_room()
         if r.pool is not None:
             r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", r.blocks)
         if r.named:
             self._active[r.key] = r
         else:
             self._next.append(r)
-        self._arm(r)
+        self.watch(r)
         if not r.named:
-            for (link, _), offer in self._parked.items():
+            for link, offer in self.parked:
                 if self._name(r, link, TransferKey(offer.id, offer.attempt)):
                     break
         if self._active.get(r.key) is r:
-            for (link, tid), offer in list(self._parked.items()):
-                if (offer.id, offer.attempt) == r.key and r.error is None:
-                    del self._parked[link, tid]
+            for link, offer in self.parked.of(r.key.id):
+                if offer.attempt == r.key.attempt and r.error is None:
+                    self.parked.pop(link, offer.tid)
                     self._join(r, link, offer)
             for link in self._engine.links:
-                self.layout_changed(link)
+                self._refuse_misfits(link)
+            self._invite(r)
         return r.handle
+
+    def check_room(self) -> None:
+        """Refuse more than may be in flight.
+
+        Raises:
+            ResourceError: As many are being received already.
+
+        """
+        limit = self._engine.settings.max_in_flight
+        if len(self.live) >= limit:
+            raise ResourceError(
+                f"{len(self.live)} transfers are being received already; max_in_flight is {limit}"
+            )
 
     def _repeat(self, r: Receive, end: End) -> TransferHandle:
         if end.error is not None:
+            r.handle.take(ending(end.error))
             r.error = end.error
             self._quiet(r)
         elif end.fingerprint is not None and end.fingerprint == r.fingerprint():
-            r.handle.step(TransferState.ACCEPTED)
-            r.handle.land()
+            r.handle.take(Event.ACCEPT)
+            r.handle.take(Event.COMPLETE)
         else:
             raise ConfigError(
                 f"{r.key.id}/{r.key.attempt} has landed here before, in other blocks; "
@@ -121,53 +140,12 @@ class Receiving:
             )
         return r.handle
 
-    def fetch(self, r: Receive, peer: int, layers: Sequence[int] | None) -> None:
-        """Begin to pull."""
-        r.fetch_from, r.fetch_layers = peer, layers
-        self._fetches.add(r)
-        self._arm(r)
-
-    def request(
-        self, r: Receive, link: Link, src_blocks: BlockTable | None, deadline_s: float
-    ) -> None:
-        """Ask the peer for the blocks, now that the link is up and has the peer's layout."""
-        if r.error is not None:
-            return
-        assert r.pool is not None, "fetch was given blocks of a pool"
-        assert r.blocks is not None, "fetch was given blocks of a pool"
-        if link.layout is None:
-            self.fail(r, ConfigError(f"node {link.peer} has no pool to fetch from"))
-            return
-        try:
-            check_layouts(r.pool.layout, link.layout)
-        except CommError as e:
-            self.fail(r, e)
-            return
-        parts = shared_parts(r.pool.layout, link.layout)
-        tid = link.new_tid()
-        inflow = Inflow(r.handle, tid, PoolExtent(r.pool, r.blocks, parts), r.fetch_layers)
-        r.wanted = parts
-        self._enter(r, Source(link, inflow, parts, sealed=True))
-        link.send(
-            wire.Fetch(
-                tid,
-                r.key.id,
-                r.key.attempt,
-                {n: len(ids) for n, ids in r.blocks.items()},
-                parts,
-                None if src_blocks is None else {n: i.tobytes() for n, i in src_blocks.items()},
-                None if r.fetch_layers is None else list(r.fetch_layers),
-                deadline_s,
-            )
-        )
-        r.handle.step(TransferState.ACCEPTED)
-        self._maybe_land(r)
-
     # -- from peers -------------------------------------------------------------------------
 
     def on_offer(self, link: Link, offer: wire.Offer) -> None:
         """A peer wants to push."""
-        if (link, offer.tid) in self._by_tid or (link, offer.tid) in self._parked:
+        name = (link, offer.tid)
+        if name in self._by_tid or name in self.parked or offer.tid >= wire.INVITED:
             link.lose(
                 DistributedRuntimeError(f"node {link.peer} uses transfer id {offer.tid} twice")
             )
@@ -182,31 +160,26 @@ class Receiving:
             else:
                 link.send(failure(offer.tid, end.error))
         else:
-            self._parked[link, offer.tid] = offer
             for candidate in list(self._next):
                 if self._name(candidate, link, key):
-                    del self._parked[link, offer.tid]
                     self._join(candidate, link, offer)
                     return
-            mine = [o for (of, _), o in self._parked.items() if of is link]
-            limits = self._engine.settings
-            held = sum(map(wire.held_bytes, mine))
-            if len(mine) > limits.max_in_flight or held > limits.max_backlog_bytes:
-                del self._parked[link, offer.tid]
+            if not self.parked.add(link, offer):
                 full = f"node {self._engine.node_id} holds too many offers nobody has received"
                 link.send(failure(offer.tid, ResourceError(full)))
 
     def on_sealed(self, link: Link, message: wire.Sealed) -> None:
         """A stream is complete."""
-        if (parked := self._parked.get((link, message.tid))) is not None:
-            self._parked[link, message.tid] = msgspec.structs.replace(
-                parked, sealed=True, num_tokens=message.num_tokens
+        if (parked := self.parked.get(link, message.tid)) is not None:
+            tokens = message.num_tokens
+            self.parked.replace(
+                link, msgspec.structs.replace(parked, sealed=True, num_tokens=tokens)
             )
         elif (entry := self._by_tid.get((link, message.tid))) is not None:
             r, source = entry
             source.sealed = True
             r.handle.num_tokens = message.num_tokens
-            self._maybe_land(r)
+            self.maybe_land(r)
         else:
             for i, (r, of, offer) in enumerate(self._starved):
                 if of is link and offer.tid == message.tid:
@@ -217,18 +190,20 @@ class Receiving:
 
     def on_release(self, link: Link, tid: int) -> None:
         """The sender knows that it has landed."""
-        entry = self._by_tid.pop((link, tid), None)
-        link.inflows.pop(tid, None)
-        if entry is not None:
-            r, source = entry
-            source.released = True
-            if r.landed and all(s.released for s in r.sources):
-                r.handle.step(TransferState.RELEASED)
+        entry = self._by_tid.get((link, tid))
+        if entry is None or entry[0].handle.phase is not Phase.LANDED:
+            self._engine.ignore("release")
+            return
+        r, source = entry
+        self._drop(source)
+        source.released = True
+        if all(s.released for s in r.sources):
+            self._release(r)
 
     def on_fail(self, link: Link, tid: int, error: CommError) -> bool:
         """The sender gave up; False when it is none of ours."""
-        if (offer := self._parked.pop((link, tid), None)) is not None:
-            self._remember(TransferKey(offer.id, offer.attempt), error)
+        if (offer := self.parked.pop(link, tid)) is not None:
+            self._ended[TransferKey(offer.id, offer.attempt)] = End(error, None)
             return True
         if (entry := self._by_tid.get((link, tid))) is not None:
             self.fail(entry[0], error)
@@ -244,12 +219,12 @@ class Receiving:
         if (r := self._active.get(key)) is not None:
             self.fail(r, error)
             return
-        for (link, tid), offer in list(self._parked.items()):
-            if (offer.id, offer.attempt) == key:
-                del self._parked[link, tid]
-                link.send(failure(tid, error))
+        for link, offer in self.parked.of(key.id):
+            if offer.attempt == key.attempt:
+                self.parked.pop(link, offer.tid)
+                link.send(failure(offer.tid, error))
         if self._ended.get(key) is None:
-            self._remember(key, error)
+            self._ended[key] = End(error, None)
 
     def on_frame(
         self, link: Link, flow: Inflow, head: Header, fresh: list[int], again: list[int]
@@ -257,7 +232,9 @@ class Receiving:
         """A frame is in place; called on the link's reader thread."""
         if (entry := self._by_tid.get((link, flow.tid))) is None:
             return
-        r = entry[0]
+        r, source = entry
+        if head.flags & SEALED:
+            source.sealed = source.whole = True
         loop = self._engine.loop
         if again:
             where = [head.first + i for i in again[:8]]
@@ -272,13 +249,22 @@ class Receiving:
             spans = [(head.layer, head.first + i, 1) for i in fresh]
             loop.call(lambda: link.send(wire.Nack(flow.tid, spans)))
         if flow.layer_complete(head.layer):
-            self._check_layers(r, (head.layer,))
-            loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
+            r.check_layers((head.layer,))
+            if not source.whole:
+                loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
             if flow.complete:
-                loop.call(lambda: self._maybe_land(r))
+                loop.call(lambda: self.maybe_land(r))
 
     def layout_changed(self, link: Link) -> None:
-        """Fail what waits for a node whose layout does not fit."""
+        """Fail what waits for a node whose layout does not fit, and invite it anew if it does."""
+        self._refuse_misfits(link)
+        if link.mismatch is None and not link.outgoing:
+            for r in list(self._active.values()):
+                if r.senders is not None and link.peer in r.senders:
+                    self._withdraw(r, link)
+                    self._invite(r)
+
+    def _refuse_misfits(self, link: Link) -> None:
         if link.mismatch is None:
             return
         for r in list(self._active.values()):
@@ -287,16 +273,17 @@ class Receiving:
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what came over a link, or was to come from its node."""
-        for key in [k for k in self._parked if k[0] is link]:
-            del self._parked[key]
+        self.parked.drop(link)
         for key in [k for k in self._by_tid if k[0] is link]:
             if (entry := self._by_tid.get(key)) is None:
                 continue
-            r = entry[0]
-            if r.landed:
+            r, source = entry
+            if r.handle.phase is Phase.LANDED:
                 self.on_release(*key)
-            else:
+            elif not source.awaited:
                 self.fail(r, error)
+            else:
+                self._withdraw(r, link)
         others = {of.peer for of in self._engine.links if of.up and of is not link}
         for r in list(self._active.values()):
             named = r.senders is not None and link.peer in r.senders and link.peer not in others
@@ -305,27 +292,27 @@ class Receiving:
 
     # -- the life of a receive --------------------------------------------------------------
 
-    def _arm(self, r: Receive) -> None:
-        left = max(0.0, r.handle.deadline - time.monotonic())
-        r.timer = self._engine.loop.call_later(left, lambda: self._expire(r))
+    def watch(self, r: Receive) -> None:
+        """Keep the limits of a receive that begins."""
+        self.live.add(r)
+        r.watch = Watch(
+            self._engine.loop,
+            r.handle,
+            self._engine.settings.quiesce_s,
+            lambda: self._expire(r),
+            lambda: self._break_off(r),
+        )
+        r.watch.follow()
 
     def _expire(self, r: Receive) -> None:
-        came = {s.link.peer for s in r.sources}
-        if r.fetch_from is not None:
-            who = f"node {r.fetch_from}" if came else f"node {r.fetch_from}, which never came"
-        elif r.senders is not None and (absent := sorted(r.senders - came)):
-            who = f"node {', '.join(map(str, absent))}, which never came"
-        elif not came:
-            who = "any node: nobody sent it"
-        elif unsealed := sorted({s.link.peer for s in r.sources if not s.sealed}):
-            who = f"node {', '.join(map(str, unsealed))} to seal its stream"
-        else:
-            who = f"node {', '.join(map(str, sorted(came)))}; {r.handle.progress}"
+        if RULES[r.handle.phase].at_limit is Event.RELEASE:  # its sender's word is of no need
+            self._release(r)
+            return
         self.fail(
             r,
             CommTimeoutError(
                 f"not landed within {r.handle.deadline_s:g} s, "
-                f"{r.handle.state.value}; waited for {who}"
+                f"{r.handle.state.value}; waited for {r.whom()}"
             ),
         )
 
@@ -338,8 +325,45 @@ class Receiving:
         self._active[key] = r
         return True
 
+    def _invite(self, r: Receive) -> None:
+        """Tell the named senders ahead, once all are there and have nothing in common."""
+        if r.error is not None or r.sources or r.senders is None or not r.blocks:
+            return
+        here = {k.peer: k for k in self._engine.links if k.up and not k.outgoing}
+        links = [here[n] for n in sorted(r.senders) if n in here]
+        if len(links) < len(r.senders) or any(k.layout is None or k.mismatch for k in links):
+            return
+        for link, extent, parts in self._granter.ahead(r, links):
+            inflow = Inflow(r.handle, link.new_tid(), extent)
+            if inflow.total_units:
+                self.enter(r, Source(link, inflow, parts, sealed=False, invited=True))
+                counts = {n: len(ids) for n, ids in r.blocks.items()}
+                heard = link.layouts_heard
+                link.send(wire.Invite(inflow.tid, *r.key, counts, parts, heard))
+
+    def _release(self, r: Receive) -> None:
+        if r.handle.take(Event.RELEASE) is not None:
+            for s in r.sources:
+                self._drop(s)
+            self._follow(r)
+
+    def _drop(self, s: Source) -> None:
+        self._by_tid.pop((s.link, s.inflow.tid), None)
+        s.link.inflows.pop(s.inflow.tid, None)
+
+    def _withdraw(self, r: Receive, link: Link) -> None:
+        """Forget an invitation that its sender has not taken and will not take."""
+        for s in r.sources:
+            if s.link is link and s.awaited:
+                s.inflow.stop()
+                self._drop(s)
+                r.sources.remove(s)
+                r.expect()
+                return
+
     def _join(self, r: Receive, link: Link, offer: wire.Offer) -> None:
         """Let a sender contribute to a receive."""
+        self._withdraw(r, link)
         if r.senders is not None and link.peer not in r.senders:
             refused = f"node {self._engine.node_id} takes it from {sorted(r.senders)} only"
             link.send(failure(offer.tid, ConfigError(refused)))
@@ -366,102 +390,76 @@ class Receiving:
         source = Source(link, Inflow(r.handle, offer.tid, extent), parts, sealed=offer.sealed)
         if offer.sealed:
             r.handle.num_tokens = offer.num_tokens
-        self._enter(r, source)
-        r.handle.step(TransferState.ACCEPTED)
+        self.enter(r, source)
+        r.handle.take(Event.ACCEPT)
         link.send(wire.Grant(offer.tid, dict(parts)))
-        self._maybe_land(r)
+        self.maybe_land(r)
 
-    def _enter(self, r: Receive, source: Source) -> None:
+    def enter(self, r: Receive, source: Source) -> None:
+        """Let a sender write from now on."""
         r.sources.append(source)
         link, inflow = source.link, source.inflow
-        r.open_groups = {
-            name
-            for name, part in r.wanted.items()
-            if coverage_gap(part, [p for s in r.sources if (p := s.parts.get(name)) is not None])
-        }
-        r.handle.expect(
-            sum(s.inflow.total_bytes for s in r.sources),
-            sum(s.inflow.total_units for s in r.sources),
-            inflow.extent.layers,
-        )
+        r.expect()
         r.handle.via(link.path)
         self._by_tid[link, inflow.tid] = (r, source)
         link.inflows[inflow.tid] = inflow
-        self._check_layers(r, range(inflow.extent.layers))
+        r.check_layers(range(inflow.extent.layers))
 
-    def _check_layers(self, r: Receive, layers: Sequence[int]) -> None:
-        names = r.destination.group_names if r.destination is not None else []
-        done = [
-            i
-            for i in layers
-            if not (names and names[i] in r.open_groups)
-            and all(s.inflow.layer_complete(i) for s in r.sources)
-        ]
-        if done:
-            r.handle.layers_done(done)
-
-    def _maybe_land(self, r: Receive) -> None:
-        if r.error is not None or r.landed or not r.sources:
+    def maybe_land(self, r: Receive) -> None:
+        """End a receive in success, if everything is there."""
+        if not r.complete or RULES[r.handle.phase].safe or r.error is not None:
             return
-        counts = r.destination.counts if r.destination is not None else {}
-        if any(counts.get(name, 1) for name in r.open_groups):
-            return
-        if not all(s.sealed and s.inflow.complete for s in r.sources):
-            return
-        r.landed = True
-        self._forget(r)
-        if r.fetch_from is None:
-            self._remember(r.key, None, r.fingerprint())
-        for s in r.sources:
-            s.inflow.stop()
-            s.link.send(wire.Done(s.inflow.tid))
         blocks: Sequence[KVBlock] = ()
         if r.destination is not None:
             blocks = r.destination.blocks()
+        for s in r.sources:
+            s.inflow.stop()
         self._free(r)
-        r.handle.land(blocks)
+        step = r.handle.take(Event.COMPLETE, blocks=blocks)
+        assert step is not None, "only what was accepted is complete"
+        if r.fetch_from is None:
+            self._ended[r.key] = End(None, r.fingerprint())
+        if step.tells:
+            for s in r.sources:
+                s.link.send(wire.Done(s.inflow.tid))
+        self._follow(r)
         self._engine.completed(r.handle, None)
 
     def fail(self, r: Receive, error: CommError) -> None:
         """End a receive: tell its senders, fence its blocks, then tell its caller."""
-        if r.error is not None or r.landed:
+        step = r.handle.take(ending(error))
+        if step is None:
             return
         r.error = error
-        self._forget(r)
+        self._follow(r)
         told = set()
         for link, offer in [(of, o) for x, of, o in self._starved if x is r]:
             link.send(failure(offer.tid, error))
             told.add(link)
         self._starved = [entry for entry in self._starved if entry[0] is not r]
         for s in r.sources:
-            s.link.send(failure(s.inflow.tid, error))
+            if step.tells:
+                s.link.send(failure(s.inflow.tid, error))
             told.add(s.link)
             self._by_tid.pop((s.link, s.inflow.tid), None)
             s.link.inflows.pop(s.inflow.tid, None)
             s.inflow.idle = lambda: self._engine.loop.call(lambda: self._quiet(r))
             s.inflow.stop()
         if r.fetch_from is None and (r.named or r.sources):
-            self._remember(r.key, error)
+            self._ended[r.key] = End(error, None)
             self._engine.gossip(r.key, error, told)
         self._quiet(r)
-        if not r.finished:
-            self._engine.loop.call_later(
-                self._engine.settings.quiesce_s, lambda: self._break_off(r)
-            )
 
     def _quiet(self, r: Receive) -> None:
         """Finish a failed receive once no thread writes its blocks any more."""
-        if r.finished or any(s.inflow.busy for s in r.sources):
+        if any(s.inflow.busy for s in r.sources):
             return
-        r.finished = True
-        assert r.error is not None, "only failed receives come here"
-        self._free(r)
-        invalid = r.destination_ids()
-        came = sorted({s.link.peer for s in r.sources} | (r.senders or frozenset()))
-        who = f"from node {', '.join(map(str, came))}" if came else "from any node"
-        error = transfer_error(r.key, who, r.error, invalid)
-        r.handle.fail(error)
-        self._engine.completed(r.handle, error)
+        error = r.failure()
+        if r in self.live:
+            self._free(r)
+        if r.handle.take(Event.IDLE, error=error) is not None:
+            self._follow(r)
+            self._engine.completed(r.handle, error)
 
     def _break_off(self, r: Receive) -> None:
         for s in r.sources:
@@ -470,24 +468,27 @@ class Receiving:
 
     def close(self, error: CommError) -> None:
         """Fail everything."""
-        for r in (*self._active.values(), *self._next, *self._fetches):
+        for r in list(self.live):
             self.fail(r, error)
 
     # -- bookkeeping ------------------------------------------------------------------------
 
-    def _remember(
-        self, key: TransferKey, error: CommError | None, fingerprint: int | None = None
-    ) -> None:
-        self._ended[key] = End(error, fingerprint)
-
-    def _forget(self, r: Receive) -> None:
-        if r.timer is not None:
-            r.timer.cancel()
-        if self._active.get(r.key) is r:
-            del self._active[r.key]
-        if r in self._next:
-            self._next.remove(r)
-        self._fetches.discard(r)
+    def _follow(self, r: Receive) -> None:
+        """Keep the books and the limit of the phase that a receive is in now."""
+        rule = RULES[r.handle.phase]
+        if not rule.moves:
+            if self._active.get(r.key) is r:
+                del self._active[r.key]
+            if r in self._next:
+                self._next.remove(r)
+        if rule.safe:
+            self.live.discard(r)
+        if r.handle.phase is Phase.LANDED:
+            self.unconfirmed.add(r)
+        else:
+            self.unconfirmed.discard(r)
+        if r.watch is not None:
+            r.watch.follow()
 
     def _free(self, r: Receive) -> None:
         """Give back leases and room; then let those start that waited for it."""

@@ -17,19 +17,23 @@ from sagellm.core.protocols import (
 )
 
 from . import wire
+from .state import Event
 
 __all__ = [
     "CANCELLED",
+    "LEASE_EXPIRED",
     "MAX_MESSAGE",
     "CompletionQueue",
     "Memory",
     "code_of",
+    "ending",
     "error_of",
     "failure",
     "key_failure",
 ]
 
 CANCELLED = "cancelled"
+LEASE_EXPIRED = "lease_expired"
 MAX_MESSAGE = 2048
 """Characters that are kept of what a peer says went wrong."""
 
@@ -42,6 +46,11 @@ def code_of(error: BaseException) -> str:
     if isinstance(error, KVTransferError):
         return error.cause
     return error.code if isinstance(error, CommError) else KVTransferError.code
+
+
+def ending(error: BaseException) -> Event:
+    """What an error is to the table of states."""
+    return Event.CANCEL if code_of(error) == CANCELLED else Event.FAULT
 
 
 def failure(tid: int, error: CommError) -> wire.Fail:
@@ -66,7 +75,7 @@ def _told(error: CommError) -> tuple[str, str, str]:
 def error_of(message: wire.Fail | wire.KeyFail) -> CommError:
     """The error that a peer named, seen from here: its layout is theirs."""
     code, text = message.code, message.message[:MAX_MESSAGE]
-    if code in (CANCELLED, KVTransferError.code):
+    if code in (CANCELLED, LEASE_EXPIRED, KVTransferError.code):
         return KVTransferError(text, cause=code)
     if code == LayoutMismatchError.code:
         ours, theirs = message.theirs[:MAX_MESSAGE], message.ours[:MAX_MESSAGE]
@@ -75,17 +84,19 @@ def error_of(message: wire.Fail | wire.KeyFail) -> CommError:
 
 
 class Memory(Generic[K, V]):
-    """A bounded map that forgets what was put in first."""
+    """A bounded map that forgets what was put in first. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._items: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __setitem__(self, key: K, value: V) -> None:
-        self._items[key] = value
-        self._items.move_to_end(key)
-        while len(self._items) > self._limit:
-            self._items.popitem(last=False)
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            while len(self._items) > self._limit:
+                self._items.popitem(last=False)
 
     def get(self, key: K) -> V | None:
         """What was put in; None when nothing was, or it is forgotten."""

@@ -7,12 +7,12 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import (
     BlockIds,
     Blocks,
-    CommError,
+    CommBackendProtocol,
     CommTimeoutError,
     Completion,
     ConfigError,
@@ -30,19 +30,24 @@ from sagellm.core.protocols import (
 from sagellm.core.protocols.doctor import require_supported_platform
 from sagellm.core.protocols.ports import PortSettings
 
+from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
+from ._fetching import fetch
 from ._link import Link
+from ._paths import AUTO, Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._records import CANCELLED
+from ._snapshot import Snapshot, take
 from .compression import load_codec_spec
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
+from .state import Role
 from .stream import Stream
+from .tls import Tls
 from .transfer import TransferHandle
-from .transports import load_transport
 from .transports.tcp import parse_address
 
 if TYPE_CHECKING:
@@ -50,8 +55,6 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 __all__ = ["KVTransferChannel"]
-
-_ANY_HOST = ("0.0.0.0", "::", "")
 
 
 class KVTransferChannel(KVTransferChannelProtocol):
@@ -62,7 +65,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     takes the lowest free id among the channels of this process. It listens on loopback unless
     `host` says otherwise, and every connection proves the shared key.
 
-    The key authenticates and does not encrypt.
+    The key authenticates and does not encrypt; TLS does, when `settings` name certificates.
 
     Args:
         node_id: Id of this node; None as above.
@@ -73,12 +76,16 @@ class KVTransferChannel(KVTransferChannelProtocol):
         key_file: File with the key, readable by its owner only.
         host: Address to listen on; None takes the configured one, loopback by default.
         port: Port to listen on; 0 takes the configured one, or the kernel's choice.
-        advertise: Host that peers are told; needed when `host` is a wildcard.
+        advertise: Host that peers are told; None takes `host`, or for a wildcard the address of
+            the interface that leads to the peers.
         settings: Bounds and choices; None takes the configured ones.
         codec: Codec of what this node sends, over the one in `settings`.
+        comm: A communication backend, used by nothing else, that may carry blocks between its
+            ranks; it stays the caller's.
 
     Raises:
-        ConfigError: The node id is taken, the arguments do not fit, or this is Windows.
+        ConfigError: The node id is taken, the arguments do not fit, peers on other hosts could not
+            reach this one, or this is Windows.
         ResourceError: The port is in use.
 
     """
@@ -96,6 +103,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         advertise: str | None = None,
         settings: KVTransferSettings | None = None,
         codec: str | None = None,
+        comm: CommBackendProtocol | None = None,
     ) -> None:
         require_supported_platform()
         chosen = settings or KVTransferSettings.load()
@@ -107,28 +115,31 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if peers is None:
             peers = chosen.peers_file
         load_codec_spec(chosen.codec)
-        make_transport = load_transport(chosen.transport)
+        tls = Tls.of(chosen)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
         try:
             expected = discovery.listen_at()
             if expected is not None:
                 host, port = host or expected[0], port or expected[1]
             host = host or PortSettings.load().host
-            if host in _ANY_HOST and advertise is None:
-                raise ConfigError(f"host={host!r} needs advertise=, the name peers reach it by")
-            shown = advertise or host
-            transport = make_transport(
-                host=host,
-                advertise=shown,
-                socket_buffer_bytes=chosen.socket_buffer_bytes,
-                handshake_timeout_s=chosen.handshake_timeout_s,
+            shown = advertised_host(host, advertise, discovery.addresses())
+            paths = Paths(
+                chosen.transport,
+                {
+                    "host": host,
+                    "advertise": advertise,
+                    "socket_buffer_bytes": chosen.socket_buffer_bytes,
+                    "handshake_timeout_s": chosen.handshake_timeout_s,
+                    "tls": tls,
+                    "comm": comm,
+                },
             )
             try:
                 self._engine = Engine(
-                    discovery, chosen, transport, host=host, port=port, advertise=shown
+                    discovery, chosen, paths, host=host, port=port, advertise=shown, tls=tls
                 )
             except BaseException:
-                transport.close()
+                paths.close()
                 raise
         except BaseException:
             discovery.withdraw()
@@ -162,16 +173,43 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- pools and peers --------------------------------------------------------------------
 
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
-        """Make KV memory known; one pool per channel at a time."""
+        """Make KV memory known; one pool per channel at a time.
+
+        Tensors that lie in a pool which `allocate` made in this process are shared like it.
+        """
         pool = RegisteredPool(layout, tensors)
-
-        def begin() -> None:
-            if self._engine.pool is not None:
-                raise ConfigError("a pool is registered already: unregister it first")
-            self._engine.set_pool(pool)
-
-        self._engine.loop.run(begin)
+        self._engine.loop.run(lambda: self._use(pool))
         return pool
+
+    def allocate(self, layout: KVLayout, num_blocks: int | Mapping[str, int]) -> Pool:
+        """Make a zeroed pool that processes of this host can read, and register it.
+
+        Its blocks are copied out of it in place by receivers of the same host and user, who can
+        neither write nor resize it. The memory is given back by `unregister` or `close`, once
+        no tensor over it is left.
+
+        Args:
+            layout: What the pool's `tensors` hold.
+            num_blocks: Blocks of each cache group, or of each by name.
+
+        Raises:
+            ConfigError: The numbers do not fit the layout, or a pool is registered already.
+            ResourceError: There is not that much memory; the message says how much there is.
+            UnsupportedOperationError: This system cannot share memory; use `register`.
+
+        """
+        pool = RegisteredPool.allocate(layout, num_blocks, self._engine.settings.copy_workers)
+        try:
+            self._engine.loop.run(lambda: self._use(pool))
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    def _use(self, pool: RegisteredPool) -> None:
+        if self._engine.pool is not None:
+            raise ConfigError("a pool is registered already: unregister it first")
+        self._engine.set_pool(pool)
 
     def unregister(self, pool: Pool) -> None:
         """Forget a pool; refused while transfers lease it."""
@@ -187,27 +225,12 @@ class KVTransferChannel(KVTransferChannelProtocol):
             self._engine.set_pool(None)
 
         self._engine.loop.run(end)
+        if isinstance(pool, RegisteredPool):
+            pool.close()
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
-        wait_s = 30.0 if timeout_s is None else timeout_s
-        met = threading.Event()
-        found: list[Link] = []
-        engine = self._engine
-
-        def begin() -> None:
-            link = engine.link_to(peer, time.monotonic() + wait_s)
-            found.append(link)
-            link.when_up(lambda _: met.set())
-
-        engine.loop.run(begin)
-        link = found[0]
-        if not met.wait(wait_s):
-            raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.why_absent(peer)})"
-            )
-        if link.error is not None:
-            raise link.error
+        link = self._meet(peer, 30.0 if timeout_s is None else timeout_s)
         if link.mismatch is not None:
             raise link.mismatch
         return PeerInfo(peer, link.address, link.version, link.layout, link.path)
@@ -226,7 +249,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Push blocks to a node. `dst_blocks` are used when its `receive` names none."""
         push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
         push.flow.queue(push.all_spans())
-        return self._engine.loop.run(lambda: self._engine.sending.push(push)).handle
+        return self._engine.sending.push(push).handle
 
     def begin(
         self,
@@ -240,8 +263,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         push = self._push(blocks, target_node, key, deadline_s, None, sealed=False)
         if push.pool is None:
             raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
-        started = self._engine.loop.run(lambda: self._engine.sending.push(push))
-        if started is not push:
+        if self._engine.sending.push(push) is not push:
             raise ConfigError(f"transfer {key.id}/{key.attempt} is being sent already")
         return Stream(self._engine, push)
 
@@ -284,7 +306,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         ttl_s: float,
         after: ReadyEvent | None = None,
     ) -> TransferHandle:
-        """Let peers fetch blocks of the pool for `ttl_s` seconds.
+        """Let peers fetch blocks of the pool for `ttl_s` seconds, which `renew` extends.
 
         It lands, and ends, once every part has been fetched whole by the nodes that hold it.
         Fetches with `src_blocks` or `layers` leave it standing.
@@ -293,11 +315,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
         table = self._own_blocks(blocks)
         if table is None:
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
-        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel)
+        handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
         offered = Offered(handle, self._pool(), table, num_tokens, after)
         handle.owner = offered
-        self._engine.loop.run(lambda: self._engine.sending.offer(offered, ttl_s))
+        self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
         return handle
 
     def fetch(
@@ -322,21 +344,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         r = Receive(handle, table, None, pool=pool)
         handle.owner = r
 
-        def begin() -> None:
-            link = engine.link_to(peer, handle.deadline)
-            pool.lease(r, f"{key.id}/{key.attempt}", table)
-            engine.receiving.fetch(r, peer, layers)
-
-            def up(error: CommError | None) -> None:
-                if error is not None:
-                    engine.receiving.fail(r, error)
-                elif r.error is None:
-                    engine.ensure_reader(link)
-                    engine.receiving.request(r, link, wanted, deadline_s)
-
-            link.when_up(up)
-
-        engine.loop.run(begin)
+        engine.loop.run(lambda: fetch(engine, r, peer, src_blocks=wanted, layers=layers))
         return handle
 
     # -- ends -------------------------------------------------------------------------------
@@ -372,7 +380,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- what is known ----------------------------------------------------------------------
 
     def path(self, peer: int) -> str:
-        """How bytes go to a peer, such as `tcp:1`."""
+        """How bytes go to a peer, such as `tcp:2`: the transport and its lanes in use."""
         link = self._link(peer)
         return link.path if link is not None else "unconnected"
 
@@ -380,22 +388,58 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Why that path, in words."""
         link = self._link(peer)
         if link is None or not link.up:
-            why = self._engine.why_absent(peer)
+            why = self._engine.links.why_absent(peer)
             return f"node {peer}: unconnected ({why}); known: {self._engine.discovery.known()}"
         s = self._engine.settings
         fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"
         known = "one side has none" if link.layout is None else fits
+        how = "chosen" if s.transport == AUTO else "configured"
+        refused = "; ".join(f"{n} not taken: {why}" for n, why in sorted(link.refused.items()))
         return (
-            f"node {peer} at {link.address}: {link.path}, the transport {s.transport!r} that was "
-            f"configured; one data connection; codec {s.codec}; checksums "
+            f"node {peer} at {link.address}: {link.path}, {how}, {len(link.lanes)} data "
+            f"connections; {refused + '; ' if refused else ''}codec {s.codec}; checksums "
             f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; layouts: {known}"
         )
+
+    def snapshot(self) -> Snapshot:
+        """Who holds which blocks and waits for whom, now; plain data that JSON can carry."""
+        return self._engine.loop.run(lambda: take(self._engine))
 
     def get_stats(self) -> TransferStats:
         """A snapshot of the counters."""
         return self._engine.loop.run(self._engine.stats)
 
+    def inspect(self, peer: int, timeout_s: float = 10.0) -> dict[str, Any]:
+        """The `snapshot` of a peer with its counters, as it tells us over the control connection.
+
+        Long lists are cut; `left_out` says by how much.
+
+        Raises:
+            CommTimeoutError: The peer has not come, or not answered, in time.
+            PeerLostError: It is gone.
+
+        """
+        return self._engine.inquiries.inspect(self._meet(peer, timeout_s), timeout_s)
+
     # -- inside -----------------------------------------------------------------------------
+
+    def _meet(self, peer: int, wait_s: float) -> Link:
+        met = threading.Event()
+        engine = self._engine
+
+        def begin() -> Link:
+            link = engine.links.to(peer, time.monotonic() + wait_s)
+            link.when_up(lambda _: met.set())
+            return link
+
+        link = engine.loop.run(begin)
+        if not met.wait(wait_s):
+            raise CommTimeoutError(
+                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
+            )
+        if link.error is not None:
+            raise link.error
+        return link
 
     def _link(self, peer: int) -> Link | None:
         def find() -> Link | None:
@@ -454,14 +498,4 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if handle.done():
             return False
         error = KVTransferError(f"cancelled by node {self.node_id}", cause=CANCELLED)
-        owner, engine = handle.owner, self._engine
-
-        def end() -> None:
-            if isinstance(owner, Push):
-                engine.sending.fail(owner, error)
-            elif isinstance(owner, Receive):
-                engine.receiving.fail(owner, error)
-            elif isinstance(owner, Offered):
-                engine.sending.fail_offer(owner, error)
-
-        return engine.loop.call(end)
+        return self._engine.loop.call(lambda: self._engine.end(handle.owner, error))

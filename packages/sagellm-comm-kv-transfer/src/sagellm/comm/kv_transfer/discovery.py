@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import threading
@@ -31,6 +32,8 @@ __all__ = [
     "StoreDiscovery",
     "discover",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 class Discovery(ABC):
@@ -56,6 +59,10 @@ class Discovery(ABC):
     def listen_at(self) -> tuple[str, int] | None:
         """Address this node is expected at; None leaves the choice."""
         return None
+
+    def addresses(self) -> list[str]:
+        """Addresses of other nodes that are written down; never blocks."""
+        return []
 
     def publish(self, address: str) -> None:
         """Tell the others where this node is."""
@@ -156,7 +163,10 @@ class StoreDiscovery(Discovery):
         self._lock = threading.Lock()
         if key is None:
             mine = secrets.token_hex(32)
-            key = bytes(self._store.compare_set(f"{self._PREFIX}/key", "", mine))
+            try:
+                key = bytes(self._store.compare_set(f"{self._PREFIX}/key", "", mine))
+            except RuntimeError as e:  # torch's DistError
+                raise PeerLostError(f"torch's store does not answer: {e}", rank=rank) from e
         super().__init__(rank, key)
 
     def lookup(self, node_id: int) -> str | None:
@@ -176,14 +186,17 @@ class StoreDiscovery(Discovery):
 
     def publish(self, address: str) -> None:
         """Put the address into the store."""
-        with self._lock:
-            self._store.set(f"{self._PREFIX}/node/{self.node_id}", address)
+        try:
+            with self._lock:
+                self._store.set(f"{self._PREFIX}/node/{self.node_id}", address)
+        except RuntimeError as e:  # torch's DistError
+            raise PeerLostError(f"torch's store does not answer: {e}", rank=self.node_id) from e
 
     def withdraw(self) -> None:
         """Leave an empty address, if the store is still there."""
         try:
             self.publish("")
-        except RuntimeError:  # torch's DistError: the job is over and its store gone
+        except PeerLostError:  # the job is over and its store gone
             return
 
 
@@ -193,8 +206,13 @@ class StaticPeers(Discovery):
     Args:
         node_id: This node's id; its own entry, if there is one, is where it listens.
         peers: `{id: "host:port"}`, or the path of a JSON file that holds it; the file is read
-            again when a node is looked for.
+            again when a node is looked for. While it cannot be read, because somebody is writing
+            it, what was read last holds.
         key: The key that all nodes share.
+
+    Raises:
+        ConfigError: An entry is no id and address, two nodes have one address, or the file
+            cannot be read at first.
 
     """
 
@@ -203,9 +221,8 @@ class StaticPeers(Discovery):
     ) -> None:
         super().__init__(node_id, key)
         self._path = None if isinstance(peers, Mapping) else Path(peers)
-        self._peers = _checked(peers) if isinstance(peers, Mapping) else {}
-        if self._path is not None:
-            self._peers = self._read(self._path)
+        self._complaint = ""
+        self._peers = _checked(peers) if isinstance(peers, Mapping) else self._read(Path(peers))
 
     def listen_at(self) -> tuple[str, int] | None:
         """This node's own entry."""
@@ -214,13 +231,27 @@ class StaticPeers(Discovery):
 
     def lookup(self, node_id: int) -> str | None:
         """The written address."""
-        if self._path is not None:
-            self._peers = self._read(self._path)
+        self._refresh()
         return self._peers.get(node_id)
+
+    def addresses(self) -> list[str]:
+        """The written ones."""
+        return [a for n, a in sorted(self._peers.items()) if n != self.node_id]
 
     def others(self) -> list[int]:
         """All written ids."""
+        self._refresh()
         return sorted(self._peers)
+
+    def _refresh(self) -> None:
+        if self._path is None:
+            return
+        try:
+            self._peers = self._read(self._path)
+        except ConfigError as e:
+            if str(e) != self._complaint:
+                logger.warning("node %d: %s; what was read last holds", self.node_id, e)
+            self._complaint = str(e)
 
     @staticmethod
     def _read(path: Path) -> dict[int, str]:
@@ -232,10 +263,13 @@ class StaticPeers(Discovery):
 
 
 def _checked(peers: Mapping[int, str]) -> dict[int, str]:
+    owners: dict[tuple[str, int], int] = {}
     for node_id, address in peers.items():
         if not isinstance(node_id, int) or node_id < 0 or not isinstance(address, str):
             raise ConfigError(f"peers: {node_id!r}: {address!r} is not id: 'host:port'")
-        parse_address(address)
+        owner = owners.setdefault(parse_address(address), node_id)
+        if owner != node_id:
+            raise ConfigError(f"peers: nodes {owner} and {node_id} are both at {address}")
     return dict(peers)
 
 
@@ -260,7 +294,13 @@ def discover(
         raise ConfigError(f"node_id={node_id} must be 0 or more")
     if key is not None and key_file is not None:
         raise ConfigError("give key= or key_file=, not both")
-    secret = read_key_file(key_file) if key_file is not None else as_key(key) if key else None
+    if peers is not None and store is not None:
+        raise ConfigError("give peers= or store=, not both")
+    secret = None
+    if key_file is not None:
+        secret = read_key_file(key_file)
+    elif key is not None:
+        secret = as_key(key)
     if peers is not None:
         if node_id is None:
             raise ConfigError("peers= needs node_id=, the id of this node")
@@ -291,9 +331,17 @@ def _torch_job(store: Store | None) -> tuple[Store, int, int] | None:
     env = [os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     if None in env:
         return None
-    rank, world_size = int(env[0] or 0), int(env[1] or 1)
+    try:
+        rank, world_size = int(env[0] or 0), int(env[1] or 1)
+    except ValueError:
+        raise ConfigError(f"RANK={env[0]!r} and WORLD_SIZE={env[1]!r} are not numbers") from None
     if store is None:
         from torch.distributed.rendezvous import rendezvous
 
-        store, rank, world_size = next(rendezvous("env://"))
+        try:
+            store, rank, world_size = next(rendezvous("env://"))
+        except (RuntimeError, ValueError) as e:  # torch's DistError among them
+            raise PeerLostError(
+                f"no store at {env[2]}:{env[3]}, as torchrun's variables say: {e}"
+            ) from e
     return store, rank, world_size

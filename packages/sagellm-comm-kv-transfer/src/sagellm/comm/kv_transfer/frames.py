@@ -3,22 +3,34 @@
 A frame is a fixed header, a table with one entry per block, and the payload: the blocks' bytes
 in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
 in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
-entries also hold each block's coded length. Header and table carry their own digest.
+entries also hold each block's coded length. Where the receiver reads the sender's memory, the
+payload is a reference to the bytes. The header holds a digest of the table and is sealed with a
+key of the link and the direction, so that frames of another connection are no frames here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from sagellm.core.protocols import IntegrityError
 
-__all__ = ["CODED", "HEADER_BYTES", "MAX_UNITS", "RAW_BIT", "Header", "block_sum", "block_sums"]
+__all__ = [
+    "CODED",
+    "HEADER_BYTES",
+    "MAX_UNITS",
+    "RAW_BIT",
+    "REF",
+    "SEALED",
+    "Header",
+    "block_sum",
+    "block_sums",
+]
 
 MAX_UNITS = 4096
 """Blocks in one frame at most; bounds what a header can make a reader allocate."""
@@ -26,13 +38,19 @@ MAX_UNITS = 4096
 CODED = 1
 """Flag: the payload is coded and the table holds lengths."""
 
+REF = 2
+"""Flag: the payload is a reference to the bytes."""
+
+SEALED = 8
+"""Flag: the transfer is whole, no message seals it; for those that use an invitation."""
+
 RAW_BIT = 1 << 31
 """In a coded length: this block did not shrink and is sent as it is."""
 
 _FIELDS = struct.Struct("<4sBBHIIIIQQ")
-_DIGEST = struct.Struct("<Q")
+_SEAL_BYTES = 8
 _MAGIC = b"sKVf"
-HEADER_BYTES = _FIELDS.size + _DIGEST.size
+HEADER_BYTES = _FIELDS.size + _SEAL_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +63,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED` or 0.
+        flags: `CODED` or `REF`, and `SEALED`.
         table_digest: xxh3 of the table.
 
     """
@@ -63,8 +81,8 @@ class Header:
         """Length of the table."""
         return self.count * (12 if self.flags & CODED else 8)
 
-    def pack(self, table: bytes) -> bytes:
-        """Header and table."""
+    def pack(self, table: bytes, key: bytes = b"") -> bytes:
+        """Header and table; the key is that of this direction of the link."""
         head = _FIELDS.pack(
             _MAGIC,
             1,
@@ -77,25 +95,31 @@ class Header:
             self.payload_bytes,
             xxhash.xxh3_64_intdigest(table),
         )
-        return head + _DIGEST.pack(xxhash.xxh3_64_intdigest(head)) + table
+        return head + _seal(head, key) + table
 
     @classmethod
-    def unpack(cls, data: bytes | bytearray | memoryview) -> Header:
+    def unpack(cls, data: bytes | bytearray | memoryview, key: bytes = b"") -> Header:
         """The header in these bytes.
 
         Raises:
-            IntegrityError: They are none, or were changed on the way.
+            IntegrityError: They are none, were changed on the way, or are of another link.
 
         """
         magic, version, flags, _, tid, layer, first, count, payload, table = _FIELDS.unpack_from(
             data
         )
-        (digest,) = _DIGEST.unpack_from(data, _FIELDS.size)
-        if magic != _MAGIC or digest != xxhash.xxh3_64_intdigest(data[: _FIELDS.size]):
+        seal = bytes(data[_FIELDS.size : HEADER_BYTES])
+        if magic != _MAGIC or not hmac.compare_digest(seal, _seal(data[: _FIELDS.size], key)):
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
+        if flags & ~SEALED not in (0, CODED, REF):
+            raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
+
+
+def _seal(head: bytes | bytearray | memoryview, key: bytes) -> bytes:
+    return hashlib.blake2b(head, key=key, digest_size=_SEAL_BYTES).digest()
 
 
 def block_sum(views: Iterable[memoryview], layer: int, position: int) -> int:
@@ -106,13 +130,10 @@ def block_sum(views: Iterable[memoryview], layer: int, position: int) -> int:
     return digest.intdigest()
 
 
-def block_sums(
-    blocks: Sequence[Sequence[memoryview]], layer: int, first: int
-) -> NDArray[np.uint64]:
+def block_sums(blocks: Sequence[Sequence[memoryview]], layer: int, first: int) -> list[int]:
     """`block_sum` of consecutive blocks."""
     seed, one = (layer << 32) + first, xxhash.xxh3_64_intdigest
-    sums = [
+    return [
         one(views[0], seed + i) if len(views) == 1 else block_sum(views, layer, first + i)
         for i, views in enumerate(blocks)
     ]
-    return np.array(sums, dtype="<u8")

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sagellm.core.protocols import ConfigError, MemoryRuns
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["Extent", "Slab", "TensorExtent", "bytes_of", "storage_of"]
+__all__ = ["Extent", "Slab", "TensorExtent", "bytes_of", "storage_of", "torch_dtype"]
 
 Ints = NDArray[np.int64]
 Views = list[memoryview]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ConfigError: torch has none.
+
+    """
+    import torch
+
+    found = getattr(torch, name, None) if name.isidentifier() else None
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"torch has no dtype {name!r}")
+    return found
 
 
 def storage_of(tensor: Tensor) -> memoryview:
@@ -66,6 +84,10 @@ class Extent(Protocol):
         """Memory of consecutive units in wire order, neighbours joined."""
         ...
 
+    def runs(self, layer: int, first: int, count: int) -> MemoryRuns:
+        """The same memory as addresses."""
+        ...
+
     def unit_views(self, layer: int, first: int, count: int) -> list[Views]:
         """Memory of each of consecutive units."""
         ...
@@ -81,6 +103,7 @@ class Slab:
 
     Attributes:
         stores: Memory of each storage.
+        bases: Address of each storage.
         store: Index into `stores`, per run.
         offsets: Bytes, per run.
         lengths: Bytes, per run.
@@ -89,6 +112,7 @@ class Slab:
     """
 
     stores: tuple[memoryview, ...]
+    bases: Ints
     store: Ints
     offsets: Ints
     lengths: Ints
@@ -101,23 +125,32 @@ class Slab:
 
     def views(self, blocks: Ints) -> Views:
         """Memory of these blocks, runs that touch joined."""
-        offsets = (blocks[:, None] * self.steps + self.offsets).ravel()
-        if not len(offsets):
-            return []
-        lengths = np.tile(self.lengths, len(blocks))
-        ends = offsets + lengths
-        cut = offsets[1:] != ends[:-1]
-        if len(self.stores) > 1:
-            store = np.tile(self.store, len(blocks))
-            cut |= store[1:] != store[:-1]
-        starts = np.concatenate(([0], np.flatnonzero(cut) + 1))
-        stops = np.append(starts[1:], len(offsets)) - 1
-        spans = zip(offsets[starts].tolist(), ends[stops].tolist(), strict=True)
+        store, starts, lengths = self._joined(blocks)
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         if len(self.stores) == 1:
             memory = self.stores[0]
             return [memory[a:b] for a, b in spans]
         stores = self.stores
-        return [stores[s][a:b] for s, (a, b) in zip(store[starts].tolist(), spans, strict=True)]
+        return [stores[s][a:b] for s, (a, b) in zip(store.tolist(), spans, strict=True)]
+
+    def runs(self, blocks: Ints) -> MemoryRuns:
+        """Addresses of these blocks, runs that touch joined."""
+        store, starts, lengths = self._joined(blocks)
+        return MemoryRuns(self.bases[store] + starts, lengths)
+
+    def _joined(self, blocks: Ints) -> tuple[Ints, Ints, Ints]:
+        """Storage, offset and length of each run."""
+        offsets = (blocks[:, None] * self.steps + self.offsets).ravel()
+        if not len(offsets):
+            return offsets, offsets, offsets
+        ends = offsets + np.tile(self.lengths, len(blocks))
+        cut = offsets[1:] != ends[:-1]
+        store = np.tile(self.store, len(blocks))
+        if len(self.stores) > 1:
+            cut |= store[1:] != store[:-1]
+        first = np.concatenate(([0], np.flatnonzero(cut) + 1))
+        last = np.append(first[1:], len(offsets)) - 1
+        return store[first], offsets[first], ends[last] - offsets[first]
 
     def unit_views(self, blocks: Ints) -> list[Views]:
         """Memory of each of these blocks."""
@@ -150,6 +183,7 @@ class TensorExtent:
 
     def __init__(self, tensors: Sequence[Tensor], page_bytes: int) -> None:
         self._views = [bytes_of(t) for t in tensors if t.numel()]
+        self._addresses = [t.data_ptr() for t in tensors if t.numel()]
         self._starts = [0, *itertools.accumulate(len(v) for v in self._views)]
         self._page = page_bytes
         self._total = self._starts[-1]
@@ -170,7 +204,15 @@ class TensorExtent:
 
     def views(self, layer: int, first: int, count: int) -> Views:
         """Memory of consecutive pages."""
-        return self._between(first * self._page, min((first + count) * self._page, self._total))
+        found = self._pieces(first * self._page, (first + count) * self._page)
+        return [self._views[i][a:b] for i, a, b in found]
+
+    def runs(self, layer: int, first: int, count: int) -> MemoryRuns:
+        """Addresses of consecutive pages."""
+        found = list(self._pieces(first * self._page, (first + count) * self._page))
+        addresses = [self._addresses[i] + a for i, a, _ in found]
+        lengths = [b - a for _, a, b in found]
+        return MemoryRuns(np.array(addresses, np.int64), np.array(lengths, np.int64))
 
     def unit_views(self, layer: int, first: int, count: int) -> list[Views]:
         """Memory of each of consecutive pages."""
@@ -180,13 +222,12 @@ class TensorExtent:
         """The tensors' dtype, `uint8` when they differ."""
         return self._dtype
 
-    def _between(self, start: int, stop: int) -> Views:
-        found: Views = []
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Tensor, and from where to where in it, of a stretch of them all."""
+        stop = min(stop, self._total)
         at = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
-            base, view = self._starts[at], self._views[at]
-            piece = view[start - base : stop - base]
-            found.append(piece)
-            start += len(piece)
+            base, end = self._starts[at], min(self._starts[at + 1], stop)
+            yield at, start - base, end - base
+            start = end
             at += 1
-        return found

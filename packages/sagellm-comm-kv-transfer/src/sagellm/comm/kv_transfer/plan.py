@@ -14,12 +14,20 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sagellm.core.protocols import Axis, CacheGroup, ConfigError, KVLayout, LayoutMismatchError
+from sagellm.core.protocols import (
+    Axis,
+    CacheGroup,
+    ConfigError,
+    DistributedRuntimeError,
+    KVLayout,
+    LayoutMismatchError,
+)
 
 __all__ = [
     "Part",
     "Runs",
     "check_layouts",
+    "check_parts",
     "check_sound",
     "coverage_gap",
     "held_part",
@@ -148,6 +156,23 @@ def shared_parts(ours: KVLayout, theirs: KVLayout) -> dict[str, Part]:
         if first < stop:
             shared[a.name] = Part(axis, first, stop)
     return shared
+
+
+def check_parts(layout: KVLayout, parts: Mapping[str, Part], peer: int) -> None:
+    """Check that a peer asks for no more than is held here.
+
+    Raises:
+        DistributedRuntimeError: It does, which no honest peer would.
+
+    """
+    groups: dict[str, CacheGroup] = {g.name: g for g in layout.groups}
+    for name, part in parts.items():
+        group = groups.get(name)
+        if group is not None and part.axis in ("", *inner_axes(group)):
+            held = held_part(group, part.axis)
+            if held.first <= part.first < part.stop <= held.stop:
+                continue
+        raise DistributedRuntimeError(f"node {peer} asks for {name!r} {part}, not held here")
 
 
 def coverage_gap(wanted: Part, granted: list[Part]) -> list[tuple[int, int]]:

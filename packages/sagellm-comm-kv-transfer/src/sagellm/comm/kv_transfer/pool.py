@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -15,10 +16,12 @@ from sagellm.core.protocols import (
     CacheGroup,
     ConfigError,
     KVLayout,
+    MemoryRuns,
     UnsupportedOperationError,
 )
 
-from .memory import Ints, Slab, Views, storage_of
+from ._segment import Segment
+from .memory import Ints, Slab, Views, storage_of, torch_dtype
 from .plan import Part, check_sound, inner_axes, slab_runs
 
 if TYPE_CHECKING:
@@ -29,11 +32,18 @@ __all__ = ["BlockTable", "PoolExtent", "RegisteredPool", "as_block_table"]
 BlockTable = dict[str, Ints]
 """Block ids per cache group."""
 
+_ALIGN = 4096
+
 
 class RegisteredPool:
     """Tensors that hold KV blocks, with who reads and writes which. Thread-safe.
 
     The tensors stay the caller's; they must live and stay where they are until `unregister`.
+
+    Args:
+        layout: What the axes mean.
+        tensors: By the layout's names.
+        segment: Shared memory that they lie in, to be given back by `close`.
 
     Raises:
         ConfigError: Names, shapes, dtypes or strides do not fit the layout.
@@ -41,7 +51,12 @@ class RegisteredPool:
 
     """
 
-    def __init__(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        tensors: Mapping[str, Tensor],
+        segment: Segment | None = None,
+    ) -> None:
         check_sound(layout)
         expected = [name for group in layout.groups for name in group.tensor_names]
         if missing := sorted(set(expected) - set(tensors)):
@@ -49,7 +64,8 @@ class RegisteredPool:
         if extra := sorted(set(tensors) - set(expected)):
             raise ConfigError(f"tensors {extra} are not in the layout; it has {expected}")
         self._layout = layout
-        self._tensors = MappingProxyType(dict(tensors))
+        self._segment = segment
+        self._tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
         self._num_blocks = {g.name: _check_group(g, tensors) for g in layout.groups}
         self._where = [(g, i) for g in layout.groups for i in range(len(g.layers))]
         self._storages = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
@@ -57,6 +73,50 @@ class RegisteredPool:
         self._lock = threading.Lock()
         self._leases: dict[object, tuple[str, BlockTable | None]] = {}
         self._written = {n: np.zeros(c, dtype=bool) for n, c in self._num_blocks.items()}
+
+    @classmethod
+    def allocate(
+        cls, layout: KVLayout, num_blocks: int | Mapping[str, int], copy_workers: int = 0
+    ) -> RegisteredPool:
+        """A pool in shared memory, zeroed, every page of it there, with processes to fill it.
+
+        Raises:
+            ConfigError: The layout or the numbers make no sense.
+            ResourceError: There is not that much memory.
+            UnsupportedOperationError: This system cannot share memory.
+
+        """
+        check_sound(layout)
+        places: list[tuple[str, CacheGroup, list[int], int, int]] = []
+        size = 0
+        for group, count in _counts(layout, num_blocks):
+            lengths = dict(zip(inner_axes(group), group.block_shape, strict=True))
+            shape = [{**lengths, "block": count, "layer": len(group.layers)}[a] for a in group.axes]
+            nbytes = math.prod(shape) * torch_dtype(group.dtype).itemsize
+            for name in group.tensor_names:
+                places.append((name, group, shape, size, nbytes))
+                size += -(-nbytes // _ALIGN) * _ALIGN
+        segment = Segment(size, f"a pool of {num_blocks} blocks")
+        try:
+            if copy_workers:
+                segment.start_workers(copy_workers)
+            segment.seal()
+            return cls(layout, _tensors_in(segment, places), segment)
+        except BaseException:
+            segment.close()
+            raise
+
+    def close(self) -> None:
+        """Give allocated memory back; the caller's own tensors are left alone. Idempotent.
+
+        The memory goes when the last tensor over it does. Nothing may be leased.
+        """
+        if self._segment is None:
+            return
+        self._tensors = MappingProxyType({})
+        self._storages.clear()
+        self._slabs.clear()
+        self._segment.close()
 
     @property
     def layout(self) -> KVLayout:
@@ -164,7 +224,8 @@ class RegisteredPool:
                 )
             )
         store, offsets, lengths, steps = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return Slab(tuple(self._storages[p] for p in stores), store, offsets, lengths, steps)
+        memory, bases = tuple(self._storages[p] for p in stores), np.array(stores, dtype=np.int64)
+        return Slab(memory, bases, store, offsets, lengths, steps)
 
 
 class PoolExtent:
@@ -205,6 +266,11 @@ class PoolExtent:
         ids = self._blocks[self._names[layer]]
         return self._slab(layer).views(ids[first : first + count])
 
+    def runs(self, layer: int, first: int, count: int) -> MemoryRuns:
+        """Addresses of consecutive blocks, neighbours joined."""
+        ids = self._blocks[self._names[layer]]
+        return self._slab(layer).runs(ids[first : first + count])
+
     def unit_views(self, layer: int, first: int, count: int) -> list[Views]:
         """Memory of each block."""
         ids = self._blocks[self._names[layer]]
@@ -213,6 +279,30 @@ class PoolExtent:
     def dtype(self, layer: int) -> str:
         """The group's dtype."""
         return self._pool.group_of(layer).dtype
+
+
+def _counts(layout: KVLayout, num_blocks: int | Mapping[str, int]) -> list[tuple[CacheGroup, int]]:
+    """Blocks of each group."""
+    names = [g.name for g in layout.groups]
+    many = num_blocks if isinstance(num_blocks, Mapping) else dict.fromkeys(names, num_blocks)
+    if set(many) != set(names):
+        raise ConfigError(f"num_blocks is for {sorted(many)}, the layout has groups {names}")
+    if any(n < 1 for n in many.values()):
+        raise ConfigError(f"num_blocks is {dict(many)}; every group needs at least one block")
+    return [(g, many[g.name]) for g in layout.groups]
+
+
+def _tensors_in(
+    segment: Segment, places: Iterable[tuple[str, CacheGroup, list[int], int, int]]
+) -> dict[str, Tensor]:
+    import torch
+
+    return {
+        name: torch.from_numpy(segment.memory[at : at + nbytes])
+        .view(torch_dtype(group.dtype))
+        .view(shape)
+        for name, group, shape, at, nbytes in places
+    }
 
 
 def as_block_table(

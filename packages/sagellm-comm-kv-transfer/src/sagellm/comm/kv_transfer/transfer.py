@@ -18,9 +18,11 @@ from sagellm.core.protocols import (
     TransferKey,
     TransferMetrics,
     TransferState,
+    UnsupportedOperationError,
 )
 
-from .state import advance
+from ._arguments import check_deadline
+from .state import RULES, TABLE, Event, Phase, Role, Step
 
 __all__ = ["TransferHandle", "transfer_error"]
 
@@ -37,6 +39,7 @@ class TransferHandle:
         direction: Literal["send", "receive"],
         deadline_s: float,
         cancel: Callable[[TransferHandle], bool],
+        role: Role | None = None,
     ) -> None:
         self._key = key
         self.direction = direction
@@ -45,7 +48,9 @@ class TransferHandle:
         self.deadline_s = deadline_s
         self._cancel = cancel
         self._changed = threading.Condition()
-        self._state = TransferState.OFFERED
+        self._steps = TABLE[role or Role(direction)]
+        self._phase = Phase.OFFERED
+        self._expired = False
         self._error: KVTransferError | None = None
         self._callbacks: list[Callable[[], object]] = []
         self._blocks: tuple[KVBlock, ...] = ()
@@ -60,7 +65,7 @@ class TransferHandle:
         self.num_tokens = 0
 
     def __repr__(self) -> str:
-        return f"<{self.direction} {self._key.id}/{self._key.attempt} {self._state.value}>"
+        return f"<{self.direction} {self._key.id}/{self._key.attempt} {self.state.value}>"
 
     # -- what callers see -------------------------------------------------------------------
 
@@ -72,7 +77,7 @@ class TransferHandle:
     @property
     def state(self) -> TransferState:
         """Where it is now."""
-        return self._state
+        return RULES[self._phase].state
 
     @property
     def progress(self) -> Progress:
@@ -149,6 +154,24 @@ class TransferHandle:
         """Ask both sides to give up; False when it was already over. Never blocks."""
         return self._cancel(self)
 
+    def renew(self, ttl_s: float) -> bool:
+        """Let an offer stand for at least so many seconds from now; False when it has ended.
+
+        Never shortens it: to end an offer sooner, cancel it. Never blocks.
+
+        Raises:
+            UnsupportedOperationError: This is no offer: only those have leases.
+
+        """
+        check_deadline(ttl_s)
+        if self._steps is not TABLE[Role.OFFER]:
+            raise UnsupportedOperationError(f"{self!r} has a deadline and no lease to renew")
+        with self._changed:
+            if self._expired or not RULES[self._phase].moves:
+                return False
+            self.deadline = max(self.deadline, time.monotonic() + ttl_s)
+            return True
+
     def exception(self) -> BaseException | None:
         """What it failed with; None while it runs and after success."""
         return self._error
@@ -169,22 +192,27 @@ class TransferHandle:
     # -- what the channel does --------------------------------------------------------------
 
     @property
+    def phase(self) -> Phase:
+        """Where it is in the table."""
+        return self._phase
+
+    @property
     def _landed(self) -> bool:
-        return self._state in (TransferState.LANDED, TransferState.RELEASED)
+        return self._phase in (Phase.LANDED, Phase.RELEASED)
 
     @property
     def _over(self) -> bool:
-        return self._landed or self._state.terminal
+        return RULES[self._phase].safe
 
     def _wait_for(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
         if timeout_s is None:
-            timeout_s = max(0.0, self.deadline - time.monotonic()) + _GRACE_S
+            timeout_s = self.left_s + _GRACE_S
         with self._changed:
             if self._changed.wait_for(ready, timeout_s):
                 return
         raise CommTimeoutError(
             f"transfer {self._key.id}/{self._key.attempt}: {what} after {timeout_s:.3g} s; "
-            f"it is {self._state.value}, {self.progress}"
+            f"it is {self.state.value}, {self.progress}"
         )
 
     def _when_over(self, callback: Callable[[], object]) -> None:
@@ -204,12 +232,43 @@ class TransferHandle:
             self._totals = (total_bytes, blocks, layers)
             self._changed.notify_all()
 
-    def step(self, state: TransferState) -> None:
-        """Go to a state that ends nothing; a state that is passed already is no step."""
+    @property
+    def left_s(self) -> float:
+        """Seconds until its deadline, 0 when it has passed."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def expire(self) -> bool:
+        """Whether its deadline has passed; from then on it cannot be renewed."""
         with self._changed:
-            order = list(TransferState)
-            if not self._state.terminal and order.index(self._state) < order.index(state):
-                self._state = advance(self._state, state)
+            self._expired = not self.left_s
+            return self._expired
+
+    def take(
+        self, event: Event, *, blocks: Sequence[KVBlock] = (), error: KVTransferError | None = None
+    ) -> Step | None:
+        """Go where the table leads; None when it has no row for this, and nothing happens.
+
+        Args:
+            event: What has happened.
+            blocks: What was received, when that ends it.
+            error: What it fails with, when that ends it.
+
+        """
+        callbacks: list[Callable[[], object]] = []
+        with self._changed:
+            step = self._steps.get(self._phase, {}).get(event)
+            if step is None:
+                return None
+            before, self._phase = self._over, step.to
+            if self._over and not before:
+                self._error, self._blocks = error, tuple(blocks)
+                if self._landed:
+                    self._layers.update(range(self._totals[2]))
+                callbacks, self._callbacks = self._callbacks, []
+                self._changed.notify_all()
+        for callback in callbacks:
+            callback()
+        return step
 
     def moved(
         self,
@@ -225,8 +284,7 @@ class TransferHandle:
         """Count a frame."""
         now = time.monotonic()
         with self._changed:
-            if self._state is TransferState.ACCEPTED:
-                self._state = advance(self._state, TransferState.MOVING)
+            self.take(Event.FRAME)
             self._first = self._first or now
             self._last = now
             self._bytes_done += done_bytes
@@ -251,31 +309,6 @@ class TransferHandle:
         with self._changed:
             self._layers.update(indexes)
             self._changed.notify_all()
-
-    def land(self, blocks: Sequence[KVBlock] = ()) -> None:
-        """End in success."""
-        with self._changed:
-            self._blocks = tuple(blocks)
-            self._layers.update(range(self._totals[2]))
-            self._state = advance(self._state, TransferState.LANDED)
-        self._ended()
-
-    def fail(self, error: KVTransferError) -> None:
-        """End in failure, or in cancellation when that is the cause."""
-        cancelled = error.cause == "cancelled"
-        with self._changed:
-            self._error = error
-            self._blocks = ()
-            new = TransferState.CANCELLED if cancelled else TransferState.FAILED
-            self._state = advance(self._state, new)
-        self._ended()
-
-    def _ended(self) -> None:
-        with self._changed:
-            callbacks, self._callbacks = self._callbacks, []
-            self._changed.notify_all()
-        for callback in callbacks:
-            callback()
 
 
 class _Meter:

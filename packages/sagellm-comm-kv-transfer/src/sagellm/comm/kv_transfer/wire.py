@@ -1,14 +1,22 @@
 """Control messages: what two channels say to each other, and how it is framed.
 
-A message is a 4-byte big-endian length and a msgpack map with a `type`. Fields that a reader
-does not know are ignored; a version is agreed on in the handshake. Nothing is ever unpickled.
+A message is a 4-byte big-endian length and a msgpack map with a `type`. Nothing is ever unpickled.
+
+Each side states the oldest and the newest version it speaks; the newest common one holds for the
+link. Within a version fields may be added that have a default; whoever does not know a field
+ignores it. A type of message is added with a version and sent over links of that version or a
+newer one, unless it has a field `optional: true`: then whoever does not know it ignores it. Any
+other unknown type ends the link, with its name in the error.
+
 "I" is the side that opened the link, "A" the one that accepted it; "S" sends blocks and "R"
-receives them. Transfer ids (`tid`) are given out by I and mean something on this link only.
+receives them. Transfer ids (`tid`) mean something on this link only and are never used again:
+I gives out those below `INVITED`, A the others, each in rising order.
 """
 
 from __future__ import annotations
 
 import struct
+import typing
 from collections.abc import Iterator
 
 import msgspec
@@ -18,6 +26,7 @@ from sagellm.core.protocols import DistributedRuntimeError, KVLayout
 from .plan import Part
 
 __all__ = [
+    "INVITED",
     "MAX_HANDSHAKE_BYTES",
     "PROTOCOL",
     "VERSIONS",
@@ -29,10 +38,13 @@ __all__ = [
     "FrameBuffer",
     "Grant",
     "Hello",
+    "Invite",
     "KeyFail",
+    "Lane",
     "LayerDone",
     "LayoutChanged",
     "Message",
+    "MoreLanes",
     "Nack",
     "Offer",
     "Proof",
@@ -41,6 +53,7 @@ __all__ = [
     "Release",
     "Sealed",
     "TensorInfo",
+    "Unknown",
     "Welcome",
     "decode",
     "encode",
@@ -50,6 +63,9 @@ __all__ = [
 PROTOCOL = "sagellm-kv"
 VERSIONS = (1, 1)
 """Oldest and newest version of this protocol that is spoken here."""
+
+INVITED = 1 << 31
+"""The first transfer id of invitations."""
 
 MAX_HANDSHAKE_BYTES = 4096
 """Longest message of a peer that has not authenticated."""
@@ -70,6 +86,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     nonce: bytes
     min_version: int
     max_version: int
+    instance: bytes = b""
 
 
 class Challenge(_Message, frozen=True, tag="challenge"):
@@ -78,6 +95,7 @@ class Challenge(_Message, frozen=True, tag="challenge"):
     node_id: int
     nonce: bytes
     version: int
+    instance: bytes = b""
 
 
 class Proof(_Message, frozen=True, tag="proof"):
@@ -152,6 +170,22 @@ class Grant(_Message, frozen=True, tag="grant"):
     parts: dict[str, Part]
 
 
+class Invite(_Message, frozen=True, tag="invite"):
+    """R → S, on a link that S opened: a grant ahead of the offer.
+
+    S may take it, by sending frames under this tid, or ignore it and offer. An offer of the same
+    key withdraws it: whoever has offered never takes one.
+    """
+
+    tid: int
+    id: str
+    attempt: int
+    counts: dict[str, int]
+    parts: dict[str, Part]
+    layouts: int
+    """How many layouts of S were known to R; S ignores the invitation when it has told more."""
+
+
 class Sealed(_Message, frozen=True, tag="sealed"):
     """S → R: every layer of a stream has been queued."""
 
@@ -219,10 +253,41 @@ class KeyFail(_Message, frozen=True, tag="key_fail"):
     theirs: str = ""
 
 
+class Lane(_Message, frozen=True, tag="lane"):
+    """I → A: I am about to open this data connection, by this transport; others I could not."""
+
+    number: int
+    transport: str
+    refused: dict[str, str] = {}
+
+
+class MoreLanes(_Message, frozen=True, tag="more_lanes"):
+    """A → I: I have much to send; open data connections until there are so many."""
+
+    count: int
+
+
+class Ask(_Message, frozen=True, tag="ask"):
+    """Either way: what do you hold, and whom do you wait for?"""
+
+    number: int
+
+
+class Answer(_Message, frozen=True, tag="answer"):
+    """To an `Ask`: a JSON object."""
+
+    number: int
+    text: str
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this channel closes."""
 
     message: str = ""
+
+
+class Unknown(_Message, frozen=True, tag="unknown"):
+    """A message of a type that is not known here, and that its sender has called optional."""
 
 
 Handshake = Hello | Challenge | Proof | Welcome | Ready | Reject
@@ -230,6 +295,7 @@ Session = (
     LayoutChanged
     | Offer
     | Grant
+    | Invite
     | Sealed
     | Fetch
     | Nack
@@ -238,11 +304,25 @@ Session = (
     | Release
     | Fail
     | KeyFail
+    | Lane
+    | MoreLanes
+    | Ask
+    | Answer
     | Bye
+    | Unknown
 )
 Message = Handshake | Session
 
 _encoder = msgspec.msgpack.Encoder()
+_KNOWN = frozenset(m.__struct_config__.tag for m in typing.get_args(Message))
+
+
+class _Kind(msgspec.Struct):
+    type: str
+    optional: bool = False
+
+
+_kind_decoder = msgspec.msgpack.Decoder(_Kind)
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
@@ -253,7 +333,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | bytearray | memoryview) -> Message:
-    """The message in a frame's body.
+    """The message in a frame's body; `Unknown` for an optional one of a type not known here.
 
     Raises:
         DistributedRuntimeError: These bytes are no message of this protocol.
@@ -262,11 +342,25 @@ def decode(body: bytes | bytearray | memoryview) -> Message:
     try:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {e}") from None
+        error = e
+    try:
+        kind = _kind_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        kind = None
+    if kind is None or kind.type in _KNOWN:
+        raise DistributedRuntimeError(f"not a message of {PROTOCOL}: {error}") from None
+    if kind.optional:
+        return Unknown()
+    raise DistributedRuntimeError(
+        f"a message of type {kind.type[:64]!r}, which {PROTOCOL} {VERSIONS[0]}..{VERSIONS[1]} does "
+        "not have; types of newer versions go over links of those versions, or are optional"
+    )
 
 
-def held_bytes(message: Offer | Fetch) -> int:
+def held_bytes(message: Offer | Fetch | Invite) -> int:
     """Bytes of memory that a message takes while it waits for its other half, about."""
+    if isinstance(message, Invite):
+        return 512 + sum(256 + len(n) for n in [*message.counts, *message.parts])
     if isinstance(message, Offer):
         ids, names = message.dst_blocks, [*message.counts]
         more = sum(256 + 32 * len(i.shape) + len(i.dtype) for i in message.tensors or ())

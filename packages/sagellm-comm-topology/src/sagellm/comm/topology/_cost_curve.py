@@ -68,6 +68,18 @@ class Curve:
             width = max(self._width(right - 1), self._width(right))
         return time, time * math.exp(-width), time * math.exp(width), "calibrated"
 
+    def doubt(self, nbytes: int) -> float:
+        """How unsure the curve is between its knots, relative to the time and without noise.
+
+        The greater of two: how far straight and bent interpolation are apart, and how far the
+        knots on both sides are missed by their own neighbours.
+        """
+        right = bisect_left(self._x, nbytes)
+        if right in (0, len(self._x)):
+            return math.inf
+        straight, bent = _both(float(nbytes), self._x, self._t, right)
+        return max(abs(math.log(straight / bent)), self._miss[right - 1], self._miss[right])
+
     def _width(self, i: int) -> float:
         return _FLOOR + max(self._miss[i], self._spread[i])
 
@@ -87,9 +99,13 @@ class Curve:
 
 
 def _between(x: float, xs: Sequence[float], ts: Sequence[float], right: int) -> float:
+    straight, bent = _both(x, xs, ts, right)
+    return math.sqrt(straight * bent)
+
+
+def _both(x: float, xs: Sequence[float], ts: Sequence[float], right: int) -> tuple[float, float]:
     left = right - 1
     share = (x - xs[left]) / (xs[right] - xs[left])
     straight = ts[left] + share * (ts[right] - ts[left])
     log_share = math.log(x / xs[left]) / math.log(xs[right] / xs[left])
-    bent = ts[left] * (ts[right] / ts[left]) ** log_share
-    return math.sqrt(straight * bent)
+    return straight, ts[left] * (ts[right] / ts[left]) ** log_share

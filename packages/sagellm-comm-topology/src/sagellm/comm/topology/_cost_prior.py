@@ -8,7 +8,7 @@ side of all_gather and reduce_scatter, one rank's buffer of all_to_all. Every fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from sagellm.core.protocols import ConfigError, PathClass
@@ -78,7 +78,7 @@ def _fold(n: int) -> int:
 _FORMULAS: Mapping[str, Mapping[str, _Formula]] = {
     "all_reduce": {
         "ring": lambda n: Coefficients(2 * (n - 1), 2 * (n - 1) / n, (n - 1) / n),
-        "tree": lambda n: Coefficients(2 * _log(n), 2.0, 1.0),
+        "tree": lambda n: Coefficients(2 * _log(n), 2 * _log(n), _log(n)),
         "recursive_doubling": lambda n: Coefficients(
             _log(n) + _fold(n), _log(n) + _fold(n), _log(n)
         ),
@@ -86,6 +86,7 @@ _FORMULAS: Mapping[str, Mapping[str, _Formula]] = {
             2 * _log(n) + _fold(n), 2 * (n - 1) / n + 2 * _fold(n), (n - 1) / n + _fold(n)
         ),
         "direct": lambda n: Coefficients(1, n - 1, n - 1),
+        "two_shot": lambda n: Coefficients(2, 2 * (n - 1) / n, (n - 1) / n),
     },
     "all_gather": {
         "ring": lambda n: Coefficients(n - 1, (n - 1) / n),
@@ -100,12 +101,13 @@ _FORMULAS: Mapping[str, Mapping[str, _Formula]] = {
         "direct": lambda n: Coefficients(1, (n - 1) / n, (n - 1) / n),
     },
     "broadcast": {
-        "ring": lambda n: Coefficients(n - 1, 1.0),
-        "tree": lambda n: Coefficients(_log(n), 1.0 + 1.0 / n),
+        "ring": lambda n: Coefficients(2 * (n - 1), 2 * (n - 1) / n),
+        "tree": lambda n: Coefficients(_log(n), _log(n)),
         "direct": lambda n: Coefficients(1, n - 1),
     },
     "all_to_all": {
         "direct": lambda n: Coefficients(1, (n - 1) / n),
+        "pairwise": lambda n: Coefficients(n - 1, (n - 1) / n),
         "ring": lambda n: Coefficients(n - 1, (n - 1) / 2),
         "recursive_doubling": lambda n: Coefficients(_log(n), _log(n) / 2),
     },
@@ -175,8 +177,8 @@ def _cost(c: Coefficients, nbytes: float, link: LinkCost) -> float:
     return c.steps * link.alpha_us + 1e6 * seconds
 
 
-def check(op: str, algorithm: str) -> None:
-    """Refuse what has no formula.
+def check(op: str, algorithm: str, measured: Collection[str] = ()) -> None:
+    """Refuse what has neither a formula nor a measurement.
 
     Raises:
         ConfigError: The message lists the known names.
@@ -184,10 +186,9 @@ def check(op: str, algorithm: str) -> None:
     """
     if op not in ALGORITHMS:
         raise ConfigError(f"unknown op {op!r}; known: {', '.join(ALGORITHMS)}")
-    if algorithm not in ALGORITHMS[op]:
-        raise ConfigError(
-            f"{op} has no algorithm {algorithm!r}; known: {', '.join(ALGORITHMS[op])}"
-        )
+    known = sorted({*ALGORITHMS[op], *measured})
+    if algorithm not in known:
+        raise ConfigError(f"{op} has no algorithm {algorithm!r}; known: {', '.join(known)}")
 
 
 def busbw_factor(op: str, size: int) -> float:

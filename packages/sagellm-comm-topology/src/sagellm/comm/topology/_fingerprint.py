@@ -26,6 +26,11 @@ def fingerprint(info: TopologyInfo) -> str:
         if link.a in around and link.b in around:
             around[link.a].append((edge, link.b))
             around[link.b].append((edge, link.a))
+    for pair in info.pairs:
+        edge = f"pair/{pair.path}/{pair.via}/{sorted(pair.peer.items())}"
+        if pair.a in around and pair.b in around:
+            around[pair.a].append((edge, pair.b))
+            around[pair.b].append((edge, pair.a))
     for domain in info.domains:
         for member in domain.members:
             if member in around:

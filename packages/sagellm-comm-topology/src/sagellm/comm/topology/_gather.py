@@ -22,6 +22,7 @@ from sagellm.core.protocols import (
     IntegrityError,
     Link,
     LinkKind,
+    Pair,
     Store,
     TopologyInfo,
 )
@@ -178,11 +179,13 @@ def join_hosts(
     devices: list[Device] = []
     links: list[Link] = []
     domains = []
+    pairs: list[Pair] = []
     notes = list(warnings or ())
     for node, host in enumerate(hosts):
         names = {d.id: f"n{node}/{d.id}" for d in host.devices}
         devices += [replace(d, id=names[d.id], node=node) for d in host.devices]
         links += [replace(x, a=names[x.a], b=names[x.b]) for x in host.links]
+        pairs += [replace(p, a=names[p.a], b=names[p.b]) for p in host.pairs]
         domains += [
             replace(d, id=f"n{node}/{d.id}", members=tuple(names[m] for m in d.members))
             for d in host.domains
@@ -199,6 +202,7 @@ def join_hosts(
         num_nodes=len(hosts),
         missing_nodes=tuple(missing or ()),
         warnings=tuple(dict.fromkeys(notes)),
+        pairs=tuple(pairs),
     )
     return replace(joined, fingerprint=fingerprint(joined))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from sagellm.core.protocols import (
     DetectorSpec,
     Device,
     Link,
+    Pair,
+    PathClass,
     SwitchDomain,
     TopologyFragment,
 )
@@ -29,6 +30,12 @@ __all__ = ["SPEC", "NvmlDetector"]
 
 _SWITCHED = "nvlink-switch"
 _NODE_MASK_WORDS = 16  # 1024 NUMA nodes
+
+_CAPABILITIES = {"read": 0, "write": 1, "atomics": 3}
+_P2P_WORDS = {0: "OK", 1: "CNS", 2: "GNS", 3: "TNS", 4: "DR", 5: "NS"}
+_ANCESTORS: Mapping[int, PathClass] = {
+    0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS",
+}  # fmt: skip
 
 # Any: nvidia-ml-py ships no types, and its handles are opaque.
 _Library = Any
@@ -102,11 +109,12 @@ class _Session:
         for bdf, handle in handles.items():
             if self._is_late(f"NVLinks of {bdf}"):
                 break
-            self._nvlinks(bdf, handle, handles, bundles)
+            numa = next(iter(devices[bdf].numa_nodes), None)
+            self._nvlinks(bdf, handle, handles, bundles, numa)
         for (a, b), (lanes, lane_bandwidth) in bundles.items():
             bandwidth = lane_bandwidth * lanes if lane_bandwidth else None
             self._links.append(Link(a, b, "nvlink", lanes, bandwidth, source="nvml"))
-        self._peers(handles, devices)
+        pairs = self._pairs(handles)
         domains = self._domains()
         for domain in domains:
             devices[domain.id] = Device(domain.id, "fabric_switch", vendor="nvidia")
@@ -116,6 +124,7 @@ class _Session:
             tuple(self._links),
             domains,
             tuple(dict.fromkeys(self._warnings)),
+            pairs=pairs,
         )
 
     def _ask(self, name: str, *args: object) -> _Answer:
@@ -164,6 +173,9 @@ class _Session:
                 Link(bdf, f"numa:{n}", "c2c", source="nvml", confidence="inferred")
                 for n in numa_nodes[:1]
             ]
+        own = self._ask("nvmlDeviceGetNumaNodeId", handle)
+        if own is not None:
+            attrs["memory_numa"] = str(own)  # memory alone: nothing may be pinned there
         clique = self._clique(handle)
         if clique:
             attrs["fabric_clique"] = clique
@@ -211,6 +223,7 @@ class _Session:
         handle: object,
         handles: Mapping[str, Any],
         bundles: dict[tuple[str, str], tuple[int, float | None]],
+        numa: int | None,
     ) -> None:
         lane_bandwidth = self._field(handle, "NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON", 90)
         bandwidth = lane_bandwidth * 1e6 if lane_bandwidth else None
@@ -236,9 +249,15 @@ class _Session:
         for peer, lanes in peers.items():
             pair = (min(bdf, peer), max(bdf, peer))
             bundles[pair] = (max(lanes, bundles.get(pair, (0, None))[0]), bandwidth)
-        if to_cpu:
+        if to_cpu and numa is not None:
+            speed = bandwidth * to_cpu if bandwidth else None
+            self._links.append(
+                Link(bdf, f"numa:{numa}", "nvlink", to_cpu, speed, source="nvml",
+                     confidence="inferred")
+            )  # fmt: skip
+        elif to_cpu:
             self._warnings.append(
-                f"{bdf}: {to_cpu} NVLinks lead to the CPU; they are not in the graph"
+                f"{bdf}: {to_cpu} NVLinks lead to the CPU, but its NUMA node is unknown"
             )
         if switched:
             self._join_switch(bdf, switched, bandwidth, stated=True)
@@ -290,19 +309,22 @@ class _Session:
             ),
         )
 
-    def _peers(self, handles: Mapping[str, Any], devices: dict[str, Device]) -> None:
-        """Whether GPUs may read each other: a path does not promise it, and the driver decides."""
+    def _pairs(self, handles: Mapping[str, Any]) -> tuple[Pair, ...]:
+        """Path class and peer access of every pair: neither promises the other."""
+        found: list[Pair] = []
         for a, b in combinations(handles, 2):
-            if self._is_late("peer access of all pairs"):
-                return
-            status = self._ask("nvmlDeviceGetP2PStatus", handles[a], handles[b], 0)
-            if status is None:
-                continue
-            name = "p2p_read" if status == 0 else "p2p_refused"
-            for mine, other in ((a, b), (b, a)):
-                attrs = dict(devices[mine].attrs)
-                attrs[name] = ",".join(x for x in (attrs.get(name), other) if x)
-                devices[mine] = replace(devices[mine], attrs=attrs)
+            if self._is_late("path classes and peer access of all pairs"):
+                break
+            common = self._ask("nvmlDeviceGetTopologyCommonAncestor", handles[a], handles[b])
+            peer: dict[str, str] = {}
+            for name, capability in _CAPABILITIES.items():
+                status = self._ask("nvmlDeviceGetP2PStatus", handles[a], handles[b], capability)
+                if status is not None:
+                    peer[name] = _P2P_WORDS.get(int(status), "U")
+            path = _ANCESTORS.get(common) if common is not None else None
+            if path or peer:
+                found.append(Pair(a, b, path, peer=peer, source="nvml"))
+        return tuple(found)
 
 
 def _text(value: object) -> str:

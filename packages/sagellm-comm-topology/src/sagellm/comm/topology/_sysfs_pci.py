@@ -1,10 +1,4 @@
-"""Accelerators, NICs, switches and host bridges out of `/sys/bus/pci`.
-
-A PCIe switch is an upstream port with downstream ports beneath it. Below a host bridge the ports
-alternate: root port, upstream, downstream, upstream, … so every second bridge of a function's
-chain stands for one switch, and its downstream ports fold into it. A root port becomes a vertex
-only when several functions share it (the two ports of one NIC, say).
-"""
+"""Accelerators, NICs, switches and host bridges out of `/sys/bus/pci`."""
 
 from __future__ import annotations
 
@@ -22,6 +16,7 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
+from ._pcitree import vertices_above
 from ._sysfs import Tree, normal_bdf, pcie_bytes_per_s
 from ._vendors import VENDORS, role
 
@@ -170,15 +165,11 @@ class _Builder:
     def _join(self, f: _Function, shared: Counter[str]) -> None:
         """Walk up from a function to its host bridge, adding what is on the way."""
         assert f.root is not None
-        depths = _depths([self._is_bridge(b) for b in f.above])
         below, port_above = f.bdf, f.above[-1] if f.above else None
-        for i in range(len(f.above) - 1, -1, -1):
-            bridge, last = f.above[i], i == len(f.above) - 1
-            is_switch = depths[i] > 0 and depths[i] % 2 == 0
-            is_shared_port = depths[i] == 1 and last and shared[bridge] > 1
-            if not (is_switch or is_shared_port):
-                continue
-            self._add_switch(bridge, is_root_port=is_shared_port)
+        bridges = [self._is_bridge(b) for b in f.above]
+        for i, is_root_port in vertices_above(bridges, shared[f.above[-1]] if f.above else 0):
+            bridge = f.above[i]
+            self._add_switch(bridge, is_root_port=is_root_port)
             self._link(below, bridge, self._pair_bandwidth(below, port_above))
             below, port_above = bridge, f.above[i - 1] if i else None
         self._link(below, f.root, self._pair_bandwidth(below, port_above))
@@ -220,18 +211,6 @@ class _Builder:
     ) -> None:
         if (a, b) not in self.links:
             self.links[a, b] = Link(a, b, kind, bandwidth_bytes_per_s=bandwidth, source="sysfs-pci")
-
-
-def _depths(is_bridge: list[bool]) -> list[int]:
-    """Position of each bridge below its host bridge from 1; 0 for what is not a bridge.
-
-    A function that is no bridge but has a bus behind it (Intel VMD) starts a new hierarchy.
-    """
-    depths, level = [], 0
-    for bridge in is_bridge:
-        level = level + 1 if bridge else 0
-        depths.append(level)
-    return depths
 
 
 def _read(tree: Tree, name: str) -> _Function | None:

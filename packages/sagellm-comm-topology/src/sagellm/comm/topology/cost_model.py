@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,11 +25,12 @@ from sagellm.core.protocols import (
     TopologyInfo,
 )
 
+from . import _cost_load
 from ._cost_curve import Curve, Reading
 from ._cost_prior import ALGORITHMS, LinkCost, busbw_factor, check, link_cost, prior_us
 from .graph import TopologyGraph
 
-__all__ = ["CostModel"]
+__all__ = ["CostModel", "Drift"]
 
 _Key = tuple[str, str, int]
 
@@ -36,8 +39,29 @@ _PRIOR = "prior:"  # marks the op of a curve that is a formula's line, not a mea
 _PRIOR_SPREAD = math.log(4.0)
 _SCALED_SPREAD = math.log(2.0)
 _KEPT_REPEATS = 64
+_DRIFT_SAMPLES = 5
 _LINE = (1, 1 << 30)  # two payloads fix a formula's straight line
 _FROZEN_SIZES = (*range(2, 17), 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A measured curve that the machine no longer follows.
+
+    Attributes:
+        op: Operation.
+        algorithm: Algorithm.
+        group_size: Ranks.
+        ratio: Measured over predicted time, the median of the samples.
+        samples: Measurements that were compared.
+
+    """
+
+    op: str
+    algorithm: str
+    group_size: int
+    ratio: float
+    samples: int
 
 
 class CostModel(CostModelProtocol):
@@ -55,6 +79,7 @@ class CostModel(CostModelProtocol):
         self._lock = threading.Lock()
         self._repeats: dict[_Key, dict[int, list[float]]] = {}
         self._curves: dict[_Key, Curve] = {}
+        self._lines: dict[tuple[str, str, tuple[str, ...]], tuple[float, float]] = {}
         self._links: dict[tuple[str, ...], tuple[LinkCost, tuple[int, LinkCost]]] = {}
 
     def predict(self, op: str, nbytes: int, group: Sequence[str] | int, algorithm: str) -> Estimate:
@@ -72,19 +97,22 @@ class CostModel(CostModelProtocol):
                 lists the known ones.
 
         """
-        check(op, algorithm)
+        check(op, algorithm, {k[1] for k in self._curves if k[0] == op})
         size = _size(group, nbytes)
         curve = self._curves.get((op, algorithm, size))
         if curve is not None and size > 1:
             return _estimate(op, nbytes, size, curve.read(nbytes))
+        if algorithm not in ALGORITHMS[op]:
+            return _estimate(op, nbytes, size, self._stretched(op, algorithm, nbytes, size))
         prior = self._prior(op, algorithm, nbytes, group)
         return _estimate(op, nbytes, size, self._scaled(op, algorithm, nbytes, size, prior))
 
     def observe(self, samples: Sequence[Mapping[str, Any]]) -> None:  # Any: JSON-like rows
         """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us.
 
-        The median of the repeats of one size counts, the latest 64 of them. All rows are
-        checked before one is taken.
+        An algorithm without a formula (a backend's own, such as `one_shot`) is known by its
+        measurements alone. The median of the repeats of one size counts, the latest 64 of them.
+        All rows are checked before one is taken.
 
         Raises:
             ConfigError: A row lacks a field or has an impossible value; nothing was learned.
@@ -106,6 +134,80 @@ class CostModel(CostModelProtocol):
                     [_spread(times) for _, times in knots],
                 )
             self._curves = fresh
+
+    def drift(self, samples: Sequence[Mapping[str, Any]]) -> tuple[Drift, ...]:  # Any: as above
+        """Curves that fresh measurements contradict; learns nothing from them.
+
+        A curve has drifted when, of at least five samples within its sizes, more than half lie
+        outside of their intervals on the same side. `forget` it and calibrate anew.
+
+        Args:
+            samples: Rows as for `observe`.
+
+        Raises:
+            ConfigError: A row lacks a field or has an impossible value.
+
+        """
+        seen: dict[_Key, list[tuple[float, int]]] = {}
+        for key, nbytes, time_us in [_row(i, sample) for i, sample in enumerate(samples)]:
+            curve = self._curves.get(key)
+            if curve is None:
+                continue
+            expected, low, high, basis = curve.read(nbytes)
+            if basis == "calibrated":
+                side = (time_us > high) - (time_us < low)
+                seen.setdefault(key, []).append((time_us / expected, side))
+        found = []
+        for key, compared in sorted(seen.items()):
+            sides = [side for _, side in compared]
+            worst = max(sides.count(1), sides.count(-1))
+            if len(compared) >= _DRIFT_SAMPLES and 2 * worst > len(compared):
+                found.append(Drift(*key, median(ratio for ratio, _ in compared), len(compared)))
+        return tuple(found)
+
+    def forget(self, op: str, algorithm: str, group_size: int) -> None:
+        """Drop what was measured of one curve; a curve that is not there is no error."""
+        key = (op, algorithm, group_size)
+        with self._lock:
+            self._repeats.pop(key, None)
+            self._curves = {k: curve for k, curve in self._curves.items() if k != key}
+
+    def save(self, library: str, folder: Path | None = None) -> Path:
+        """Keep what was measured, for this topology and library version; the file's path.
+
+        Args:
+            library: Name and version of what ran the collectives: `gloo torch-2.6`.
+            folder: Where; None is the user's cache folder.
+
+        Raises:
+            OSError: The folder cannot be written.
+
+        """
+        from ._cost_profile import default_folder, save_rows  # msgspec, at the first use only
+
+        with self._lock:
+            rows = [
+                {"op": op, "algorithm": algorithm, "group_size": size, "nbytes": n, "time_us": t}
+                for (op, algorithm, size), knots in self._repeats.items()
+                for n, times in knots.items()
+                for t in times
+            ]
+        return save_rows(folder or default_folder(), self._topology.fingerprint, library, rows)
+
+    def load(self, library: str, folder: Path | None = None) -> int:
+        """Learn what `save` kept for this topology and library version; how many rows.
+
+        Measurements of another topology or version are left where they are.
+
+        Raises:
+            ConfigError: The file is no profile; the message names it.
+
+        """
+        from ._cost_profile import default_folder, load_rows
+
+        rows = load_rows(folder or default_folder(), self._topology.fingerprint, library)
+        self.observe(rows)
+        return len(rows)
 
     def freeze(self) -> CostTable:
         """The model as data, to be broadcast from rank 0 before anybody chooses by it.
@@ -148,7 +250,7 @@ class CostModel(CostModelProtocol):
             return min(k[1] for k in table.curves), _estimate(
                 op, nbytes, 1, (0.0, 0.0, 0.0, "prior")
             )
-        near = min(known, key=lambda n: (abs(math.log(n / size)), n))
+        near = _nearest(known, size)
         readings = _readings(table, op, nbytes, near)
         if near != size:
             readings = {a: _stretched(r, near, size) for a, r in readings.items()}
@@ -158,6 +260,12 @@ class CostModel(CostModelProtocol):
     def _prior(self, op: str, algorithm: str, nbytes: int, group: Sequence[str] | int) -> float:
         members = self._members(group)
         size = _size(group, nbytes)
+        if 2 <= size == len(members) <= _cost_load.MOST_RANKS:
+            key = (op, algorithm, members)
+            if key not in self._lines:
+                self._lines[key] = _cost_load.line(self._graph, members, op, algorithm)
+            fixed, per_byte = self._lines[key]
+            return fixed + per_byte * nbytes
         if members not in self._links:
             self._links[members] = self._slowest(members)
         link, local = self._links[members]
@@ -193,12 +301,22 @@ class CostModel(CostModelProtocol):
         if not same or size == 1 or prior <= 0:
             low, high = prior * math.exp(-_PRIOR_SPREAD), prior * math.exp(_PRIOR_SPREAD)
             return prior, low, high, "prior"
-        near = min(same, key=lambda k: (abs(math.log(k[2] / size)), k[2]))
-        measured = self._curves[near].read(nbytes)
-        ratio = measured[0] / self._prior(op, algorithm, nbytes, near[2])
-        width = _SCALED_SPREAD * (1 + abs(math.log2(near[2] / size)) / 2)
-        time = prior * ratio
+        near = _nearest((k[2] for k in same), size)
+        measured = self._curves[op, algorithm, near].read(nbytes)
+        time = prior * measured[0] / self._prior(op, algorithm, nbytes, near)
+        width = _SCALED_SPREAD * (1 + abs(math.log2(near / size)))
         return time, time * math.exp(-width), time * math.exp(width), "scaled"
+
+    def _stretched(self, op: str, algorithm: str, nbytes: int, size: int) -> Reading:
+        """What was measured of the nearest group size; nothing tells how it grows with ranks."""
+        if size == 1:
+            return 0.0, 0.0, 0.0, "prior"
+        near = _nearest((k[2] for k in self._curves if k[:2] == (op, algorithm)), size)
+        return _stretched(self._curves[op, algorithm, near].read(nbytes), near, size)
+
+
+def _nearest(sizes: Iterable[int], size: int) -> int:
+    return min(sizes, key=lambda n: (abs(math.log(n / size)), n))
 
 
 def _readings(table: CostTable, op: str, nbytes: int, size: int) -> dict[str, Reading]:
@@ -269,7 +387,7 @@ def _row(index: int, sample: Mapping[str, Any]) -> tuple[_Key, int, float]:
         raise ConfigError(
             f"sample {index} needs op, nbytes, group_size, algorithm and time_us: {e!r}"
         ) from None
-    check(op, algorithm)
+    check(op, algorithm, (algorithm,))
     if nbytes < 1 or size < 1 or not (0 < time_us < math.inf):
         raise ConfigError(
             f"sample {index}: nbytes {nbytes} and group_size {size} must be at least 1, "

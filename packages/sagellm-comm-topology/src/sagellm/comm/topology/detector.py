@@ -22,18 +22,44 @@ from sagellm.core.protocols import (
 )
 from sagellm.core.protocols.registry import Registry
 
-from . import _nvml, _sysfs_net, _sysfs_numa, _sysfs_pci
+from . import (
+    _amdsmi,
+    _kfd,
+    _nvml,
+    _sysfs_cxl,
+    _sysfs_net,
+    _sysfs_numa,
+    _sysfs_pci,
+    _tools,
+    _topo_file,
+)
 from ._sysfs import Tree
 
-__all__ = ["GROUP", "Detection", "installed_detectors", "make_context", "run_detectors"]
+__all__ = ["BUILT_IN", "GROUP", "Detection", "installed_detectors", "make_context", "run_detectors"]
 
 GROUP = "sagellm.comm.topology.detectors"
 
 _HEAD_START_S = 0.05
 
-_BUILT_IN = (_sysfs_pci.SPEC, _sysfs_numa.SPEC, _sysfs_net.SPEC, _nvml.SPEC)
+BUILT_IN = (
+    _topo_file.SPEC,
+    _sysfs_pci.SPEC,
+    _sysfs_numa.SPEC,
+    _sysfs_net.SPEC,
+    _sysfs_cxl.SPEC,
+    _nvml.SPEC,
+    _amdsmi.SPEC,
+    _kfd.SPEC,
+    _tools.NVIDIA_SMI,
+    _tools.ROCM_SMI,
+    _tools.HY_SMI,
+    _tools.IXSMI,
+    _tools.CNMON,
+)
+"""The detectors of this package."""
+
 _registry: Registry[DetectorSpec] = Registry(GROUP)
-for _spec in _BUILT_IN:
+for _spec in BUILT_IN:
     _registry.add(_spec.name, _spec)
 
 

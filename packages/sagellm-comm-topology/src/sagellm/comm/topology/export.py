@@ -1,4 +1,4 @@
-"""A topology as JSON that other programs can read, and as the matrix that people know."""
+"""A topology as JSON, as NCCL's XML, and as the matrix that people know."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import msgspec
 
 from sagellm.core.protocols import Device, IntegrityError, TopologyInfo
 
+from ._nccl_export import to_nccl_xml as to_nccl_xml
 from .graph import TopologyGraph
 
-__all__ = ["SCHEMA", "column_labels", "from_json", "pair_label", "to_json", "to_matrix"]
+__all__ = [
+    "SCHEMA",
+    "column_labels",
+    "from_json",
+    "pair_label",
+    "to_json",
+    "to_matrix",
+    "to_nccl_xml",
+]
 
 SCHEMA = "sagellm.topology/1"
 """Schema of the JSON; readers ignore fields they do not know."""
 
 _LANE_NAMES = {
-    "nvlink": "NV", "xgmi": "XGMI", "hccs": "HCCS", "sio": "SIO", "ub": "UB", "mlulink": "MLU",
-    "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XPU",
+    "nvlink": "NV", "xgmi": "XGMI", "hccs": "HCCS", "sio": "SIO", "ub": "UB", "mlulink": "MLK",
+    "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XL", "c2c": "C2C",
 }  # fmt: skip
+_COUNTED = ("nvlink", "mtlink", "mlulink")
+_VIA_NAMES = {"pcie": "PCIE", "ethernet": "ETH"}
 _MAX_JSON_BYTES = 256 << 20
 
 
@@ -86,10 +97,18 @@ def column_labels(devices: list[Device]) -> list[str]:
 
 
 def pair_label(graph: TopologyGraph, a: Device, b: Device) -> str:
-    """`X`, `NV18`, `PIX`, … or `?` for a pair of devices."""
+    """`X`, `NV18`, `HCCS`, `PIX`, … or `?` for a pair of devices."""
     if a.id == b.id:
         return "X"
     path = graph.path(a.id, b.id)
     if path.kind == "LINK":
-        return f"{_LANE_NAMES.get(path.links[0].kind, 'LINK')}{min(x.count for x in path.links)}"
+        kind = path.links[0].kind
+        if kind == "hccs" and len(path.links) > 1:
+            return "HCCS_SW"
+        name = _LANE_NAMES.get(kind, "LINK")
+        counted = kind in _COUNTED or max(x.count for x in path.links) > 1
+        return f"{name}{min(x.count for x in path.links)}" if counted else name
+    pair = graph.stated(a.id, b.id)
+    if path.kind is None and pair is not None and pair.via is not None:
+        return _VIA_NAMES.get(pair.via, "?")
     return path.kind or "?"

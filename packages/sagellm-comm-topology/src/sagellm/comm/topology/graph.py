@@ -1,26 +1,28 @@
 """Paths between devices: class, hops, bottleneck, and the widest way.
 
-Two questions, two searches. Over an accelerator fabric only fabric switches forward; over the host
-only PCI switches, host bridges and NUMA nodes do. No search passes through an accelerator, and
-only a way to another host passes through a NIC. Searches start from one device and stay in its
-host, so that their results are small and are kept.
+Two questions, two kinds of ways. Over an accelerator fabric only fabric switches forward; over the
+host only PCI switches, host bridges and NUMA nodes do. No way leads through an accelerator, and
+only a way to another host leads through NICs: out by a near one, through the network's switches,
+in by a near one.
 """
 
 from __future__ import annotations
 
 import difflib
-import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sagellm.core.protocols import (
     ConfigError,
     Device,
     Link,
     LinkKind,
+    Pair,
     Path,
     PathClass,
     TopologyInfo,
 )
+
+from ._routes import Routes, best_way
 
 __all__ = ["FABRIC_KINDS", "NETWORK_KINDS", "PATH_CLASSES", "Quality", "TopologyGraph"]
 
@@ -43,10 +45,10 @@ Quality = tuple[int, float, int]
 _HOST_KINDS: frozenset[LinkKind] = frozenset(("pcie", "host_bridge", "socket", "cxl", "c2c"))
 _HOST_TRANSIT = frozenset(("pci_root", "pci_switch", "numa"))
 _FABRIC_TRANSIT = frozenset(("fabric_switch",))
-_KEEP_SEARCHES = 4096
+_KEPT_EXITS = 20_000
 
-_Cost = tuple[int, int, int, float]
-_Search = dict[str, tuple[_Cost, Link | None]]
+_Exit = tuple[Device, int, float, tuple[Link, ...]]
+"""A port to a network: NIC, class of the way to it, its bandwidth, and the way."""
 
 
 class TopologyGraph:
@@ -67,12 +69,23 @@ class TopologyGraph:
         for device in info.devices:
             self._hosts.setdefault(device.node, []).append(device)
         for link in info.links:
-            if link.a not in self._devices or link.b not in self._devices:
+            if link.a not in self._devices or link.b not in self._devices or link.a == link.b:
                 continue
             table = self._table(link.kind)
             table.setdefault(link.a, []).append((link.b, link))
             table.setdefault(link.b, []).append((link.a, link))
-        self._searches: dict[tuple[str, bool], _Search] = {}
+        switches = {d.id for d in info.devices if d.kind in _FABRIC_TRANSIT}
+        bridges = {d.id for d in info.devices if d.kind in _HOST_TRANSIT}
+        self._fabric_routes = Routes(self._fabric, switches.__contains__)
+        self._host_routes = Routes(self._host, bridges.__contains__)
+        self._network_routes = Routes(self._networks, switches.__contains__)
+        self._forwarding = switches | bridges
+        self._pairs = {frozenset((p.a, p.b)): p for p in info.pairs}
+        self._exits: dict[str, list[_Exit]] = {}
+
+    def stated(self, a: str, b: str) -> Pair | None:
+        """What a source said of the pair without naming the links between; None if nothing."""
+        return self._pairs.get(frozenset((a, b)))
 
     def device(self, device_id: str) -> Device:
         """The device of that id.
@@ -93,22 +106,32 @@ class TopologyGraph:
     def path(self, a: str, b: str) -> Path:
         """The path of the best class, then the fewest hops, then the widest bottleneck.
 
+        Where no links are known, the class that a source stated for the pair, without hops.
+
+        Raises:
+            ConfigError: An id is unknown.
+
+        """
+        links = self.links(a, b)
+        if links is None:
+            pair = self.stated(a, b)
+            return Path(a, b, pair.path if pair else None, None)
+        return self._make(a, b, links) if links else Path(a, b, "LOC", 0, (a,))
+
+    def links(self, a: str, b: str) -> tuple[Link, ...] | None:
+        """Links of `path(a, b)` alone; none for a device to itself, None where it is unknown.
+
         Raises:
             ConfigError: An id is unknown.
 
         """
         first, last = self.device(a), self.device(b)
         if a == b:
-            return Path(a, b, "LOC", 0, (a,))
-        fabric = self._search(a, fabric=True)
-        if b in fabric:
-            return self._walk(a, b, fabric, "LINK")
-        if first.node != last.node:
-            return self._across(first, last)
-        host = self._search(a, fabric=False)
-        if b in host:
-            return self._walk(a, b, host, None)
-        return Path(a, b, None, None)
+            return ()
+        fabric = self._fabric_routes.way(a, b) if a in self._fabric and b in self._fabric else None
+        if fabric is not None:
+            return fabric
+        return self._host_routes.way(a, b) if first.node == last.node else self._across(first, last)
 
     def quality(self, a: str, b: str) -> Quality:
         """How good the best path is, to sort by; unknown paths come last."""
@@ -116,7 +139,7 @@ class TopologyGraph:
         rank = len(PATH_CLASSES) if path.kind is None else PATH_CLASSES.index(path.kind)
         width = path.bottleneck_bytes_per_s
         if width is None and path.kind == "LINK":
-            width = float(min(link.count for link in path.links))
+            width = float(min((link.count for link in path.links), default=0))
         return rank, -(width or 0.0), path.hops or 0
 
     def widest(self, a: str, b: str) -> Path:
@@ -128,26 +151,28 @@ class TopologyGraph:
             ConfigError: An id is unknown.
 
         """
+        return self._freely(a, b, lambda link: (-(link.bandwidth_bytes_per_s or 0.0), 1.0))
+
+    def shortest(self, a: str, b: str) -> Path:
+        """The path of one host with the fewest hops, whatever its class; then the widest.
+
+        Raises:
+            ConfigError: An id is unknown.
+
+        """
+        # Bandwidths are below 1e15: they decide between ways of equally many hops only.
+        return self._freely(
+            a, b, lambda link: (0.0, 1.0 - (link.bandwidth_bytes_per_s or 0.0) / 1e18)
+        )
+
+    def _freely(self, a: str, b: str, price: Callable[[Link], tuple[float, float]]) -> Path:
+        self.device(a)
         self.device(b)
-        best: dict[str, tuple[float, int, Link | None]] = {
-            self.device(a).id: (float("-inf"), 0, None)
-        }
-        todo: list[tuple[float, int, str]] = [(float("-inf"), 0, a)]
-        while todo:
-            narrow, hops, here = heapq.heappop(todo)
-            if here == b or (
-                here != a and self._devices[here].kind not in _HOST_TRANSIT | _FABRIC_TRANSIT
-            ):
-                continue
-            for there, link in (*self._fabric.get(here, ()), *self._host.get(here, ())):
-                width = -(link.bandwidth_bytes_per_s or 0.0)
-                cost = (max(narrow, width), hops + 1)
-                if there != a and (there not in best or cost < best[there][:2]):
-                    best[there] = (*cost, link)
-                    heapq.heappush(todo, (*cost, there))
-        if b not in best:
-            return Path(a, b, None, None)
-        return self._walk(a, b, {k: ((0, 0, 0, 0.0), v[2]) for k, v in best.items()}, None)
+        if a == b:
+            return Path(a, b, "LOC", 0, (a,))
+        tables = (self._fabric, self._host)
+        links = best_way(tables, a, b, self._forwarding.__contains__, price)
+        return Path(a, b, None, None) if links is None else self._make(a, b, links)
 
     def links_of(self, device_id: str) -> tuple[Link, ...]:
         """Every link that ends at the device."""
@@ -161,6 +186,7 @@ class TopologyGraph:
     def components(self, kind: LinkKind) -> tuple[tuple[str, ...], ...]:
         """Sets of accelerators that links of one kind alone connect; loners are left out."""
         table = self._table(kind)
+        order = {d.id: i for i, d in enumerate(self.info.accelerators)}
         seen: set[str] = set()
         groups: list[tuple[str, ...]] = []
         for start in self.info.accelerators:
@@ -173,7 +199,7 @@ class TopologyGraph:
                         members.add(there)
                         todo.append(there)
             seen |= members
-            group = tuple(d.id for d in self.info.accelerators if d.id in members)
+            group = tuple(sorted((m for m in members if m in order), key=order.__getitem__))
             if len(group) > 1:
                 groups.append(group)
         return tuple(groups)
@@ -183,55 +209,14 @@ class TopologyGraph:
             return self._fabric
         return self._host if kind in _HOST_KINDS else self._networks
 
-    def _search(self, start: str, *, fabric: bool) -> _Search:
-        """Best way from `start` to everything in reach of one kind of links (Dijkstra)."""
-        key = (start, fabric)
-        known = self._searches.get(key)
-        if known is not None:
-            return known
-        table, transit = (self._fabric, _FABRIC_TRANSIT) if fabric else (self._host, _HOST_TRANSIT)
-        best: _Search = {start: ((0, 0, 0, float("-inf")), None)}
-        todo: list[tuple[_Cost, str]] = [(best[start][0], start)]
-        while todo:
-            cost, here = heapq.heappop(todo)
-            if cost > best[here][0] or (here != start and self._devices[here].kind not in transit):
-                continue
-            for there, link in table.get(here, ()):
-                # Sockets crossed, host bridges crossed, hops, then the narrowest link.
-                fresh = (
-                    cost[0] + (link.kind == "socket"),
-                    cost[1] + (link.kind == "host_bridge"),
-                    cost[2] + 1,
-                    max(cost[3], -(link.bandwidth_bytes_per_s or 0.0)),
-                )
-                if there not in best or fresh < best[there][0]:
-                    best[there] = (fresh, link)
-                    heapq.heappush(todo, (fresh, there))
-        if len(self._searches) >= _KEEP_SEARCHES:
-            self._searches.clear()
-        self._searches[key] = best
-        return best
-
-    def _walk(self, a: str, b: str, search: _Search, kind: PathClass | None) -> Path:
-        links: list[Link] = []
-        here = b
-        while here != a:
-            link = search[here][1]
-            assert link is not None
-            links.append(link)
-            here = link.a if link.b == here else link.b
-        return self._make(a, b, tuple(reversed(links)), kind)
-
-    def _make(self, a: str, b: str, links: tuple[Link, ...], kind: PathClass | None) -> Path:
-        devices = [a]
-        for link in links:
-            devices.append(link.b if link.a == devices[-1] else link.a)
+    def _make(self, a: str, b: str, links: tuple[Link, ...]) -> Path:
+        devices = self._stations(a, links)
         widths = [x.bandwidth_bytes_per_s for x in links]
         delays = [x.latency_s for x in links]
         return Path(
             a,
             b,
-            kind or self._classify(devices, links),
+            self._classify(devices, links),
             len(links),
             tuple(devices),
             min(w for w in widths if w) if all(widths) else None,
@@ -256,45 +241,53 @@ class TopologyGraph:
         switches = sum(self._devices[d].kind == "pci_switch" for d in devices)
         return "PIX" if switches <= 1 else "PXB"
 
-    def _across(self, first: Device, last: Device) -> Path:
-        """The way to another host: out by a near NIC, through a network, in by a near NIC."""
-        ways: list[tuple[float, tuple[int, ...], str, tuple[Link, ...]]] = []
-        entries: dict[str, list[tuple[Device, Link]]] = {}
-        for nic, network, link in self._ports(last):
-            entries.setdefault(network, []).append((nic, link))
-        for out, network, exit_link in self._ports(first):
-            there = self._host_path(first, out)
-            for into, enter_link in entries.get(network, ()):
-                back = self._host_path(into, last)
-                links = (*there.links, exit_link, enter_link, *back.links)
-                width = min(
-                    exit_link.bandwidth_bytes_per_s or 0.0, enter_link.bandwidth_bytes_per_s or 0.0
-                )
-                rails = int(out.attrs.get("ib") != into.attrs.get("ib"))
-                cost = (_rank(there.kind), _rank(back.kind), rails, len(links))
-                ways.append((-width, cost, f"{out.id} {into.id}", links))
-        if not ways:
-            return Path(first.id, last.id, None, None)
-        return self._make(first.id, last.id, min(ways, key=lambda w: w[:3])[3], "NET")
+    def _across(self, first: Device, last: Device) -> tuple[Link, ...] | None:
+        """The way to another host: out by a near NIC, through networks, in by a near NIC."""
+        exits, entries = self._exits_of(first), self._exits_of(last)
+        ways = []
+        for out, out_rank, out_width, there in exits:
+            for into, in_rank, in_width, back in entries:
+                through = self._network_routes.way(out.id, into.id)
+                if through is None:
+                    continue
+                links = (*there, *through, *reversed(back))
+                if len(exits) == len(entries) == 1:
+                    return links
+                crossed = int(out.attrs.get("rail") != into.attrs.get("rail"))
+                cost = (-min(out_width, in_width), out_rank + in_rank, crossed, len(links))
+                ways.append((cost, out.id, into.id, links))
+        return min(ways, key=lambda w: w[:3])[3] if ways else None
 
-    def _ports(self, device: Device) -> list[tuple[Device, str, Link]]:
-        """NICs of the device's host that the device reaches, with the network of each."""
+    def _exits_of(self, device: Device) -> list[_Exit]:
+        """The best ports of each network that the device reaches within its host."""
+        known = self._exits.get(device.id)
+        if known is not None:
+            return known
+        best: dict[str, tuple[float, int]] = {}
+        found: list[tuple[str, _Exit]] = []
+        if device.kind == "fabric_switch" and device.id in self._networks:
+            return [(device, 0, float("inf"), ())]
         nics = [device] if device.kind == "nic" else self._hosts.get(device.node, [])
-        return [
-            (nic, network, link)
-            for nic in nics
-            if nic.kind == "nic" and self._host_path(device, nic).kind is not None
-            for network, link in self._networks.get(nic.id, ())
-        ]
+        for nic in nics:
+            if nic.kind != "nic" or nic.id not in self._networks:
+                continue
+            way = () if nic is device else self._host_routes.way(device.id, nic.id)
+            if way is None:
+                continue
+            kind = self._classify(self._stations(device.id, way), way) if way else "LOC"
+            width = max(x.bandwidth_bytes_per_s or 0.0 for _, x in self._networks[nic.id])
+            for network in dict.fromkeys(x.kind for _, x in self._networks[nic.id]):
+                merit = (-width, PATH_CLASSES.index(kind))
+                best[network] = min(best.get(network, merit), merit)
+                found.append((network, (nic, merit[1], width, way)))
+        kept = [e for network, e in found if (-e[2], e[1]) == best[network]]
+        if len(self._exits) >= _KEPT_EXITS:
+            self._exits.clear()
+        self._exits[device.id] = kept
+        return kept
 
-    def _host_path(self, a: Device, b: Device) -> Path:
-        if a.id == b.id:
-            return Path(a.id, b.id, "LOC", 0, (a.id,))
-        search = self._search(a.id, fabric=False)
-        return (
-            self._walk(a.id, b.id, search, None) if b.id in search else Path(a.id, b.id, None, None)
-        )
-
-
-def _rank(kind: PathClass | None) -> int:
-    return len(PATH_CLASSES) if kind is None else PATH_CLASSES.index(kind)
+    def _stations(self, start: str, links: tuple[Link, ...]) -> list[str]:
+        devices = [start]
+        for link in links:
+            devices.append(link.b if link.a == devices[-1] else link.a)
+        return devices

@@ -1,4 +1,4 @@
-"""One topology out of many fragments: by bus address, then UUID, then name.
+"""One topology out of many fragments.
 
 On conflict the source of higher precedence wins and the conflict is a warning. What no source
 knows stays unknown, but for what a rule concludes; its links say "inferred".
@@ -6,18 +6,24 @@ knows stays unknown, but for what a rule concludes; its links say "inferred".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sagellm.core.protocols import Device, Link, SwitchDomain, TopologyFragment, TopologyInfo
+from sagellm.core.protocols import (
+    Device,
+    Link,
+    Pair,
+    SwitchDomain,
+    TopologyFragment,
+    TopologyInfo,
+)
 
 from ._fingerprint import fingerprint
-from ._sysfs import normal_bdf
+from ._same_device import merge_devices
+from .graph import TopologyGraph
 
 __all__ = ["merge"]
-
-_FIRST_KNOWN = ("vendor", "model", "uuid", "cpulist", "index", "memory_bytes")
-_MUST_AGREE = ("kind", "uuid", "numa_nodes")
 
 
 def merge(
@@ -38,9 +44,10 @@ def merge(
     notes = [*warnings]
     for _, fragment in ordered:
         notes += [f"{fragment.source}: {w}" for w in fragment.warnings]
-    devices, names = _merge_devices([f for _, f in ordered], notes)
+    devices, names = merge_devices([f for _, f in ordered], notes)
     links = _merge_links([f for _, f in ordered], devices, names, notes)
     domains = _merge_domains([f for _, f in ordered], devices, names, notes)
+    pairs = _merge_pairs([f for _, f in ordered], devices, names, notes)
     _materialise(domains, devices, links)
     _join_roots(devices, links)
     chosen = tuple(sorted(devices.values(), key=_order))
@@ -52,61 +59,20 @@ def merge(
         warnings=tuple(dict.fromkeys(notes)),
         provenance={f.source: f.elapsed_s for _, f in ordered},
         hostname=hostname,
+        pairs=pairs,
     )
+    told = _contradictions(info)
+    info = replace(info, warnings=(*info.warnings, *told)) if told else info
     return replace(info, fingerprint=fingerprint(info))
 
 
 def _order(device: Device) -> tuple[bool, bool, int, str]:
     accelerator = device.kind in ("gpu", "npu")
     index = device.index if accelerator else None
-    return not accelerator, index is None, index or 0, device.id
-
-
-def _merge_devices(
-    fragments: Sequence[TopologyFragment], notes: list[str]
-) -> tuple[dict[str, Device], dict[str, str]]:
-    """Devices by final id, and every name that a source used to its final id."""
-    devices: dict[str, Device] = {}
-    names: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    for fragment in fragments:
-        for device in fragment.devices:
-            bdf = normal_bdf(device.bdf) if device.bdf else None
-            keys = [k for k in (bdf, device.uuid, device.id) if k]
-            known = next((names[k] for k in keys if k in names), None)
-            if known is None:
-                final = bdf or device.id
-                devices[final] = replace(device, id=final, bdf=bdf)
-                sources[final] = fragment.source
-            else:
-                final = known
-                pair = (sources[final], fragment.source)
-                devices[final] = _combine(devices[final], device, bdf, pair, notes)
-            names.update((k, final) for k in keys)
-    return devices, names
-
-
-def _combine(
-    first: Device, second: Device, bdf: str | None, sources: tuple[str, str], notes: list[str]
-) -> Device:
-    """`first` comes from the source of higher precedence; `second` fills its gaps."""
-    for name in _MUST_AGREE:
-        a, b = getattr(first, name), getattr(second, name)
-        if name == "numa_nodes" and (set(a) <= set(b) or set(b) <= set(a)):
-            continue  # one source is merely coarser, or does not know
-        if a is not None and b is not None and a != b:
-            notes.append(
-                f"{first.id}: {name} is {a} by {sources[0]} but {b} by {sources[1]}; "
-                f"{sources[0]} is believed"
-            )
-    filled = {name: getattr(second, name) for name in _FIRST_KNOWN if getattr(first, name) is None}
-    return replace(
-        first,
-        **filled,
-        bdf=first.bdf or bdf,
-        numa_nodes=first.numa_nodes or second.numa_nodes,
-        attrs={**second.attrs, **first.attrs},
-    )
+    name = device.id
+    if device.bdf is None:  # mlx5_2 before mlx5_10
+        name = re.sub(r"\d+", lambda m: m[0].zfill(8), name)
+    return not accelerator, index is None, index or 0, name
 
 
 def _merge_links(
@@ -116,20 +82,25 @@ def _merge_links(
     notes: list[str],
 ) -> dict[tuple[str, str, str], Link]:
     links: dict[tuple[str, str, str], Link] = {}
+    parents: dict[str, str] = {}
+    moved = False
     for fragment in fragments:
+        unknown: dict[str, None] = {}
         for link in fragment.links:
             a, b = names.get(link.a, link.a), names.get(link.b, link.b)
             absent = [end for end in (a, b) if end not in devices]
             if absent or a == b:
-                if absent and not absent[0].startswith("numa:"):
-                    notes.append(
-                        f"{fragment.source}: {link.kind} link to unknown {absent[0]} left out"
-                    )
+                unknown.update(dict.fromkeys(x for x in absent if not x.startswith("numa:")))
                 continue
             a, b = sorted((a, b))
+            below = _below(devices[a], devices[b]) if link.kind == "pcie" else None
+            if below and parents.setdefault(below, fragment.source) != fragment.source:
+                # A device hangs in one place: where the source that is believed first puts it.
+                moved = moved or (a, b, link.kind) not in links
+            elif (a, b, link.kind) not in links:
+                links[a, b, link.kind] = replace(link, a=a, b=b)
             known = links.get((a, b, link.kind))
             if known is None:
-                links[a, b, link.kind] = replace(link, a=a, b=b)
                 continue
             if known.count != link.count and known.source != link.source:
                 notes.append(
@@ -141,7 +112,98 @@ def _merge_links(
                 bandwidth_bytes_per_s=known.bandwidth_bytes_per_s or link.bandwidth_bytes_per_s,
                 latency_s=known.latency_s or link.latency_s,
             )
+        if unknown:
+            some = ", ".join(list(unknown)[:4]) + (" …" if len(unknown) > 4 else "")
+            notes.append(f"{fragment.source}: links to unknown {some} left out")
+    if moved:
+        _prune(devices, links)
     return links
+
+
+def _below(a: Device, b: Device) -> str | None:
+    """Which end of a PCI link hangs below the other; None between two switches."""
+    bridges = ("pci_root", "pci_switch")
+    lower = [d for d in (a, b) if d.kind not in bridges]
+    if len(lower) == 1:
+        return lower[0].id
+    if {a.kind, b.kind} == set(bridges):
+        return a.id if a.kind == "pci_switch" else b.id
+    return None
+
+
+def _prune(devices: dict[str, Device], links: dict[tuple[str, str, str], Link]) -> None:
+    """Drop bridges that nothing hangs below any more."""
+    while True:
+        used: dict[str, int] = {}
+        for a, b, kind in links:
+            for end in (a, b) if kind == "pcie" else ():
+                used[end] = used.get(end, 0) + 1
+        empty = {
+            d.id
+            for d in devices.values()
+            if (d.kind == "pci_root" and d.id not in used)
+            or (d.kind == "pci_switch" and used.get(d.id, 0) < 2)
+        }
+        if not empty:
+            return
+        for name in empty:
+            del devices[name]
+        for key in [k for k in links if k[0] in empty or k[1] in empty]:
+            del links[key]
+
+
+def _merge_pairs(
+    fragments: Sequence[TopologyFragment],
+    devices: dict[str, Device],
+    names: dict[str, str],
+    notes: list[str],
+) -> tuple[Pair, ...]:
+    pairs: dict[tuple[str, str], Pair] = {}
+    for fragment in fragments:
+        for pair in fragment.pairs:
+            a, b = sorted((names.get(pair.a, pair.a), names.get(pair.b, pair.b)))
+            if a == b or a not in devices or b not in devices:
+                notes.append(f"{fragment.source}: pair {a} - {b} is not among the devices")
+                continue
+            known = pairs.get((a, b))
+            if known is None:
+                pairs[a, b] = replace(pair, a=a, b=b)
+                continue
+            if known.path and pair.path and known.path != pair.path:
+                notes.append(
+                    f"{a} - {b}: {known.path} by {known.source} but {pair.path} by "
+                    f"{pair.source}; {known.source} is believed"
+                )
+            pairs[a, b] = replace(
+                known,
+                path=known.path or pair.path,
+                via=known.via or pair.via,
+                peer={**pair.peer, **known.peer},
+            )
+    return tuple(pairs[k] for k in sorted(pairs))
+
+
+_MOST_CONTRADICTIONS = 8
+
+
+def _contradictions(info: TopologyInfo) -> list[str]:
+    """Pairs whose stated class is not that of the way over known links, which is believed."""
+    graph = TopologyGraph(info)
+    found: list[str] = []
+    for pair in info.pairs:
+        if pair.path is None:
+            continue
+        path = graph.path(pair.a, pair.b)
+        if path.links and path.kind not in (pair.path, "LINK", "C2C"):
+            sources = ", ".join(dict.fromkeys(x.source for x in path.links))
+            found.append(
+                f"{pair.a} - {pair.b}: {pair.path} by {pair.source}, but the links of {sources} "
+                f"make it {path.kind}"
+            )
+    if len(found) > _MOST_CONTRADICTIONS:
+        rest = len(found) - _MOST_CONTRADICTIONS
+        found[_MOST_CONTRADICTIONS:] = [f"and {rest} more pairs of this kind"]
+    return found
 
 
 def _merge_domains(

@@ -46,13 +46,14 @@ def render_table(info: TopologyInfo) -> Table:
     Ids of hosts after a `gather` begin with `n<node>/`.
     """
     graph = TopologyGraph(info)
-    hosts = f"{info.num_nodes} hosts" if info.num_nodes > 1 else info.hostname or "this host"
+    hosts = f"{info.num_nodes} hosts: " if info.num_nodes > 1 else ""
+    hosts = hosts or (f"{info.hostname}: " if info.hostname else "")
     count = info.num_devices
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title=f"{hosts}: {count} accelerator{'' if count == 1 else 's'}",
+        title=f"{hosts}{count} accelerator{'' if count == 1 else 's'}",
         caption=f"fingerprint {info.fingerprint}" if info.fingerprint else None,
         title_justify="left",
         caption_justify="left",

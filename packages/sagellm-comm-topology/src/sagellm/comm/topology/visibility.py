@@ -50,13 +50,20 @@ def _visible(
     vendor: str, devices: Sequence[Device], environ: Mapping[str, str]
 ) -> tuple[list[Device], list[str]]:
     notes: list[str] = []
-    if any(d.index is None for d in devices):
+    known = [d for d in devices if d.index is not None]
+    if not known:
         notes.append(
             f"{vendor or 'unknown'} driver indices are unknown; devices are numbered by bus address"
         )
+    elif len(known) < len(devices):
+        # The kernel shows a container what its device rules keep from it.
+        hidden = ", ".join(d.id for d in devices if d.index is None)
+        notes.append(f"the {vendor} driver does not show {hidden} to this process: hidden")
+        devices = known
     # ROCm hides twice: what ROCR leaves is what HIP numbers.
     if vendor in ("amd", "hygon") and "ROCR_VISIBLE_DEVICES" in environ:
-        devices = _choose("ROCR_VISIBLE_DEVICES", environ, devices, notes)
+        left = _choose("ROCR_VISIBLE_DEVICES", environ, devices, notes)
+        devices = [replace(d, index=i) for i, d in enumerate(left)]
     name = next((v for v in VISIBLE_VARIABLES.get(vendor, ()) if v in environ), None)
     if name is None:
         return list(devices), notes

@@ -11,9 +11,9 @@ import torch
 
 from sagellm.core.protocols import BackendSpec, BackendUnavailableError
 from sagellm.core.protocols.selection import backend_registry
+from sagellm.core.protocols.show import print_line, print_table
 
 from .host import quota_cpus, usable_cpus
-from .show import print_line, print_table
 
 __all__ = ["collect_info", "print_info"]
 

@@ -9,14 +9,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from sagellm.core.protocols import CommError, ConfigError
+from sagellm.core.protocols.checkup import print_findings
 from sagellm.core.protocols.selection import backend_registry
+from sagellm.core.protocols.show import (
+    bytes_text,
+    parse_bytes,
+    print_json,
+    print_line,
+    print_table,
+    rate_text,
+)
 
 from .bench import OPS, run_bench
 from .checkup import examine
 from .choose import run_explain
 from .info import collect_info, print_info
 from .launch import is_launched
-from .show import bytes_text, parse_bytes, print_json, print_line, print_table, rate_text
 
 __all__ = ["main"]
 
@@ -184,12 +192,4 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = examine(arguments.ranks)
-    if arguments.json:
-        print_json([asdict(f) for f in findings])
-    else:
-        rows = [[f.status, f.name, f.detail, f.next_step] for f in findings]
-        print_table("", ["", "what", "how it is", "next step"], rows)
-        counts = {s: sum(f.status == s for f in findings) for s in ("error", "warning")}
-        print_line(f"{counts['error']} errors, {counts['warning']} warnings")
-    return 1 if any(f.status == "error" for f in findings) else 0
+    return print_findings(examine(arguments.ranks), as_json=arguments.json)

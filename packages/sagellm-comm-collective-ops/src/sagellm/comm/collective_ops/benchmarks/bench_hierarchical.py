@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Missing, Ratio, Row
+from sagellm.core.protocols.netns import ShapedHosts, enter_namespace, why_not
 
-from ._netns import ShapedHosts, enter_namespace, why_not
 from ._ranks import RankProcesses, Timed, serve
 from ._runs import distinct, judged, medians, over, schedulings
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from sagellm.core.protocols import BackendUnavailableError, KVTransport, TransportSpec
+from sagellm.core.protocols import TransportSpec
 from sagellm.core.protocols.registry import Registry
 
-__all__ = ["TRANSPORT_GROUP", "load_transport"]
+__all__ = ["TRANSPORT_GROUP", "load_spec", "transport_names", "transport_registry"]
 
 TRANSPORT_GROUP = "sagellm.comm.kv_transfer.transports"
 
-_registry: Registry[TransportSpec] = Registry(TRANSPORT_GROUP)
+transport_registry: Registry[TransportSpec] = Registry(TRANSPORT_GROUP)
 
 
-def load_transport(name: str) -> Callable[..., KVTransport]:
-    """What makes the transport of that name.
+def transport_names() -> tuple[str, ...]:
+    """Names of the installed transports."""
+    return transport_registry.names()
+
+
+def load_spec(name: str) -> TransportSpec:
+    """The transport of that name.
 
     Raises:
         ConfigError: No such transport; the message lists the installed ones.
-        BackendUnavailableError: What it needs is missing.
+        BackendUnavailableError: Its import failed.
 
     """
-    spec = _registry.load(name)
-    probe = spec.probe()
-    if not probe.available:
-        raise BackendUnavailableError(f"transport {name!r}: {probe.reason}")
-    return spec.load()
+    return transport_registry.load(name)

@@ -109,6 +109,69 @@ class FakeMachine:
         parent.mkdir(exist_ok=True)
         self._link(parent / name, folder)
 
+    def cxl(self, number: int, bdf: str, *, ram: int, node: int | None = None) -> None:
+        """Add CXL memory to a PCI function, online as a NUMA node if one is given."""
+        bus = self.root / "sys/bus/cxl/devices"
+        bus.mkdir(parents=True, exist_ok=True)
+        folder = self._folders[bdf] / f"mem{number}"
+        files = {"ram/size": f"0x{ram:x}", "pmem/size": "0x0", "serial": "0x1234", "numa_node": "0"}
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"{text}\n")
+        self._link(bus / f"mem{number}", folder)
+        if node is None:
+            return
+        root = self.root / "sys/devices/platform/cxl"
+        endpoint = root / f"endpoint{number}"
+        decoder = endpoint / f"decoder{number}.0"
+        region = root / f"region{number}"
+        dax = region / f"dax{number}.0"
+        for made in (decoder, dax):
+            made.mkdir(parents=True)
+        (endpoint / "uport").symlink_to(os.path.relpath(folder, endpoint))
+        (region / "target0").write_text(f"decoder{number}.0\n")
+        (dax / "target_node").write_text(f"{node}\n")
+        self._link(bus / f"decoder{number}.0", decoder)
+        self._link(bus / f"region{number}", region)
+        (self.root / "sys/bus/dax/devices").mkdir(parents=True, exist_ok=True)
+        self._link(self.root / f"sys/bus/dax/devices/dax{number}.0", dax)
+
+    def kfd(
+        self,
+        gpus: Sequence[str],
+        *,
+        cpus: int = 1,
+        xgmi: Mapping[tuple[int, int], int] | None = None,
+        memory: int = 192 << 30,
+    ) -> None:
+        """Add AMD's compute driver: processors, GPUs, and xGMI links between GPUs (or to the
+        processor of a negative number, -1 being the first), with megabytes per second.
+        """
+        nodes = self.root / "sys/class/kfd/kfd/topology/nodes"
+        for n in range(cpus):
+            (nodes / str(n)).mkdir(parents=True)
+            (nodes / str(n) / "properties").write_text("cpu_cores_count 64\nsimd_count 0\n")
+        for i, bdf in enumerate(gpus):
+            folder = nodes / str(cpus + i)
+            (folder / "mem_banks/0").mkdir(parents=True)
+            domain, bus, rest = bdf.split(":")
+            slot, function = rest.split(".")
+            place = int(bus, 16) << 8 | int(slot, 16) << 3 | int(function)
+            (folder / "properties").write_text(
+                f"cpu_cores_count 0\nsimd_count 1216\nvendor_id 4098\nlocation_id {place}\n"
+                f"domain {int(domain, 16)}\nunique_id {1000 + i}\nhive_id 77\n"
+            )
+            bank = f"heap_type 1\nsize_in_bytes {memory}\n"
+            (folder / "mem_banks/0/properties").write_text(bank)
+        for number, ((a, b), speed) in enumerate((xgmi or {}).items()):
+            folder = nodes / str(cpus + a) / f"io_links/{number}"
+            folder.mkdir(parents=True)
+            to = cpus + b if b >= 0 else -1 - b
+            (folder / "properties").write_text(
+                f"type 11\nnode_from {cpus + a}\nnode_to {to}\nweight 15\n"
+                f"min_bandwidth {speed}\nmax_bandwidth {speed}\n"
+            )
+
     def folder(self, bdf: str) -> Path:
         """The function's folder, to spoil files in it."""
         return self._folders[bdf]
@@ -185,6 +248,9 @@ class StubNvml:
         broken: Index of a GPU whose handle cannot be had.
         mig: Bus address to the UUIDs of its partitions.
         numa: Bus address to its NUMA node.
+        lane_mbps: Megabytes per second of an NVLink; None when the driver does not say.
+        ancestors: Pair of bus addresses to NVML's number of their common ancestor.
+        p2p: Status of peer access; None is "OK" for GPUs with NVLinks and CNS for others.
 
     """
 
@@ -202,6 +268,8 @@ class StubNvml:
         mig: Mapping[str, Sequence[str]] | None = None,
         numa: Mapping[str, int] | None = None,
         lane_mbps: int | None = 26_562,
+        ancestors: Mapping[frozenset[str], int] | None = None,
+        p2p: int | None = None,
     ) -> None:
         self._busids = list(busids)
         self._peers = dict(peers or {})
@@ -210,6 +278,8 @@ class StubNvml:
         self._mig = dict(mig or {})
         self._numa = dict(numa or {})
         self._lane_mbps = lane_mbps
+        self._ancestors = dict(ancestors or {})
+        self._p2p = p2p
         self.calls = 0
         self.open = 0
 
@@ -294,7 +364,15 @@ class StubNvml:
 
     def nvmlDeviceGetP2PStatus(self, a: str, b: str, kind: int) -> int:  # noqa: N802
         self._spend()
+        if self._p2p is not None:
+            return self._p2p
         return 0 if self._peers.get(a) else 1
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, a: str, b: str) -> int:  # noqa: N802
+        self._spend()
+        if frozenset((a, b)) not in self._ancestors:
+            raise _NvmlError(3)
+        return self._ancestors[frozenset((a, b))]
 
     def _spend(self) -> None:
         self.calls += 1

@@ -1,6 +1,6 @@
 """The figures that have a goal, as one Markdown table of several reports.
 
-`python -m sagellm.comm.collective_ops.benchmarks.table a.json b.json …`, of files that `--json`
+`python -m sagellm.core.protocols.bench_table a.json b.json …`, of files that `--json`
 wrote; of one benchmark there may be several, whose launches then count together. A value is the
 median over launches, beside it the least and the largest of them.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sagellm.core.protocols.bench import validate
+from .bench import validate
 
 _HEADER = ("benchmark", "ratio", "case", "goal", "median", "launches", "met")
 

@@ -79,8 +79,7 @@ class ShapedHosts:
                 self._run(i, "ip", "addr", "add", f"{self.addresses[i]}/24", "dev", name)
                 self._run(i, "ip", "link", "set", name, "up")
                 self._run(i, "ip", "link", "set", "lo", "up")
-                self._run(i, "tc", "qdisc", "add", "dev", name, "root", "tbf", "rate", self._rate,
-                          "burst", "256kb", "latency", "50ms")  # fmt: skip
+            self.shape(self._rate)
         except BaseException:
             self._close()
             raise
@@ -97,6 +96,16 @@ class ShapedHosts:
     def cut(self) -> None:
         """Take the link down."""
         self._run(0, "ip", "link", "set", self.interfaces[0], "down")
+
+    def restore(self) -> None:
+        """Bring it up again."""
+        self._run(0, "ip", "link", "set", self.interfaces[0], "up")
+
+    def shape(self, rate: str) -> None:
+        """Give the link another rate in both directions."""
+        for i in range(2):
+            self._run(i, "tc", "qdisc", "replace", "dev", self.interfaces[i], "root", "tbf",
+                      "rate", rate, "burst", "256kb", "latency", "50ms")  # fmt: skip
 
     def _hold(self) -> None:
         ours = os.readlink("/proc/self/ns/net")

@@ -1,0 +1,397 @@
+"""A node's links: dialled, accepted, equipped with what both sides can do, and reaped."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sagellm.core.protocols import (
+    CommError,
+    ConfigError,
+    DistributedRuntimeError,
+    KVLayout,
+    PeerLostError,
+    ResourceError,
+)
+
+from . import wire
+from ._accept import Accepted, Doorkeeper
+from ._data import DataConnections
+from ._dial import Dialled, Dialler
+from ._flows import Inflow
+from ._lanes import LaneTuner
+from ._link import Link
+from ._meters import Traffic
+from ._opening import Opened, open_lanes
+from ._paths import Paths
+from ._reader import DataReader
+from ._writer import DataWriter
+from .compression import codec_names, create_codec
+from .plan import check_sound
+from .tls import Tls
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+__all__ = ["Links"]
+
+logger = logging.getLogger(__name__)
+
+
+class Links:
+    """The links of one node; iterating gives those that are not lost. Runs on the event loop.
+
+    Args:
+        engine: Whose links.
+        listener: Where peers call, which this object closes.
+        paths: What moves the blocks; this object closes it.
+        tls: Our side of TLS, when it is asked for.
+
+    """
+
+    def __init__(
+        self, engine: Engine, listener: socket.socket, paths: Paths, tls: Tls | None
+    ) -> None:
+        self._engine = engine
+        self._tls = tls
+        self._instance = secrets.token_bytes(16)
+        self._paths = paths
+        self.data = DataConnections(engine, paths)
+        self._links: set[Link] = set()
+        self._outgoing: dict[int, Link] = {}
+        self._gone: list[Link] = []
+        self._codecs = list(codec_names())
+        self._past = Counter[str]()
+        self._closed = False
+        settings = engine.settings
+        self._door = Doorkeeper(
+            engine.loop,
+            listener,
+            node_id=engine.node_id,
+            instance=self._instance,
+            key=engine.discovery.key,
+            tls=tls,
+            admit=self._admit,
+            welcome=self._welcome,
+            on_accepted=self._on_accepted,
+            max_unauthenticated=settings.max_unauthenticated,
+            timeout_s=settings.handshake_timeout_s,
+            peer_timeout_s=settings.peer_timeout_s,
+            max_message_bytes=settings.max_message_bytes,
+        )
+        self._door.open()
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(list(self._links))
+
+    @property
+    def rejected(self) -> int:
+        """Connections that proved nothing, on every listener."""
+        return self._door.rejected + self._paths.rejected
+
+    def traffic(self) -> Counter[str]:
+        """Bytes `sent`, `received`, `wire_sent`, `wire_received`, `late` frames, of all links."""
+        total = Counter(self._past)
+        for link in self._links:
+            total.update(_traffic_of(link))
+        return total
+
+    # -- meeting a peer ---------------------------------------------------------------------
+
+    def to(self, peer: int, until: float) -> Link:
+        """The link we opened to a peer, or are opening until then.
+
+        Raises:
+            ConfigError: Unknown node id; the message lists the known ones.
+            PeerLostError: This channel is closed.
+
+        """
+        if self._closed:
+            raise PeerLostError("the channel is closed")
+        link = self._outgoing.get(peer)
+        if link is not None:
+            if link.dialler is not None:
+                link.dialler.until = max(link.dialler.until, until)
+            return link
+        if peer not in (known := self._engine.discovery.known()):
+            us = " (this node itself)" if peer == self._engine.node_id else ""
+            raise ConfigError(f"no node {peer}{us}; known nodes: {known or 'none'}")
+        link = self._make_link(peer, outgoing=True)
+        s = self._engine.settings
+        link.dialler = Dialler(
+            node_id=self._engine.node_id,
+            target=peer,
+            instance=self._instance,
+            key=self._engine.discovery.key,
+            tls=self._tls,
+            address_of=self._engine.discovery.address_of,
+            timeout_s=s.handshake_timeout_s,
+            retry_s=s.retry_s,
+            peer_timeout_s=s.peer_timeout_s,
+            max_message_bytes=s.max_message_bytes,
+        )
+        link.dialler.until = until
+        self._outgoing[peer] = link
+        self.data.spawn(link, "out", lambda: self._run_outgoing(link))
+        return link
+
+    def ready(self, peer: int) -> Link | None:
+        """The link we opened to a peer, if it is up; from any thread."""
+        link = self._outgoing.get(peer)
+        return link if link is not None and link.up else None
+
+    def why_absent(self, peer: int) -> str:
+        """Why there is no link to a peer yet."""
+        link = self._outgoing.get(peer)
+        return link.dialler.why if link is not None and link.dialler is not None else "no link"
+
+    def _make_link(self, peer: int, *, outgoing: bool) -> Link:
+        s = self._engine.settings
+
+        def make_reader(inflows: dict[int, Inflow]) -> DataReader:
+            return DataReader(
+                inflows,
+                lambda flow, head, fresh, again: self._engine.receiving.on_frame(
+                    link, flow, head, fresh, again
+                ),
+                io_timeout_s=s.io_timeout_s,
+                scratch_bytes=s.chunk_bytes // 4,
+                traffic=Traffic(self._engine.meters, "receive"),
+            )
+
+        link = Link(
+            self._engine.loop,
+            peer,
+            outgoing=outgoing,
+            writer=DataWriter(
+                s.chunk_bytes,
+                s.io_timeout_s,
+                Traffic(self._engine.meters, "send"),
+                LaneTuner(1, 1),
+                lambda n: self._engine.loop.call(lambda: self.data.want(link, n)),
+            ),
+            make_reader=make_reader,
+            max_backlog_bytes=s.max_backlog_bytes,
+            max_invitations=s.max_in_flight,
+            on_message=self._engine.on_message,
+            on_lost=self._on_lost,
+        )
+        self._links.add(link)
+        self._reap()
+        return link
+
+    # -- dialling ---------------------------------------------------------------------------
+
+    def _run_outgoing(self, link: Link) -> None:
+        """Dial, open the lanes, then send on the first; the life of an outgoing link's thread."""
+        assert link.dialler is not None, "outgoing links dial"
+        loop = self._engine.loop
+        dialled: Dialled | None = None
+        try:
+            dialled = link.dialler.dial()
+            opened = open_lanes(
+                link.peer,
+                dialled,
+                self._paths,
+                self._introduction,
+                self.data.lanes_of,
+                self._engine.settings.handshake_timeout_s,
+            )
+        except (CommError, OSError) as e:
+            lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
+        except Exception as e:
+            logger.exception("a bug in a dialling thread")
+            lost = DistributedRuntimeError(f"node {link.peer}: {type(e).__name__}: {e}")
+        else:
+            try:
+                taken = loop.run(lambda: self._on_dialled(link, dialled, opened), 60.0)
+            except CommError as e:  # the channel closed meanwhile: nobody else knows of these
+                logger.debug("the link to node %d came late: %s", link.peer, e)
+                opened.close()
+                dialled.control.sock.close()
+                return
+            if taken:
+                link.run_data(opened.lanes[0], link.writer.run)
+            return
+        if dialled is not None:
+            dialled.control.sock.close()
+        loop.call(lambda: link.lose(lost))
+
+    def _on_dialled(self, link: Link, dialled: Dialled, opened: Opened) -> bool:
+        welcome = dialled.welcome
+        if link.error is not None:
+            opened.close()
+            dialled.control.sock.close()
+            return False
+        link.address, link.version = dialled.address, dialled.version
+        link.meet(dialled.instance, dialled.control.session)
+        link.lanes_promised, link.refused = opened.promised, opened.refused
+        link.endpoints = welcome.endpoints
+        self.data.take_path(link, opened.transport)
+        for conn in opened.lanes:
+            link.open_lane(conn)
+        link.up = True
+        self._equip(link, welcome.layout, welcome.codecs, welcome.codec, welcome.checksum)
+        if link.error is not None:
+            dialled.control.sock.close()
+            return False
+        for conn in opened.lanes[1:]:
+            self.data.spawn_data(link, "out", conn, link.writer.run)
+        link.attach(dialled.control)
+        self._met(link, opened.layout)
+        return link.error is None
+
+    def _admit(self, peer: int, instance: bytes) -> None:
+        """Refuse a second owner of a node id, and more peers than there is room for."""
+        if peer == self._engine.node_id or peer < 0:
+            raise ConfigError(f"node id {peer} is taken by the node that was called, or is none")
+        for link in self:
+            if link.up and link.peer == peer and link.instance != instance:
+                # worth another try: the other one may have died without a word
+                raise PeerLostError(
+                    f"node id {peer} is taken by another process, at {link.address}: "
+                    "give each its own node_id",
+                    rank=peer,
+                )
+        limit = self._engine.settings.max_links
+        self._reap()
+        others = sum(not k.outgoing and k.peer != peer for k in self)
+        if max(others, len(self._gone)) >= limit:  # those that go still have threads
+            raise ResourceError(
+                f"{others} nodes are connected already and {len(self._gone)} are leaving; "
+                f"max_links is {limit}"
+            )
+
+    def _on_accepted(self, accepted: Accepted) -> None:
+        ready = accepted.ready
+        for old in self:  # the peer has dialled again: it has given up on the former link
+            if not old.outgoing and old.peer == accepted.node_id:
+                old.lose(PeerLostError(f"node {old.peer} has connected anew", rank=old.peer))
+        link = self._make_link(accepted.node_id, outgoing=False)
+        link.address, link.version = ready.address, accepted.version
+        link.meet(accepted.instance, accepted.control.session)
+        link.up = True
+        self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
+        self.data.expect(link, wire.Lane(0, ready.transport))
+        if link.error is not None:
+            accepted.control.sock.close()
+            return
+        link.attach(accepted.control)
+        self._met(link, None)
+
+    def _introduction(self, transport: str) -> wire.Ready:
+        s, engine = self._engine.settings, self._engine
+        return wire.Ready(
+            engine.layout, self._codecs, s.codec, transport, s.checksum, engine.address
+        )
+
+    # -- agreeing ---------------------------------------------------------------------------
+
+    def _equip(
+        self, link: Link, layout: KVLayout | None, codecs: list[str], codec: str, checksum: bool
+    ) -> None:
+        s = self._engine.settings
+        link.writer.checksum = link.reader.checksum = s.checksum or checksum
+        if s.codec != "none":
+            if s.codec in codecs:
+                link.writer.make_codec = functools.partial(create_codec, s.codec)
+            else:
+                logger.warning("node %d cannot decode %s: sent as it is", link.peer, s.codec)
+        if codec != "none" and codec in self._codecs:
+            link.reader.make_codec = functools.partial(create_codec, codec)
+        self.learn(link, layout)
+
+    def learn(self, link: Link, layout: KVLayout | None) -> None:
+        """Note a peer's layout; one that makes no sense ends the link."""
+        try:
+            if layout is not None:
+                check_sound(layout)
+            link.layout = layout
+        except ConfigError as e:
+            link.lose(ConfigError(f"node {link.peer}: {e}"))
+
+    def _met(self, link: Link, sent: KVLayout | None) -> None:
+        """Compare layouts, and tell the peer of a pool registered meanwhile."""
+        layout = self._engine.layout
+        if layout != sent:
+            self.tell_layout(link)
+        link.compare(layout)
+        self._engine.receiving.layout_changed(link)
+        link.settle()
+
+    def tell_layout(self, link: Link) -> None:
+        """Tell a peer that another pool is registered, or none."""
+        link.layouts_told += 1
+        link.invitations.clear()  # they are for parts of what was registered before
+        link.send(wire.LayoutChanged(self._engine.layout))
+
+    def _welcome(self, mac: bytes, reached_at: str) -> wire.Welcome:
+        s = self._engine.settings
+        endpoints = self._paths.endpoints(reached_at)
+        return wire.Welcome(
+            mac,
+            self._engine.layout,
+            self._codecs,
+            s.codec,
+            endpoints,
+            s.checksum,
+            self._engine.address,
+        )
+
+    # -- losing one -------------------------------------------------------------------------
+
+    def _on_lost(self, link: Link, error: CommError) -> None:
+        was_up = link.transport != ""
+        self._links.discard(link)
+        if self._outgoing.get(link.peer) is link:
+            del self._outgoing[link.peer]
+        self._past.update(_traffic_of(link))
+        self._gone.append(link)
+        self.data.forget(link)
+        if was_up:
+            logger.info(
+                "node %d: link to node %d ended: %s", self._engine.node_id, link.peer, error
+            )
+        self._engine.link_lost(link, error, was_up=was_up)
+
+    def _reap(self) -> None:
+        """Free links whose threads have ended."""
+        ended = [k for k in self._gone if not any(t.is_alive() for t in k.threads)]
+        for link in ended:
+            self._gone.remove(link)
+            link.release(0.0)
+
+    def close_door(self) -> None:
+        """Take in nobody any more."""
+        self._closed = True
+        self._door.close()
+
+    def lose_all(self, error: CommError) -> None:
+        """Take leave of every peer."""
+        for link in self:
+            link.send(wire.Bye())
+            link.lose(error)
+
+    def release(self, timeout_s: float) -> None:
+        """Close the transport and join the threads; off the loop, after `lose_all`."""
+        self._paths.close()
+        end = time.monotonic() + timeout_s
+        for link in self._gone:
+            link.release(max(0.1, end - time.monotonic()))
+
+
+def _traffic_of(link: Link) -> dict[str, int]:
+    sent, received = link.writer.traffic, link.reader.traffic
+    return {
+        "sent": sent.payload,
+        "received": received.payload,
+        "wire_sent": sent.wire,
+        "wire_received": received.wire,
+        "late": link.reader.late,
+    }

@@ -1,0 +1,321 @@
+"""The receiving end of data connections: threads that read frames, one per lane."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from sagellm.core.protocols import (
+    IntegrityError,
+    KVCodec,
+    KVConnection,
+    MemoryRuns,
+    OneSidedConnection,
+    Reference,
+)
+
+from ._copy import Paired, pair
+from ._flows import Inflow
+from ._meters import Traffic
+from ._offload import offload
+from ._segment import have_workers
+from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
+from .memory import Extent, Ints, Views
+
+__all__ = ["DataReader"]
+
+_SCRATCH_BYTES = 1 << 16
+_WARM_BYTES = 1 << 19
+"""Copied before it is verified: little enough to be in the cache still."""
+
+
+class _Arrived(NamedTuple):
+    """What became of a frame: damaged blocks, and what it cost."""
+
+    bad: list[int]
+    calls: int
+    runs: int
+    verify_s: float
+    codec_s: float
+
+
+class DataReader:
+    """Receives frames into the blocks they were granted, and verifies them there.
+
+    Every lane runs `run` on a thread of its own; they share the flows.
+
+    Args:
+        flows: Flows of the link by number.
+        on_landed: Told of every frame that was moved: flow, layer, damaged blocks (first time),
+            damaged blocks (again). Called on this thread.
+        io_timeout_s: In the middle of a frame; between frames it waits for ever.
+        scratch_bytes: Coded bytes that are held at once, unless one block is larger.
+        traffic: Counts what is received.
+
+    """
+
+    def __init__(
+        self,
+        flows: Mapping[int, Inflow],
+        on_landed: Callable[[Inflow, Header, list[int], list[int]], None],
+        *,
+        io_timeout_s: float,
+        scratch_bytes: int,
+        traffic: Traffic,
+    ) -> None:
+        self.traffic = traffic
+        self.late = 0
+        """Frames of transfers that have ended, or of an earlier epoch."""
+        self.checksum = True
+        self.key = b""
+        self.make_codec: Callable[[], KVCodec] | None = None
+        self._flows = flows
+        self._on_landed = on_landed
+        self._io_timeout_s = io_timeout_s
+        self._scratch_bytes = scratch_bytes
+
+    def run(self, conn: KVConnection) -> None:
+        """Receive until the connection ends, by raising what it raises."""
+        codec = self.make_codec() if self.make_codec is not None else None
+        head_bytes = memoryview(bytearray(HEADER_BYTES))
+        while True:
+            conn.receive([head_bytes], float("inf"))
+            head = Header.unpack(head_bytes, self.key)
+            table = memoryview(bytearray(head.table_bytes))
+            with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
+            if not with_table:
+                conn.receive([table], self._io_timeout_s)
+            reference = None
+            if head.flags & REF:  # also of a transfer that has ended: it may show us memory
+                if not isinstance(conn, OneSidedConnection):
+                    raise IntegrityError("a reference to memory on a path that reads none")
+                reference = conn.resolve(head.payload_bytes, self._io_timeout_s)
+            flow = self._flows.get(head.tid)
+            if flow is None or not flow.claim(head):
+                if reference is None:
+                    rest = len(table) if with_table else 0
+                    self._discard(conn, rest + head.payload_bytes)
+                self.late += 1
+                self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
+                continue
+            try:
+                outcome = self._take(conn, codec, flow, head, table, reference)
+            finally:
+                flow.leave()
+            if outcome is not None:
+                self._on_landed(flow, head, *outcome)
+
+    def _take(
+        self,
+        conn: KVConnection,
+        codec: KVCodec | None,
+        flow: Inflow,
+        head: Header,
+        table: memoryview,
+        reference: Reference | None,
+    ) -> tuple[list[int], list[int]] | None:
+        """Damaged blocks, first time and again; None for a copy that the sender disowns."""
+        extent, layer = flow.extent, head.layer
+        raw = extent.span_bytes(layer, head.first, head.count)
+        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0, 0.0)
+        if not head.flags & (REF | CODED):
+            arrived = self._receive(conn, extent, head, table, raw)
+        elif not _sound(head, table):
+            if reference is None:
+                self._discard(conn, head.payload_bytes)
+        elif reference is not None:
+            if reference.total_bytes != raw:
+                raise IntegrityError(
+                    f"a frame refers to {reference.total_bytes} bytes for blocks of {raw}"
+                )
+            arrived = self._copy(flow, head, table, reference)
+            if flow.stopped or not reference.kept():
+                return None
+        else:
+            arrived = self._decode(conn, codec, extent, head, table)
+        good = head.count - len(arrived.bad)
+        done = raw if not arrived.bad else good * extent.unit_bytes(layer)
+        wire = HEADER_BYTES + len(table) + head.payload_bytes
+        self.traffic.count(done, wire)
+        flow.handle.moved(  # before `landed`: whoever sees it complete sees all of it counted
+            done,
+            good,
+            wire_bytes=wire,
+            runs=arrived.runs,
+            syscalls=arrived.calls,
+            verify_s=arrived.verify_s,
+            codec_s=arrived.codec_s,
+        )
+        return flow.landed(head, arrived.bad)
+
+    def _copy(
+        self, flow: Inflow, head: Header, table: memoryview, reference: Reference
+    ) -> _Arrived:
+        """Copy what a frame refers to, and verify it while it is in the cache."""
+        extent, layer, first, count = flow.extent, head.layer, head.first, head.count
+        unit, step = extent.unit_bytes(layer), count
+        if self.checksum:
+            step = max(1, _WARM_BYTES // max(1, unit))
+        starts = np.arange(0, count, step, dtype=np.int64)
+        cuts = starts[1:] * unit
+        paired = pair(reference.runs, extent.runs(layer, first, count), cuts)
+        edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
+        sums = np.frombuffer(table[: count * 8], dtype="<u8")
+        if have_workers():
+            began = time.perf_counter()
+            edges_of = np.array(edges)
+            units_to = np.minimum(starts + step, count)
+            batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
+            done = self._offload(flow, head, reference, paired, batches, sums)
+            if done is not None:
+                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began, 0.0)
+        units = extent.unit_views(layer, first, count) if self.checksum else []
+        copy = reference.copier(paired.sources, paired.addresses)
+        calls, verify_s = 1, 0.0
+        found: list[int] = []
+        for at, low, high in zip(starts.tolist(), edges, edges[1:], strict=False):
+            if flow.stopped:
+                break  # nobody waits for the rest
+            calls += copy(low, high)
+            if self.checksum:
+                start = time.perf_counter()
+                found += block_sums(units[at : at + step], layer, first + at)
+                verify_s += time.perf_counter() - start
+        bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
+        return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
+
+    def _offload(
+        self,
+        flow: Inflow,
+        head: Header,
+        reference: Reference,
+        paired: Paired,
+        batches: Ints,
+        sums: np.ndarray[tuple[int], np.dtype[np.uint64]],
+    ) -> list[int] | None:
+        """Damaged blocks, as a copy worker found them; None when none has copied them."""
+        checks = None
+        if self.checksum:
+            runs = flow.extent.runs(head.layer, head.first, head.count)
+            whole = self._whole_units(runs, flow.extent.unit_bytes(head.layer), head.count)
+            if whole is None:
+                return None  # a worker sums what lies in one piece only
+            checks = (whole, (head.layer << 32) + head.first + np.arange(head.count), sums)
+        return offload(reference, paired, batches, checks, lambda: flow.stopped, self._io_timeout_s)
+
+    @staticmethod
+    def _whole_units(runs: MemoryRuns, unit: int, count: int) -> MemoryRuns | None:
+        """Where each unit lies; None when one of them is in pieces."""
+        ends, starts = np.cumsum(runs.lengths), np.arange(count, dtype=np.int64) * unit
+        at = np.searchsorted(ends, starts, side="right")
+        if len(ends) == 0 or ends[-1] != count * unit or (starts + unit > ends[at]).any():
+            return None
+        addresses = runs.addresses[at] + starts - (ends[at] - runs.lengths[at])
+        return MemoryRuns(addresses, np.full(count, unit, dtype=np.int64))
+
+    def _receive(
+        self, conn: KVConnection, extent: Extent, head: Header, table: memoryview, raw: int
+    ) -> _Arrived:
+        """Receive a table and its blocks in place, by one call, and verify them there."""
+        layer, first, count = head.layer, head.first, head.count
+        if head.payload_bytes != raw:
+            raise IntegrityError(f"a frame brings {head.payload_bytes} bytes for blocks of {raw}")
+        views = extent.views(layer, first, count)
+        calls = 1 + conn.receive([table, *views], self._io_timeout_s)
+        if not _sound(head, table):
+            return _Arrived(list(range(count)), calls, len(views), 0.0, 0.0)
+        bad, verify_s = self._verify(extent.unit_views(layer, first, count), head, table)
+        return _Arrived(bad, calls, len(views), verify_s, 0.0)
+
+    def _verify(
+        self, units: list[Views], head: Header, table: memoryview
+    ) -> tuple[list[int], float]:
+        """Blocks that are not what they were, and seconds."""
+        if not self.checksum:
+            return [], 0.0
+        start = time.perf_counter()
+        sums = np.frombuffer(table[: head.count * 8], dtype="<u8")
+        wrong = _wrong(block_sums(units, head.layer, head.first), sums)
+        return wrong, time.perf_counter() - start
+
+    def _decode(
+        self,
+        conn: KVConnection,
+        codec: KVCodec | None,
+        extent: Extent,
+        head: Header,
+        table: memoryview,
+    ) -> _Arrived:
+        """Receive coded blocks, decode them where they belong, and verify them there."""
+        units = extent.unit_views(head.layer, head.first, head.count)
+        lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
+        sizes = (lengths & (RAW_BIT - 1)).tolist()
+        plain = (lengths & RAW_BIT).astype(bool).tolist()
+        limit = extent.unit_bytes(head.layer)
+        if codec is None and not all(plain):
+            raise IntegrityError("a coded frame on a link without codec")
+        if sum(sizes) != head.payload_bytes or max(sizes) > limit:
+            raise IntegrityError(f"a coded frame whose lengths do not fit blocks of {limit} bytes")
+        bad: list[int] = []
+        calls, codec_s, at = 0, 0.0, 0
+        dtype = extent.dtype(head.layer)
+        while at < head.count:
+            stop, size = at + 1, sizes[at]
+            while stop < head.count and size + sizes[stop] <= self._scratch_bytes:
+                size += sizes[stop]
+                stop += 1
+            scratch = memoryview(bytearray(size))
+            calls += conn.receive([scratch], self._io_timeout_s)
+            start = time.perf_counter()
+            offset = 0
+            for i in range(at, stop):
+                frame = scratch[offset : offset + sizes[i]]
+                offset += sizes[i]
+                try:
+                    self._place(codec if not plain[i] else None, frame, units[i], dtype)
+                except IntegrityError:
+                    bad.append(i)
+            codec_s += time.perf_counter() - start
+            at = stop
+        wrong, verify_s = self._verify(units, head, table)
+        return _Arrived(sorted({*bad, *wrong}), 2 + calls, head.count, verify_s, codec_s)
+
+    @staticmethod
+    def _place(codec: KVCodec | None, frame: memoryview, views: Views, dtype: str) -> None:
+        """Put a block where it belongs, decoded unless it came as it is (no codec)."""
+        size = sum(map(len, views))
+        if codec is None:
+            if len(frame) != size:
+                raise IntegrityError(f"a raw frame of {len(frame)} bytes for a block of {size}")
+            out = frame
+        else:
+            out = views[0] if len(views) == 1 else memoryview(bytearray(size))
+            codec.decode(frame, out, dtype=dtype)
+            if len(views) == 1:
+                return
+        at = 0
+        for view in views:
+            view[:] = out[at : at + len(view)]
+            at += len(view)
+
+    def _discard(self, conn: KVConnection, count: int) -> None:
+        trash = memoryview(bytearray(min(count, _SCRATCH_BYTES)))
+        while count:
+            piece = trash[: min(count, len(trash))]
+            conn.receive([piece], self._io_timeout_s)
+            count -= len(piece)
+
+
+def _sound(head: Header, table: memoryview) -> bool:
+    """Whether a table is what its header says."""
+    return xxhash.xxh3_64_intdigest(table) == head.table_digest
+
+
+def _wrong(found: list[int], sums: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> list[int]:
+    """Positions of blocks that are not what they were."""
+    wrong: list[int] = np.flatnonzero(np.array(found, dtype="<u8") != sums).tolist()
+    return wrong

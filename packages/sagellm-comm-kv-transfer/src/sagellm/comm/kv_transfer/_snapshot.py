@@ -1,0 +1,196 @@
+"""Who holds which blocks and waits for whom, as plain data that JSON can carry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TypedDict
+
+from ._link import Link
+from ._push import Offered, Push
+from ._receive import Receive
+from .pool import BlockTable
+from .state import RULES, Phase
+from .transfer import TransferHandle
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+__all__ = ["LinkView", "Snapshot", "TransferView", "WaitingView", "take"]
+
+_MAX_IDS = 64
+
+
+class LinkView(TypedDict):
+    """One link.
+
+    `direction` is `out` when this node opened it. `invitations` counts pushes that the peer is
+    ready to take and this node has not begun; `unread_bytes` what the peer has not read yet.
+    """
+
+    peer: int
+    direction: str
+    up: bool
+    path: str
+    address: str
+    invitations: int
+    unread_bytes: int
+
+
+class TransferView(TypedDict):
+    """One transfer that has not ended, or whose sender has not confirmed its end.
+
+    `kind` is `push`, `serve` (of a fetch), `receive`, `fetch` or `offer`; `phase` is one of the
+    table's. `blocks` is `in use`, `fenced` (given up or landing; a thread may still be at them)
+    or `safe`. `block_ids` holds the first 64 of each cache group, `counts` how many there are.
+    `waits_for` are node ids, `why` says what they have to do. `left_s` is the time until its
+    deadline.
+    """
+
+    id: str
+    attempt: int
+    kind: str
+    state: str
+    phase: str
+    peers: list[int]
+    waits_for: list[int]
+    why: str
+    blocks: str
+    counts: dict[str, int]
+    block_ids: dict[str, list[int]]
+    bytes_done: int
+    bytes_total: int
+    age_s: float
+    left_s: float
+
+
+class WaitingView(TypedDict):
+    """An offer or a fetch of a peer for which this node has done nothing yet."""
+
+    what: str
+    id: str
+    attempt: int
+    peer: int
+
+
+class Snapshot(TypedDict):
+    """A channel at one moment.
+
+    `ignored` counts messages that came too late, twice, or for an earlier epoch, by type.
+    """
+
+    node_id: int
+    address: str
+    links: list[LinkView]
+    transfers: list[TransferView]
+    waiting: list[WaitingView]
+    pool_leases: list[str]
+    bounce_bytes: int
+    bounce_limit_bytes: int
+    ignored: dict[str, int]
+
+
+def take(engine: Engine) -> Snapshot:
+    """What there is now; runs on the event loop."""
+    receiving, sending = engine.receiving, engine.sending
+    return Snapshot(
+        node_id=engine.node_id,
+        address=engine.address,
+        links=[_link(k) for k in engine.links],
+        transfers=list(_transfers(engine)),
+        waiting=[
+            WaitingView(what=what, id=m.id, attempt=m.attempt, peer=link.peer)
+            for what, backlog in (("offer", receiving.parked), ("fetch", sending.offering.fetches))
+            for link, m in backlog
+        ],
+        pool_leases=engine.pool.lease_holders() if engine.pool is not None else [],
+        bounce_bytes=receiving.bounce_bytes,
+        bounce_limit_bytes=engine.settings.max_bounce_bytes,
+        ignored=engine.ignored_so_far(),
+    )
+
+
+def _link(link: Link) -> LinkView:
+    return LinkView(
+        peer=link.peer,
+        direction="out" if link.outgoing else "in",
+        up=link.up,
+        path=link.path,
+        address=link.address,
+        invitations=len(link.invitations),
+        unread_bytes=link.unread_bytes,
+    )
+
+
+def _transfers(engine: Engine) -> Iterator[TransferView]:
+    for p in engine.sending.live:
+        yield _push(p)
+    for r in engine.receiving.live | engine.receiving.unconfirmed:
+        yield _receive(r)
+    for o in (*engine.sending.offering.offers.values(), *engine.sending.offering.ending):
+        yield _offer(o)
+
+
+def _push(p: Push) -> TransferView:
+    kind = "push" if p.offered is None else "serve"
+    if p.link is None:
+        why = f"node {p.target} to come"
+    elif p.handle.phase is Phase.OFFERED:
+        why = f"node {p.target} to say `receive`"
+    elif not p.sealed:
+        why = "the stream to be sealed"
+    else:
+        why = f"node {p.target} to have it all"
+    return _view(p.handle, kind, [p.target], [p.target] if p.sealed else [], why, p.blocks)
+
+
+def _receive(r: Receive) -> TransferView:
+    kind = "receive" if r.fetch_from is None else "fetch"
+    named = [r.fetch_from] if r.fetch_from is not None else r.senders or ()
+    peers = sorted({s.link.peer for s in r.sources} | {*named})
+    if r.handle.phase is Phase.LANDED:
+        waits = sorted({s.link.peer for s in r.sources if not s.released})
+        return _view(r.handle, kind, peers, waits, "the senders to confirm", r.blocks)
+    waits = sorted(
+        set(peers) - r.came | {s.link.peer for s in r.sources if not s.sealed}
+        or {s.link.peer for s in r.sources if not s.inflow.complete}
+    )
+    return _view(r.handle, kind, peers, waits, r.whom(), r.blocks)
+
+
+def _offer(o: Offered) -> TransferView:
+    peers = sorted({p.target for p in o.served})
+    why = "fetches under way" if peers else "somebody to fetch it"
+    return _view(o.handle, "offer", peers, peers, why, o.blocks)
+
+
+def _view(
+    handle: TransferHandle,
+    kind: str,
+    peers: list[int],
+    waits: list[int],
+    why: str,
+    blocks: BlockTable | None,
+) -> TransferView:
+    rule, now, progress = RULES[handle.phase], time.monotonic(), handle.progress
+    table: Mapping[str, list[int]] = {
+        n: ids[:_MAX_IDS].tolist() for n, ids in (blocks or {}).items()
+    }
+    ending = not rule.moves and not rule.safe
+    return TransferView(
+        id=handle.key.id,
+        attempt=handle.key.attempt,
+        kind=kind,
+        state=handle.state.value,
+        phase=handle.phase.value,
+        peers=peers,
+        waits_for=[] if ending else waits,
+        why="threads to leave the blocks" if ending else why,
+        blocks="safe" if rule.safe else "in use" if rule.moves else "fenced",
+        counts={n: len(ids) for n, ids in (blocks or {}).items()},
+        block_ids=dict(table),
+        bytes_done=progress.bytes_done,
+        bytes_total=progress.bytes_total,
+        age_s=now - handle.started,
+        left_s=handle.left_s,
+    )

@@ -1,0 +1,331 @@
+"""The sending end of data connections: threads that write frames, one per lane."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from sagellm.core.protocols import (
+    CommError,
+    KVCodec,
+    KVConnection,
+    OneSidedConnection,
+)
+
+from ._flows import Chunk, Outflow
+from ._lanes import LaneTuner, RateMeter
+from ._meters import Traffic
+from .frames import CODED, RAW_BIT, REF, Header, block_sums
+from .memory import Extent, Views
+
+__all__ = ["DataWriter"]
+
+_NOT_READY_S = 0.0005
+_SHARED_BYTES = 1 << 20
+_GROWTH = 4
+"""The first frames of a transfer are smaller by this, so that its pipeline fills early."""
+_FRAME_S = 0.025
+_LEAST_BYTES = 1 << 16
+"""What a slow network brings frames down to."""
+
+
+class _Lane:
+    """One data connection of a writer; fields are under the writer's lock.
+
+    `busy` while some thread writes to it: its own, or one that had something small to send.
+    """
+
+    def __init__(
+        self,
+        conn: KVConnection,
+        codec: KVCodec | None,
+        chunk_bytes: int,
+        lock: threading.Lock,
+    ) -> None:
+        self.conn = conn
+        self.codec = codec
+        self.one_sided = conn if isinstance(conn, OneSidedConnection) else None
+        self.first_bytes = max(1, chunk_bytes // _GROWTH)
+        self.chunk_bytes = self.one_sided.frame_bytes if self.one_sided else chunk_bytes
+        self._most_bytes = self.chunk_bytes
+        self.wake = threading.Condition(lock)
+        self.asleep = False
+        self.busy = False
+        self.ended = False
+        self.error: CommError | None = None
+
+    def pace(self, count: int, seconds: float) -> None:
+        """Have frames take about as long as others may wait for, after one took so long."""
+        if self.one_sided is not None:
+            return
+        if seconds > _FRAME_S:
+            self.chunk_bytes = max(_LEAST_BYTES, int(count * _FRAME_S / seconds))
+        elif seconds < _FRAME_S / 2:
+            self.chunk_bytes = min(self._most_bytes, 2 * self.chunk_bytes)
+
+    def rouse(self) -> None:
+        """Have its thread look again."""
+        self.asleep = False
+        self.wake.notify_all()
+
+
+class DataWriter:
+    """Sends the chunks of its flows in turn, one frame each, over one or several lanes.
+
+    A lane is a thread in `run` with a connection of its own. What is small goes over one lane;
+    as long as much is waiting, each busy lane wakes the next.
+
+    Args:
+        chunk_bytes: Payload of a frame at most, unless one block is larger.
+        io_timeout_s: Without progress for so long, the peer is lost.
+        traffic: Counts what is sent.
+        tuner: Says how many lanes are used.
+        want_lanes: Told when more lanes are wanted than run; called on a lane's thread.
+
+    """
+
+    def __init__(
+        self,
+        chunk_bytes: int,
+        io_timeout_s: float,
+        traffic: Traffic,
+        tuner: LaneTuner,
+        want_lanes: Callable[[int], object],
+    ) -> None:
+        self.traffic = traffic
+        self.checksum = True
+        self.key = b""
+        self.make_codec: Callable[[], KVCodec] | None = None
+        self.tuner = tuner
+        self._want_lanes = want_lanes
+        self._chunk_bytes = chunk_bytes
+        self._io_timeout_s = io_timeout_s
+        self._lock = threading.Lock()
+        self._lanes: list[_Lane] = []
+        self._flows: deque[Outflow] = deque()
+        self._rate = RateMeter()
+        self._stopped = False
+
+    def add(self, flow: Outflow, *, here: bool = False) -> None:
+        """Begin to serve a flow that has been granted.
+
+        Args:
+            flow: The flow.
+            here: Whether this thread may send the first frame itself, which it does when a lane
+                is idle and nothing else waits. It may block as long as the connection lets it.
+
+        """
+        lane, chunk = None, None
+        with self._lock:
+            if here and not self._flows and not self._stopped:
+                lane = next((x for x in self._lanes if x.asleep and not x.busy), None)
+            if lane is not None:
+                chunk = flow.claim(lane.first_bytes, lane.first_bytes)
+                lane.busy = chunk is not None
+            if chunk is None or flow.waiting:
+                if flow not in self._flows:
+                    self._flows.append(flow)
+                self._wake_one()
+            else:
+                self._rate.begin()
+        if lane is None or chunk is None:
+            return
+        sent = 0
+        try:
+            sent = self._send(lane, flow, chunk)
+        except CommError as e:
+            lane.error = e  # the lane's own thread ends the link
+        finally:
+            flow.leave()
+            self._sent(sent)
+            with self._lock:
+                lane.busy = False
+                if lane.error is not None or self._flows or self._stopped or lane.ended:
+                    lane.rouse()
+
+    def stop(self) -> None:
+        """Let `run` return."""
+        with self._lock:
+            self._stopped = True
+            for lane in self._lanes:
+                lane.rouse()
+
+    def run(self, conn: KVConnection) -> None:
+        """Send until stopped, as one lane more; raises what the connection raises."""
+        codec = self.make_codec() if self.make_codec is not None else None
+        lane = _Lane(conn, codec, self._chunk_bytes, self._lock)
+        if lane.one_sided is not None:
+            lane.one_sided.watch(lambda: self._rouse(lane))
+        with self._lock:
+            index = len(self._lanes)
+            self._lanes.append(lane)
+        try:
+            while (work := self._next(index, lane)) is not None:
+                self._work(lane, work)
+        finally:
+            with self._lock:
+                lane.ended = True
+                if lane.busy:  # whoever sends for us must be gone before the connection is
+                    conn.abort()
+                lane.wake.wait_for(lambda: not lane.busy)
+
+    def _rouse(self, lane: _Lane) -> None:
+        with self._lock:
+            lane.rouse()
+
+    def _work(self, lane: _Lane, work: tuple[Outflow, Chunk] | memoryview) -> None:
+        sent = 0
+        if isinstance(work, memoryview):
+            self._tell(lane, work)
+            return
+        flow, chunk = work
+        try:
+            sent = self._send(lane, flow, chunk)
+        finally:
+            flow.leave()
+            self._sent(sent)
+
+    def _next(self, index: int, lane: _Lane) -> tuple[Outflow, Chunk] | memoryview | None:
+        """What to send next; bytes are what the connection itself has to say."""
+        with self._lock:
+            while not self._stopped:
+                if lane.error is not None:
+                    raise lane.error
+                blocked = False
+                if not lane.busy:
+                    if lane.one_sided is not None and (news := lane.one_sided.news()) is not None:
+                        return news
+                    if index < self.tuner.lanes:
+                        chosen, blocked = self._choose(lane)
+                        if chosen is not None:
+                            return chosen
+                lane.asleep = True
+                # an event has no descriptor to wait for: look again soon
+                pause_s = _NOT_READY_S if blocked and not index else None
+                lane.wake.wait_for(lambda: not lane.asleep, pause_s)
+                lane.asleep = False
+            return None
+
+    def _choose(self, lane: _Lane) -> tuple[tuple[Outflow, Chunk] | None, bool]:
+        """The next chunk of the next flow, and whether one waits for something."""
+        blocked = False
+        for _ in range(len(self._flows)):
+            flow = self._flows[0]
+            self._flows.rotate(-1)
+            lanes = min(self.tuner.lanes, len(self._lanes))
+            chunk = flow.claim(lane.first_bytes, lane.chunk_bytes, lanes)
+            if chunk is not None:
+                self._rate.begin()
+                if self._much_waits():
+                    self._wake_one()
+                return (flow, chunk), blocked
+            if flow.waiting:
+                blocked = True
+            else:
+                self._flows.pop()  # comes back with its next span
+        return None, blocked
+
+    def _much_waits(self) -> bool:
+        left = _SHARED_BYTES
+        for flow in self._flows:
+            left -= flow.waiting_bytes(left)
+            if left <= 0:
+                return True
+        return False
+
+    def _wake_one(self) -> None:
+        """Wake the first lane that is in use and has nothing to do."""
+        for lane in self._lanes[: self.tuner.lanes]:
+            if lane.asleep and not lane.busy:
+                lane.rouse()
+                return
+
+    def _sent(self, count: int) -> None:
+        with self._lock:
+            if (rate := self._rate.end(count)) is None:
+                return
+            wanted, running = self.tuner.measured(rate), len(self._lanes)
+        if wanted > running:
+            self._want_lanes(wanted)
+
+    def _tell(self, lane: _Lane, news: memoryview) -> None:
+        """Send a reference to nothing, in a frame of no transfer."""
+        sums = bytes(8)
+        head = Header(0, 0, 0, 1, len(news), REF).pack(sums, self.key)
+        lane.conn.send([memoryview(head), news], self._io_timeout_s)
+        self.traffic.count(0, len(head) + len(news))
+
+    def _send(self, lane: _Lane, flow: Outflow, chunk: Chunk) -> int:
+        """Send one frame; the bytes of the blocks in it."""
+        extent = flow.extent
+        assert extent is not None, "claimed without an extent"
+        layer, first, count = chunk
+        raw = extent.span_bytes(layer, first, count)
+        verify_s = codec_s = 0.0
+        sums = np.zeros(count, dtype="<u8")
+        units: list[Views] = []
+        if self.checksum or lane.codec is not None:
+            units = extent.unit_views(layer, first, count)
+        if self.checksum:
+            start = time.perf_counter()
+            sums = np.array(block_sums(units, layer, first), dtype="<u8")
+            verify_s = time.perf_counter() - start
+        table, flags = sums.tobytes(), 0
+        reference = self._refer(lane, flow, extent, chunk)
+        if reference is not None:
+            (payload, runs), flags = reference, REF
+        elif lane.codec is None:
+            payload = extent.views(layer, first, count)
+            runs = len(payload)
+        else:
+            start = time.perf_counter()
+            payload, lengths = self._encode(lane.codec, extent, layer, units)
+            codec_s = time.perf_counter() - start
+            table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
+        size = sum(map(len, payload))
+        head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
+        start = time.perf_counter()
+        calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
+        lane.pace(raw, time.perf_counter() - start)
+        wire = len(head) + size
+        self.traffic.count(raw, wire)
+        flow.handle.moved(
+            raw,
+            count,
+            wire_bytes=wire,
+            runs=runs,
+            syscalls=calls,
+            verify_s=verify_s,
+            codec_s=codec_s,
+        )
+        return raw
+
+    @staticmethod
+    def _refer(
+        lane: _Lane, flow: Outflow, extent: Extent, chunk: Chunk
+    ) -> tuple[Views, int] | None:
+        """A reference to a chunk and its number of runs; None where the bytes must be sent."""
+        if lane.one_sided is None or (pledge := flow.pledge(lane.one_sided)) is None:
+            return None
+        memory = extent.runs(*chunk)
+        reference = lane.one_sided.refer(memory, pledge)
+        return None if reference is None else ([reference], len(memory.lengths))
+
+    @staticmethod
+    def _encode(
+        codec: KVCodec, extent: Extent, layer: int, units: list[Views]
+    ) -> tuple[Views, np.ndarray[tuple[int], np.dtype[np.uint32]]]:
+        dtype = extent.dtype(layer)
+        payload: Views = []
+        lengths = np.empty(len(units), dtype="<u4")
+        for i, views in enumerate(units):
+            block = views[0] if len(views) == 1 else memoryview(b"".join(views))
+            coded = memoryview(codec.encode(block, dtype=dtype))
+            shrank = len(coded) < len(block)
+            payload.append(coded if shrank else block)
+            lengths[i] = len(coded) if shrank else len(block) | RAW_BIT
+        return payload, lengths

@@ -1,0 +1,94 @@
+"""One block of 64 KiB: from the sender's call until the receiver has it in place and knows it.
+
+The two sides have met, and the receiver waits already; where it is the receiver that reads, the
+sender tells it by a byte on a socket. A sample is the median of many turns, so
+that a row's median is the p50; `p99` rows are the same turns' 99th percentile. The bytes are
+compared after every turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Ratio, Row
+
+from ._lineup import PEERS, figure, medians, ours, run_pairs
+from ._pair import Pair, regions
+from ._turns import KIB
+from ._worker import Spec
+
+__all__ = ["main"]
+
+_CONTENDERS: Mapping[str, Spec] = {
+    "one plain socket": PEERS["one plain socket"],
+    "gloo": PEERS["gloo, block by block"],
+    "ZeroMQ": PEERS["ZeroMQ"],
+    "Mooncake, tcp": PEERS["Mooncake, tcp"],
+    **{
+        name: replace(spec, options={**spec.options, "told": True})
+        for name, spec in PEERS.items()
+        if name.startswith("NIXL")
+    },
+    "tcp, checks on": ours("tcp"),
+    "tcp, checks off": ours("tcp", checksum=False),
+    "shm, checks on": ours("shm"),
+    "shm, checks off": ours("shm", checksum=False),
+}
+
+
+def cases(quick: bool) -> list[Case]:
+    """One block, and how many turns make a sample."""
+    turns = 50 if quick else 200
+    case = {"nbytes": 64 * KIB, "block_bytes": 64 * KIB, "turns": turns}
+    return [{**case, "percentile": p} for p in (50, 99)]
+
+
+@contextlib.contextmanager
+def contenders(case: Case) -> Iterator[Contenders]:
+    """Every call returns seconds."""
+
+    def sample(pair: Pair) -> float:
+        turns: list[float] = sorted(pair.run_posted().seconds for _ in range(case["turns"]))
+        return turns[int(case["percentile"]) * len(turns) // 100]
+
+    # A pool of many blocks, of which a turn moves one.
+    with regions(case) as shared, run_pairs(_CONTENDERS, shared, sample) as named:
+        yield named
+
+
+def ratios(rows: Sequence[Row]) -> list[Ratio]:
+    """Their time over ours: 1 / 0.7 is seven tenths of their time."""
+    found = []
+    p50 = medians(rows, percentile=50).values()
+    for path, peer in (("shm, checks on", "NIXL"), ("tcp, checks on", "Mooncake, tcp")):
+        pairs = [(c.get(peer), c.get(path)) for c in p50]
+        name = f"p50 of one 64 KiB block, {path}"
+        found.append(figure(f"time of {peer}", name, round(1 / 0.7, 3), pairs))
+    for row in rows:
+        if row.contender not in PEERS and row.contender.startswith(("tcp", "shm")):
+            case = medians(rows, percentile=row.case["percentile"])[str(dict(row.case))]
+            mine = case.get(row.contender)
+            for peer in _CONTENDERS:
+                theirs = case.get(peer)
+                if not peer.startswith(("tcp", "shm")):
+                    value = theirs / mine if mine and theirs is not None else None
+                    found.append(Ratio(f"{peer} / {row.contender}", row.case, value))
+    return found
+
+
+main = Benchmark(
+    "kv_transfer.latency",
+    contenders,
+    cases=cases,
+    ratios=ratios,
+    metric="latency",
+    repeats=5,
+    distributions=(
+        "torch", "numpy", "xxhash", "nixl-cu12", "mooncake-transfer-engine-non-cuda", "pyzmq",
+    ),
+).main  # fmt: skip
+
+if __name__ == "__main__":
+    raise SystemExit(main())

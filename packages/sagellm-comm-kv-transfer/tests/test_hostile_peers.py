@@ -1,0 +1,236 @@
+import struct
+
+import pytest
+import torch
+
+from sagellm.comm.kv_transfer import KVTransferSettings, wire
+from sagellm.comm.kv_transfer.frames import HEADER_BYTES, Header
+from sagellm.core.protocols import (
+    CacheGroup,
+    IntegrityError,
+    KVLayout,
+    KVTransferError,
+    TransferKey,
+)
+
+
+def test_an_authenticated_peer_cannot_write_what_was_not_granted(pair, eventually, attacker):
+    from sagellm.comm.kv_transfer.transports.tcp import TcpTransport
+
+    _, _, b, tensors = pair()
+    before = {n: t.clone() for n, t in tensors.items()}
+    r = b.receive(TransferKey("k"), [3])
+    transport = TcpTransport()
+    size = tensors["layer0"][0].nbytes
+    cases = [
+        (Header(1, 0, 1, 1, size, 0), "granted"),  # second block of one
+        (Header(1, 9, 0, 1, size, 0), "granted"),  # no such layer
+        (Header(1, 0, 0, 1, size * 100, 0), "bytes"),  # longer than the block
+    ]
+    for attempt, (head, what) in enumerate(cases):
+        if attempt:
+            r = b.receive(TransferKey("k", attempt), [3])
+        enemy = attacker(b)
+        enemy.say(wire.Offer(1, "k", attempt, {"kv": 1}))
+        enemy.answer(wire.Grant)
+        conn = transport.connect(enemy.welcome.endpoints["tcp"], enemy.token, 5)
+        conn.send(
+            [memoryview(head.pack(bytes(8 * head.count), enemy.frame_key) + b"E" * (size * 2))], 5
+        )
+        with pytest.raises(KVTransferError, match=what) as caught:
+            r.wait(10)
+        assert caught.value.cause == "integrity"
+        assert enemy.lost()
+        conn.close()
+
+    for n, t in tensors.items():
+        assert torch.equal(t, before[n])
+    eventually(lambda: b._engine.pool.leases == 0)
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.Offer(1, "h", 0, {"kv": 1 << 60}),
+        wire.Offer(1, "h", 0, {"kv": -5}),
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((1 << 40,), "float32", 0, 0)], 4096),
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((-1,), "float32", 0, 0)], 4096),
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((4,), "__class__", 0, 0)], 4096),
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((1 << 20,), "uint8", 0, 0)], 1),
+        wire.Offer(1, "h", 0, {"kv": 1}, None, 0, {"kv": b"odd"}),
+        wire.Offer(1, "h", 0, {"kv": 1}, None, 0, {"kv": struct.pack("<q", 99)}),
+    ],
+)
+def test_hostile_offers_are_refused_without_allocating(pair, message, attacker):
+    _, _, b, _ = pair()
+    r = b.receive(TransferKey("h"))
+    enemy = attacker(b)
+
+    enemy.say(message)
+    reply = enemy.answer(wire.Fail)
+
+    assert reply.code in ("invalid_argument", "resource_exhausted")
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.Fetch(1, "o", 0, {"kv": 2}, {"kv": wire.Part("head", 0, 99)}),
+        wire.Fetch(1, "o", 0, {"kv": 2}, {"kv": wire.Part("head", -4, 1)}),
+        wire.Fetch(1, "o", 0, {"kv": 2}, {"kv": wire.Part("nothing", 0, 1)}),
+        wire.Fetch(1, "o", 0, {"kv": 2}, {"other": wire.Part("", 0, 1)}),
+        wire.Fetch(1, "o", 0, {"kv": 1 << 50}, {}),
+    ],
+)
+def test_a_fetch_reads_only_what_was_offered(pair, message, attacker):
+    _, _, b, _ = pair()
+    b.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+    enemy = attacker(b)
+
+    enemy.say(message)
+    reply = enemy.answer(wire.Fail)
+
+    assert "not held here" in reply.message or "blocks of" in reply.message
+
+
+def test_a_handshake_message_after_the_handshake_ends_the_link(pair, attacker):
+    _, _, b, _ = pair()
+    enemy = attacker(b)
+
+    enemy.say(wire.Proof(b""))
+
+    assert enemy.lost()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.LayoutChanged(
+            KVLayout((CacheGroup("kv", "kv", ("l",), ("block", "dim"), (1, 2, 3), "float32"),))
+        ),
+        wire.LayoutChanged(
+            KVLayout((CacheGroup("kv", "kv", ("l",), ("dim",), (0,), "float32"),) * 2)
+        ),
+        wire.KeyFail("i" * 5000, 0, "peer_lost", ""),
+    ],
+)
+def test_senseless_messages_end_the_link(pair, message, attacker, works):
+    out, _, b, _ = pair()
+    enemy = attacker(b)
+
+    enemy.say(message)
+
+    assert enemy.lost()
+    assert works(out, b, 0)
+
+
+def test_parked_offers_hold_bounded_memory(channel, layout, tensors, attacker):
+    b = channel(settings=KVTransferSettings(max_backlog_bytes=1 << 16))
+    b.register(layout(), tensors(layout()))
+    enemy = attacker(b)
+    named = {"kv": bytes(1 << 14)}
+    for i in range(8):
+        enemy.say(wire.Offer(i, f"p{i}", 0, {"kv": 2048}, None, 4096, named))
+
+    reply = enemy.answer(wire.Fail)
+
+    assert reply.code == "resource_exhausted"
+
+
+def test_a_nack_storm_ends_the_transfer(pair, attacker):
+    _, _, b, _ = pair()
+    enemy = attacker(b)
+    b.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+    enemy.say(
+        wire.Fetch(1, "o", 0, {"kv": 2}, {"kv": wire.Part("", 0, 1)}),
+        wire.Nack(1, [(0, 0, 1 << 40)]),
+    )
+
+    reply = enemy.answer(wire.Fail)
+
+    assert reply.code == "integrity"
+
+
+def test_damaged_headers_are_recognised():
+    data = bytearray(Header(1, 2, 3, 4, 100, 0).pack(bytes(32)))
+    assert Header.unpack(data[:HEADER_BYTES]).payload_bytes == 100
+    for at in range(HEADER_BYTES):
+        damaged = bytearray(data[:HEADER_BYTES])
+        damaged[at] ^= 1
+        with pytest.raises(IntegrityError):
+            Header.unpack(damaged)
+    with pytest.raises(IntegrityError):  # of another link
+        Header.unpack(data[:HEADER_BYTES], bytes(32))
+
+
+def test_an_offer_is_taken_once_from_each_peer(pair, attacker):
+    """Else one peer could make a receive grow without bound."""
+    _, _, b, _ = pair()
+    r = b.receive(TransferKey("k"), [3])
+    enemy = attacker(b)
+    for tid in (1, 2):
+        enemy.say(wire.Offer(tid, "k", 0, {"kv": 1}))
+
+    reply = enemy.answer(wire.Fail)
+
+    assert (reply.tid, "second time" in reply.message) == (2, True)
+    assert len(r.owner.sources) == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [wire.Offer(1, "p", 0, {"kv": 1}), wire.Fetch(1, "o", 0, {"kv": 1}, {})],
+)
+def test_a_transfer_id_used_twice_ends_the_link(pair, message, attacker):
+    _, _, b, _ = pair()
+    enemy = attacker(b)
+
+    enemy.say(message, message)
+
+    assert enemy.lost()
+
+
+def test_fetches_that_are_served_are_bounded(channel, layout, tensors, attacker):
+    b = channel(settings=KVTransferSettings(max_in_flight=4))
+    b.register(layout(), tensors(layout()))
+    b.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=10)
+    enemy = attacker(b)
+    for tid in range(8):
+        enemy.say(wire.Fetch(tid, "o", tid, {"kv": 1}, {"kv": wire.Part("", 0, 1)}))
+
+    replies = [enemy.read() for _ in range(4)]
+
+    assert {r.code for r in replies if isinstance(r, wire.Fail)} == {"resource_exhausted"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((0,), "uint8", 0, 0)] * 4000, 4096),
+        wire.Offer(1, "h", 0, {}, [wire.TensorInfo((1,) * 100_000, "uint8", 0, 0)], 4096),
+    ],
+)
+def test_what_has_no_bytes_takes_memory_too(channel, layout, tensors, message, attacker):
+    settings = KVTransferSettings(max_bounce_bytes=1 << 20, max_backlog_bytes=1 << 20)
+    b = channel(settings=settings)
+    b.register(layout(), tensors(layout()))
+    r = b.receive(TransferKey("h"))
+    enemy = attacker(b)
+
+    enemy.say(message)
+    reply = enemy.answer(wire.Fail)
+
+    assert reply.code in ("invalid_argument", "resource_exhausted")
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+
+def test_a_broken_message_right_behind_the_handshake_ends_the_link(pair, attacker):
+    _, _, b, _ = pair()
+    enemy = attacker(b, then=b"\x00\x00\x00\x01\xc1")
+
+    assert enemy.lost()
+    assert b.get_stats().peers == 0

@@ -1,0 +1,695 @@
+"""Pools in shared memory, references to them, and copies that count only while they may."""
+
+import fcntl
+import mmap
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.core.protocols import (
+    CommError,
+    ConfigError,
+    IntegrityError,
+    KVTransferError,
+    MemoryRuns,
+    ResourceError,
+    TransferKey,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
+
+KEY = TransferKey("k")
+SHM = {"settings": KVTransferSettings(transport="shm")}
+UNCHECKED = {"settings": KVTransferSettings(transport="shm", checksum=False)}
+
+
+@pytest.fixture
+def shared(channel, layout):
+    """Two channels with allocated pools of random blocks."""
+
+    def make(blocks=10, options=SHM, **kw):
+        out, into = channel(**options), channel(**options)
+        pools = [c.allocate(layout(**kw), blocks) for c in (out, into)]
+        for pool in pools:
+            for tensor in pool.tensors.values():
+                tensor.copy_(torch.randn(tensor.shape))
+        return out, dict(pools[0].tensors), into, dict(pools[1].tensors)
+
+    return make
+
+
+def ints(*values):
+    return np.array(values, dtype=np.int64)
+
+
+# -- pools ----------------------------------------------------------------------------------
+
+
+def test_an_allocated_pool_is_what_its_layout_says(channel, layout):
+    wanted = layout(layers=2, dtype="bfloat16", axes=("kv", "head", "block", "token", "dim"))
+    pool = channel().allocate(wanted, 7)
+
+    assert {n: list(t.shape) for n, t in pool.tensors.items()} == {
+        "layer0": [2, 4, 7, 4, 8],
+        "layer1": [2, 4, 7, 4, 8],
+    }
+    assert all(t.dtype is torch.bfloat16 and not t.any() for t in pool.tensors.values())
+    assert dict(pool.num_blocks) == {"kv": 7}
+
+
+def test_who_has_its_descriptor_can_neither_write_nor_resize_a_pool(channel, layout):
+    from sagellm.comm.kv_transfer._segment import shared_segments
+
+    pool = channel().allocate(layout(), 4)
+    (segment,) = shared_segments()
+    again = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDWR)
+    try:
+        with pytest.raises(PermissionError):
+            mmap.mmap(again, segment.nbytes)
+        with pytest.raises(PermissionError):
+            os.write(again, b"x")
+        for size in (0, 2 * segment.nbytes):
+            with pytest.raises(PermissionError):
+                os.ftruncate(again, size)
+        assert mmap.mmap(again, segment.nbytes, prot=mmap.PROT_READ)[:4] == b"\0" * 4
+        pool.tensors["layer0"].fill_(1)
+    finally:
+        os.close(again)
+
+
+def kept():
+    """Descriptors, and mappings of memory files."""
+    with open("/proc/self/maps") as maps:
+        mapped = sum("sagellm-kv" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), mapped
+
+
+def test_an_allocated_pool_goes_with_its_registration(channel, layout):
+    node = channel()
+    before = kept()
+    pool = node.allocate(layout(), 10)
+    assert kept() != before
+
+    node.unregister(pool)
+
+    assert kept() == before
+    with pytest.raises(ConfigError, match="not registered"):
+        node.unregister(pool)
+
+
+def test_too_large_a_pool_is_refused_with_what_there_is(channel, layout, monkeypatch):
+    from sagellm.comm.kv_transfer import _segment
+
+    node = channel()
+    before = kept()
+    with pytest.raises(ResourceError, match=r"\d+ bytes are available here; allocate fewer"):
+        node.allocate(layout(), 1 << 32)
+    monkeypatch.setattr(_segment, "room_bytes", lambda: None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"File too large.*ulimit -f"):
+            node.allocate(layout(), 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for wrong in (0, -1, {"other": 3}):
+        with pytest.raises(ConfigError, match="num_blocks"):
+            node.allocate(layout(), wrong)
+
+    assert kept() == before
+    node.allocate(layout(), 2)
+
+
+def test_room_is_what_the_tightest_cgroup_leaves(tmp_path, monkeypatch):
+    from sagellm.comm.kv_transfer import _segment
+
+    (tmp_path / "a").mkdir()
+    for folder, limit in ((tmp_path, "max"), (tmp_path / "a", "1000000")):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("900000")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
+    found = [(f, "memory.max", "memory.current") for f in (tmp_path / "a", tmp_path)]
+    monkeypatch.setattr(_segment, "_cgroups", lambda: found)
+
+    assert _segment.room_bytes() == 200_000
+
+
+# -- transfers ------------------------------------------------------------------------------
+
+
+def push(out, into, src, dst, key=KEY):
+    t = out.transfer(src, into.node_id, key=key)
+    r = into.receive(key, dst, source_node=out.node_id)
+    return r.wait(10), t.wait(10)
+
+
+def forbid(monkeypatch):
+    from sagellm.comm.kv_transfer._peek import Peek
+
+    def refuse(self, sources, addresses):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Peek, "read", refuse)
+
+
+@pytest.mark.parametrize("options", [SHM, UNCHECKED])
+@pytest.mark.parametrize("src", [[1, 2, 3, 7], [7, 2, 1, 3]])
+def test_blocks_of_shared_pools_need_no_permission(shared, monkeypatch, options, src):
+    forbid(monkeypatch)
+    out, a, into, b = shared(options=options)
+
+    r, t = push(out, into, src, [4, 5, 6, 0])
+
+    assert all(torch.equal(a[n][src], b[n][[4, 5, 6, 0]]) for n in a)
+    assert r.metrics.path == "shm:1"
+    assert r.metrics.bytes == t.metrics.bytes > 10 * r.metrics.wire_bytes
+
+
+def test_a_second_channel_shares_what_the_first_allocated(channel, layout, monkeypatch):
+    forbid(monkeypatch)
+    owner, out, into = channel(**SHM), channel(**SHM), channel(**SHM)
+    pool = owner.allocate(layout(), 10)
+    a = dict(pool.tensors)
+    out.register(layout(), {n: t.copy_(torch.randn(t.shape)) for n, t in a.items()})
+    b = dict(into.allocate(layout(), 10).tensors)
+
+    r, _ = push(out, into, [1, 2], [8, 3])
+
+    assert all(torch.equal(a[n][[1, 2]], b[n][[8, 3]]) for n in a)
+    assert r.metrics.bytes > 10 * r.metrics.wire_bytes
+
+
+def test_memory_that_nobody_allocated_is_read_where_the_kernel_permits(pair, channel):
+    out, a, into, b = pair(sender=SHM, receiver=SHM)
+    r, _ = push(out, into, [1, 2, 5], [3, 9, 0])
+    plain = torch.randn(700_000)
+
+    out.transfer([plain], 1, key=TransferKey("plain"))
+    got = into.receive(TransferKey("plain")).wait(10)
+
+    assert all(torch.equal(a[n][[1, 2, 5]], b[n][[3, 9, 0]]) for n in a)
+    assert torch.equal(got.blocks[0].tensor, plain)
+    assert r.metrics.path == "shm:1"
+    assert got.metrics.wire_bytes < 10_000 < got.metrics.bytes
+
+
+def test_bytes_are_sent_where_only_pools_can_be_read(shared, monkeypatch):
+    forbid(monkeypatch)
+    out, _, into, _ = shared()
+    plain = [torch.randn(100_000), torch.randn(7)]
+
+    out.transfer(plain, 1, key=KEY)
+    got = into.receive(KEY).wait(10)
+
+    assert all(torch.equal(g.tensor, p) for g, p in zip(got.blocks, plain, strict=True))
+    assert got.metrics.wire_bytes > got.metrics.bytes
+    assert out.path(1) == "shm:1"
+
+
+def test_where_nothing_can_be_read_tcp_is_taken_and_says_why(pair, monkeypatch):
+    forbid(monkeypatch)
+    out, a, into, b = pair()
+
+    push(out, into, [1, 2], [3, 4])
+
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+    assert out.path(1).startswith("tcp")
+    assert "Operation not permitted" in out.explain(1)
+    assert "channel.allocate" in out.explain(1)
+
+
+def test_unregistering_lets_peers_unmap(shared, eventually):
+    out, _, into, _ = shared()
+    push(out, into, [1], [2])
+    (link,) = into._engine.links
+    (conn,) = link.lanes
+    assert len(conn._views) == 1
+
+    out.unregister(out._engine.pool)
+
+    eventually(lambda: not conn._views)
+
+
+def test_nothing_leaks_from_shared_memory(channel, layout, eventually):
+    def round_trip():
+        out, into = channel(), channel()
+        for node in (out, into):
+            node.allocate(layout(), 10)
+        push(out, into, [1], [2])
+        out.offer(TransferKey("o"), [1], num_tokens=1, ttl_s=10)
+        into.fetch(TransferKey("o"), out.node_id, [1]).wait(10)
+        out.transfer([1], into.node_id, key=TransferKey("left"))
+        out.close()
+        into.close()
+
+    round_trip()
+    before = kept()
+    for _ in range(3):
+        round_trip()
+
+    eventually(lambda: kept() == before)
+
+
+def at_first_copy(monkeypatch, action):
+    """Do something once, after the first stretch of a reference was copied."""
+    from sagellm.comm.kv_transfer.transports import _shm_link
+
+    made, real = [], _shm_link.mover
+
+    def mover(sources, addresses):
+        move = real(sources, addresses)
+
+        def first_then(low, high):
+            move(low, min(low + 1, high))
+            if not made:
+                made.append(True)
+                action()
+            return move(low + 1, high)
+
+        return first_then
+
+    monkeypatch.setattr(_shm_link, "mover", mover)
+
+
+@pytest.mark.parametrize("options", [SHM, UNCHECKED])
+def test_what_is_copied_after_the_blocks_were_given_back_does_not_count(
+    shared, monkeypatch, options
+):
+    out, a, into, _ = shared(options=options, blocks=40)
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    copying, go_on = threading.Event(), threading.Event()
+
+    def wait():
+        copying.set()
+        assert go_on.wait(10)
+
+    at_first_copy(monkeypatch, wait)
+    into._engine.receiving.on_fail = lambda *_: True  # its message is late: only the board tells
+    into._engine.receiving.fail_key = lambda *_: None
+    r = into.receive(KEY, range(20, 30), source_node=0, deadline_s=3)
+    t = out.transfer(range(0, 20, 2), 1, key=KEY)
+    assert copying.wait(10)
+
+    t.cancel()
+    with pytest.raises(KVTransferError):
+        t.wait(10)
+    for tensor in a.values():
+        tensor.zero_()
+    go_on.set()
+
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+
+def test_bytes_that_change_after_they_were_summed_are_asked_for_again(shared, monkeypatch):
+    out, a, into, b = shared()
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    from sagellm.comm.kv_transfer import _writer
+
+    real, flips = _writer.block_sums, [1]
+
+    def sum_then_flip(units, layer, first):
+        sums = real(units, layer, first)
+        if flips and flips.pop():
+            units[0][0][5] ^= 255
+        return sums
+
+    monkeypatch.setattr(_writer, "block_sums", sum_then_flip)
+    r, t = push(out, into, [1, 2], [3, 4])
+    assert r.metrics.retries == t.metrics.retries == 1
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+
+    flips += [1] * 100
+    t = out.transfer([1, 2], 1, key=TransferKey("always"))
+    r = into.receive(TransferKey("always"), [3, 4])
+    for handle in (r, t):
+        with pytest.raises(KVTransferError) as caught:
+            handle.wait(10)
+        assert caught.value.cause == "integrity"
+
+
+# -- references -----------------------------------------------------------------------------
+
+
+class Room:
+    """A mapped segment of a peer, as far as a table knows."""
+
+    def __init__(self, nbytes):
+        self.memory = np.zeros(nbytes, dtype=np.uint8)
+        self.nbytes, self.address = nbytes, self.memory.ctypes.data
+
+
+def table(which, places, lengths, **kw):
+    from sagellm.comm.kv_transfer._reference import SEGMENTS, Table
+
+    columns = [np.array(c, dtype=np.uint64) for c in (which, places, lengths)]
+    return Table(kw.get("kind", SEGMENTS), 0, 1, (), (), *columns)
+
+
+@pytest.mark.parametrize(
+    ("which", "places", "lengths"),
+    [
+        ([2], [0], [1]),
+        ([0], [0], [1]),
+        ([1], [4096], [1]),
+        ([1], [4095], [2]),
+        ([1], [0], [4097]),
+        ([1, 1], [0, 2**64 - 1], [8, 8]),
+        ([1, 1], [0, 2**46], [8, 8]),
+        ([1], [1], [2**46]),
+        ([1], [0], [0]),
+        ([1], [0], [2**63]),
+        ([1, 2**63], [0, 0], [8, 8]),
+    ],
+)
+def test_a_run_outside_what_was_shown_is_refused(which, places, lengths):
+    from sagellm.comm.kv_transfer._reference import Table
+
+    rooms = {1: Room(4096)}
+
+    with pytest.raises(IntegrityError):
+        Table.unpack(table(which, places, lengths).pack()).runs(rooms)
+    assert table([1], [4000], [96]).runs(rooms).lengths.tolist() == [96]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_bytes_come_a_table_stays_within_its_segments(data):
+    from sagellm.comm.kv_transfer._reference import SEGMENTS, Table
+
+    rooms = {1: Room(4096), 9: Room(8192)}
+    sound = bytearray(table([1, 9, 9], [0, 0, 4096], [4096, 100, 4096]).pack())
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.integers(0, len(sound) - 1))
+        sound[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.one_of(st.just(len(sound)), st.integers(0, len(sound))))
+    try:
+        got = Table.unpack(bytes(sound[:cut]))
+        runs = got.runs(rooms)
+    except IntegrityError:
+        return
+    if got.kind == SEGMENTS:
+        for start, length in zip(runs.addresses.tolist(), runs.lengths.tolist(), strict=True):
+            assert length > 0
+            assert any(r.address <= start <= start + length <= r.address + r.nbytes
+                       for r in rooms.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1 << 17, (1 << 32) - 1])
+def test_huge_counts_are_refused_before_anything_is_made_of_them(count):
+    from sagellm.comm.kv_transfer._reference import Table
+
+    sound = bytearray(table([1], [0], [8]).pack())
+    for at in (8, 12):  # segments gone, runs
+        broken = bytearray(sound)
+        struct.pack_into("<I", broken, at, count)
+        with pytest.raises(IntegrityError):
+            Table.unpack(broken)
+
+
+@pytest.mark.parametrize("fault", ["unsealed", "shrinkable", "sparse", "smaller", "no memory file"])
+def test_a_segment_that_could_fail_under_its_reader_is_not_mapped(fault, tmp_path):
+    from sagellm.comm.kv_transfer._segment import View
+
+    if fault == "no memory file":
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        os.truncate(fd, 8192)
+    else:
+        fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 8192)
+        if fault != "sparse":
+            os.pwrite(fd, bytes(8192), 0)
+        seals = {"unsealed": 0, "shrinkable": fcntl.F_SEAL_GROW | 0x10}
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals.get(fault, 0x2 | 0x4 | 0x10))
+    before = kept()
+    try:
+        with pytest.raises(IntegrityError):
+            View(fd, 4096 if fault == "smaller" else 8192)
+        assert kept() == before
+    finally:
+        os.close(fd)
+
+
+def runs_of(lengths, gaps, base):
+    starts = base + np.cumsum(np.array(gaps) + np.array([0, *lengths[:-1]]))
+    return MemoryRuns(starts.astype(np.int64), np.array(lengths, dtype=np.int64))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_runs_are_cut_where_either_side_is_and_nowhere_else(data):
+    from sagellm.comm.kv_transfer._copy import mover, pair
+
+    total = data.draw(st.integers(1, 400))
+
+    def side(memory):
+        edges = sorted(data.draw(st.sets(st.integers(1, total), max_size=6)) | {total})
+        lengths = [b - a for a, b in zip([0, *edges], edges, strict=False)]
+        gaps = [data.draw(st.integers(0, 3)) for _ in lengths]
+        return runs_of(lengths, gaps, memory.ctypes.data)
+
+    source = np.random.default_rng(0).integers(0, 256, 500, dtype=np.uint8)
+    target = np.zeros(500, dtype=np.uint8)
+    a, b = side(source), side(target)
+    cuts = ints(*sorted(data.draw(st.sets(st.integers(1, total), max_size=3))))
+
+    paired = pair(a, b, cuts)
+    mover(paired.sources, paired.addresses)(0, len(paired.ends))
+
+    def gather(memory, runs):
+        places = zip(runs.addresses - memory.ctypes.data, runs.lengths, strict=True)
+        return np.concatenate([memory[i : i + n] for i, n in places])
+
+    assert np.array_equal(gather(source, a), gather(target, b))
+    joints = {int(e) for runs in (a, b) for e, x, n, y in zip(
+        np.cumsum(runs.lengths), runs.addresses, runs.lengths, runs.addresses[1:], strict=False)
+        if x + n != y}  # fmt: skip
+    assert paired.ends.tolist() == sorted({total, *joints, *cuts.tolist()})
+
+
+def python_calls(function):
+    """Calls of Python and C functions that it makes."""
+    calls = [0]
+
+    def count(frame, event, argument):
+        calls[0] += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls[0]
+
+
+def test_page_tables_are_converted_without_work_per_block(monkeypatch, layout):
+    from sagellm.comm.kv_transfer import _copy, _reference, _segment
+    from sagellm.comm.kv_transfer.plan import held_part
+    from sagellm.comm.kv_transfer.pool import PoolExtent, RegisteredPool, as_block_table
+
+    monkeypatch.setattr(_reference, "MAX_RUNS", 1 << 20)
+    one = layout(layers=1, page=1, dim=4, heads=1)
+    pool = RegisteredPool.allocate(one, 200_000)
+    try:
+        parts = {"kv": held_part(one.groups[0], "")}
+        view = Room(1)
+        (segment,) = _segment.shared_segments()
+        view.nbytes, view.address = segment.nbytes, segment.address
+
+        def convert(count):
+            ids = np.arange(count * 2 - 2, -1, -2)
+            table_ = as_block_table(pool, ids, unique=True)
+            runs = PoolExtent(pool, table_, parts).runs(0, 0, count)
+            found = _segment.locate(runs)
+            packed = table(np.full(count, segment.number), found.offsets, runs.lengths).pack()
+            there = _reference.Table.unpack(packed).runs({segment.number: view})
+            _copy.pair(there, runs, ints())
+            assert len(there.lengths) == count
+
+        convert(10)
+        assert python_calls(lambda: convert(100_000)) == python_calls(lambda: convert(100))
+    finally:
+        pool.close()
+
+
+def test_slots_are_used_again_and_words_taken_back_once():
+    from sagellm.comm.kv_transfer._board import BOARD_BYTES, Board
+
+    board = Board()
+    slots = BOARD_BYTES // 8
+    pledges = [board.pledge() for _ in range(slots)]
+    assert len({p.slot for p in pledges}) == slots
+    assert board.pledge() is None
+
+    pledges[3].revoke()
+    fresh = board.pledge()
+    pledges[3].revoke()
+
+    assert (fresh.slot, fresh.number) == (pledges[3].slot, slots + 1)
+    assert board.pledge() is None
+    board.close()
+    fresh.revoke()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_processes_of_other_users_are_turned_away(eventually):
+    from sagellm.comm.kv_transfer.transports import ShmTransport
+
+    transport = ShmTransport()
+    child = os.fork()
+    if child == 0:
+        outcome = 1
+        try:
+            os.setuid(65534)
+            ShmTransport.connect(transport, transport.endpoint(), b"t" * 32, 2.0)
+        except CommError:
+            outcome = 0
+        finally:
+            os._exit(outcome)
+    try:
+        _, status = os.waitpid(child, 0)
+
+        assert os.waitstatus_to_exitcode(status) == 0
+        eventually(lambda: transport.rejected == 1)
+    finally:
+        transport.close()
+
+
+# -- copy workers ---------------------------------------------------------------------------
+
+
+def workers_of(channel):
+    (segment,) = {s for s in [channel._engine.pool._segment] if s is not None}
+    return segment.workers
+
+
+def children():
+    mine = Path(f"/proc/{os.getpid()}/task")
+    return sum(len((t / "children").read_text().split()) for t in mine.iterdir())
+
+
+WORKING = {"settings": KVTransferSettings(transport="shm", copy_workers=1)}
+WORKING_UNCHECKED = {
+    "settings": KVTransferSettings(transport="shm", copy_workers=1, checksum=False)
+}
+
+
+@pytest.mark.parametrize("options", [WORKING, WORKING_UNCHECKED])
+def test_a_copy_worker_moves_blocks_without_this_process(shared, monkeypatch, options):
+    from sagellm.comm.kv_transfer.transports import _shm_link
+
+    def refuse(*_):
+        raise AssertionError("copied here")
+
+    out, a, into, b = shared(options=options, blocks=40)
+    monkeypatch.setattr(_shm_link, "mover", refuse)
+    ids = np.random.default_rng(1).permutation(40)[:30]
+
+    push(out, into, ids, ids[::-1])
+
+    assert all(torch.equal(a[n][ids], b[n][ids[::-1].copy()]) for n in a)
+    assert len(workers_of(into)) == 1
+
+
+def test_a_copy_worker_finds_damaged_blocks(shared, monkeypatch):
+    from sagellm.comm.kv_transfer import _writer
+
+    out, a, into, b = shared(options=WORKING)
+    real, flips = _writer.block_sums, [1]
+
+    def sum_then_flip(units, layer, first):
+        sums = real(units, layer, first)
+        if flips and flips.pop():
+            units[1][0][5] ^= 255
+        return sums
+
+    monkeypatch.setattr(_writer, "block_sums", sum_then_flip)
+    r, _ = push(out, into, [1, 2], [3, 4])
+
+    assert r.metrics.retries == 1
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_blocks_land_in_spite_of_a_copy_worker_in_trouble(shared, monkeypatch, how):
+    options = {"settings": KVTransferSettings(transport="shm", copy_workers=1, io_timeout_s=0.5)}
+    out, a, into, b = shared(options=options)
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    (worker,) = workers_of(into)._workers
+    os.kill(worker._process.pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+
+    push(out, into, [1, 2], [3, 4])
+
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+    assert worker._process.returncode == -signal.SIGKILL
+    assert len(workers_of(into)) == 0
+
+
+def test_a_transfer_given_up_ends_the_worker_that_is_stuck_in_it(shared):
+    out, _, into, b = shared(options=WORKING)
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    before = {n: t.clone() for n, t in b.items()}
+    (worker,) = workers_of(into)._workers
+    os.kill(worker._process.pid, signal.SIGSTOP)
+
+    out.transfer([1, 2], 1, key=KEY)
+    r = into.receive(KEY, [3, 4], deadline_s=0.5)
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+    assert worker._process.returncode == -signal.SIGKILL
+    assert all(torch.equal(b[n], before[n]) for n in b)
+
+
+def test_copy_workers_go_with_their_pool_and_let_go_of_peers(shared, eventually):
+    before = children()
+    out, _, into, _ = shared(options=WORKING)
+    assert children() == before + 2
+    push(out, into, [1], [2])
+    (worker,) = workers_of(into)._workers
+    assert len(worker._known) == 1
+
+    out.unregister(out._engine.pool)
+
+    eventually(lambda: not worker._known)
+    assert children() == before + 1
+    into.close()
+    assert children() == before
+
+
+def test_a_copy_worker_ends_with_its_parent(layout, eventually):
+    program = (
+        "import sys, os\n"
+        "from sagellm.comm.kv_transfer._segment import Segment\n"
+        "s = Segment(4096, 'x'); s.start_workers(1)\n"
+        "print(s.workers._workers[0]._process.pid, flush=True)\n"
+        "if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"  # holds our end of the socket
+        "os.kill(os.getpid(), 9)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    worker = int(process.stdout.readline())
+    process.wait(10)
+
+    def gone():
+        try:
+            state = Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        return state in "ZX"
+
+    eventually(gone, 10)
+    process.stdin.close()
+    process.stdout.close()

@@ -1,0 +1,161 @@
+"""The command that simulates algorithms on a cluster and draws how they scale."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from sagellm.comm.topology.cluster import ClusterShape, make_cluster
+from sagellm.comm.topology.planning import Plan, PlanRow, plan
+from sagellm.core.protocols import TopologyInfo
+
+from ._source import Commands, byte_count, read_topology
+
+__all__ = ["add_commands"]
+
+_SCHEMA = "sagellm.topology.plan/1"
+
+
+def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
+    """Add `plan`."""
+    parser = commands.add_parser(
+        "plan", parents=[source], help="simulate algorithms on a cluster, and how they scale",
+        description="Simulates a cluster of equal hosts: drawn ones, or copies of the host that "
+        "--from names.",
+    )  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=8, help="hosts (default: 8)")
+    parser.add_argument("--op", default="all_reduce", help="operation (default: all_reduce)")
+    parser.add_argument(
+        "--bytes", type=byte_count, default=256 << 20, metavar="SIZE", help="payload (256M)"
+    )
+    parser.add_argument("--algorithms", metavar="NAME,…", help="only these")
+    drawn = ClusterShape()
+    parser.add_argument("--gpus", type=int, default=drawn.gpus, help="per host (8)")
+    parser.add_argument("--nics", type=int, help="ports per host (one for each GPU)")
+    for name, value, what in (
+        ("fabric", drawn.fabric_bytes_per_s, "of a GPU into its host's fabric; 0: none"),
+        ("pcie", drawn.pcie_bytes_per_s, "of a PCIe link"),
+        ("port", drawn.nic_bytes_per_s, "of a network port"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=float, default=value / 1e9, metavar="GB/s",
+            help=f"bandwidth {what} ({value / 1e9:g})",
+        )  # fmt: skip
+    parser.add_argument("--rack", type=int, default=drawn.rack_nodes, help="hosts in a rack (32)")
+    parser.add_argument(
+        "--oversubscription", type=float, default=1.0, metavar="RATIO",
+        help="ports of a leaf switch over its way to the spine (1)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    start_s = time.perf_counter()
+    names = args.algorithms.split(",") if args.algorithms else None
+    found = plan(_cluster(args), args.op, args.bytes, algorithms=names)
+    elapsed_s = time.perf_counter() - start_s
+    if args.json:
+        rows = [dataclasses.asdict(row) for row in found.rows]
+        print(json.dumps({
+            "schema": _SCHEMA, "op": found.op, "nbytes": found.nbytes, "assumed": found.assumed,
+            "elapsed_s": elapsed_s, "rows": rows,
+        }, indent=1))  # fmt: skip
+    else:
+        _show(found, elapsed_s)
+    return 0
+
+
+def _cluster(args: argparse.Namespace) -> TopologyInfo:
+    if args.source:
+        from sagellm.comm.topology._gather import join_hosts
+
+        host = read_topology(args)
+        return host if host.num_nodes > 1 else join_hosts([host] * args.nodes)
+    return make_cluster(
+        ClusterShape(
+            nodes=args.nodes,
+            gpus=args.gpus,
+            nics=args.gpus if args.nics is None else args.nics,
+            fabric_bytes_per_s=args.fabric * 1e9,
+            pcie_bytes_per_s=args.pcie * 1e9,
+            nic_bytes_per_s=args.port * 1e9,
+            rack_nodes=args.rack,
+            oversubscription=args.oversubscription,
+        )
+    )
+
+
+def _show(found: Plan, elapsed_s: float) -> None:
+    from rich.console import Console
+
+    from sagellm.comm.topology._chart import chart
+    from sagellm.comm.topology.render import bytes_text
+
+    console = Console()
+    nodes = max(row.nodes for row in found.rows)
+    console.print(_table(found, nodes, bytes_text(found.nbytes)))
+    counts = sorted({row.nodes for row in found.rows})
+    curves = {
+        name: points
+        for name in dict.fromkeys(row.algorithm for row in found.rows)
+        if (
+            points := [
+                (r.nodes, r.time_us) for r in found.rows if r.algorithm == name and r.time_us
+            ]
+        )
+    }
+    if len(counts) > 1:
+        width = max(20, min(64, console.width - 16))
+        console.print(chart(curves, xs=counts, unit="us", width=width))
+        console.print(" " * 11 + "hosts; fastest: " + _fastest(found, counts), highlight=False)
+    if found.assumed:
+        console.print(f"bandwidth assumed, as nobody stated it: {', '.join(found.assumed)}")
+    console.print(f"simulated in {elapsed_s:.1f} s", style="dim", highlight=False)
+
+
+def _fastest(found: Plan, counts: list[int]) -> str:
+    """`two_shot to 1, hierarchical to 512`: the fastest algorithm by number of hosts."""
+    spans: list[tuple[str, int]] = []
+    for count in counts:
+        best = found.best(count)
+        name = best.algorithm if best else "?"
+        if spans and spans[-1][0] == name:
+            spans.pop()
+        spans.append((name, count))
+    return ", ".join(f"{name} to {count}" for name, count in spans)
+
+
+def _table(found: Plan, nodes: int, payload: str) -> object:
+    from rich import box
+    from rich.table import Table
+
+    rows = [row for row in found.rows if row.nodes == nodes]
+    best = found.best(nodes)
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left",
+        title=f"{found.op} of {payload} on {nodes} hosts, {rows[0].ranks} accelerators",
+    )  # fmt: skip
+    table.add_column("algorithm", no_wrap=True)
+    for name in ("time", "bus bandwidth", "slower than best"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in sorted(rows, key=_merit):
+        if row.time_us is None or best is None or not best.time_us:
+            table.add_row(row.algorithm, row.left_out or "0 us", "", "", style="dim")
+            continue
+        rate = f"{(row.busbw_bytes_per_s or 0) / 1e9:.1f} GB/s"
+        slower = f"{row.time_us / best.time_us:.2f} x" if row is not best else "best"
+        style = "bold green" if row is best else ""
+        table.add_row(row.algorithm, _time_text(row.time_us), rate, slower, style=style)
+    return table
+
+
+def _merit(row: PlanRow) -> tuple[bool, float, str]:
+    return row.time_us is None, row.time_us or 0.0, row.algorithm
+
+
+def _time_text(time_us: float) -> str:
+    return f"{time_us / 1e3:,.2f} ms" if time_us >= 1e4 else f"{time_us:,.1f} us"

@@ -1,0 +1,167 @@
+"""Detectors that run a vendor's command-line tool, where commands are allowed.
+
+A command costs 0.3-2 s, so that none runs on the default path. Tools print errors on standard
+output and end with 0: only what reads as a table counts. The tools of Ascend, MetaX, Moore Threads
+and Kunlun have their detectors in `sagellm-comm-domestic`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sagellm.core.protocols import (
+    DetectionContext,
+    Detector,
+    DetectorSpec,
+    IntegrityError,
+    TopologyFragment,
+)
+
+from ._sysfs import normal_bdf
+
+__all__ = ["CNMON", "HY_SMI", "IXSMI", "NVIDIA_SMI", "ROCM_SMI", "Tool", "ToolDetector"]
+
+_PRECEDENCE = 40
+_LONGEST_S = 10.0
+_QUERY = ("--query-gpu=index,pci.bus_id,uuid", "--format=csv,noheader")
+_CSV = re.compile(r"^\s*(\d+)\s*,\s*([0-9A-Fa-f:.]+)\s*(?:,\s*([\w\-]+))?\s*$")
+_BUS = re.compile(r"^\s*\w+\[(\d+)\]\s*:\s*PCI Bus:\s*([0-9A-Fa-f:.]+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """How one tool is asked.
+
+    Attributes:
+        name: The command.
+        vendor: Lower-case maker of its devices.
+        tables: Arguments of each run that prints a matrix.
+        addresses: Arguments of the run that gives bus addresses; empty without one.
+
+    """
+
+    name: str
+    vendor: str
+    tables: tuple[tuple[str, ...], ...]
+    addresses: tuple[str, ...] = ()
+
+
+class ToolDetector:
+    """Runs a tool and reads its tables; a `Detector`."""
+
+    def __init__(self, tool: Tool) -> None:
+        self._tool = tool
+
+    def detect(self, ctx: DetectionContext) -> TopologyFragment:
+        """What the tool prints, never raising; empty without the tool or without permission."""
+        tool = self._tool
+        if not ctx.allow_commands:
+            return TopologyFragment(tool.name)
+        warnings: list[str] = []
+        found: TopologyFragment | None = None
+        for arguments in tool.tables:
+            text = _run(ctx, tool, arguments, warnings)
+            if text is None:
+                break
+            fragment = _read(tool, arguments, text, warnings)
+            found = _together(found, fragment) if found and fragment else found or fragment
+        if found is None:
+            return TopologyFragment(tool.name, warnings=tuple(warnings))
+        if tool.addresses:
+            text = _run(ctx, tool, tool.addresses, warnings)
+            found = _addressed(found, text or "", tool.vendor)
+        nameless = [d.id for d in found.devices if d.kind in ("gpu", "npu") and d.bdf is None]
+        if nameless:
+            warnings.append(f"no bus address for {', '.join(nameless)}: known by number alone")
+        return replace(found, warnings=(*warnings, *found.warnings))
+
+
+def _run(
+    ctx: DetectionContext, tool: Tool, arguments: Sequence[str], warnings: list[str]
+) -> str | None:
+    """Standard output; None when the tool is not there, hangs or cannot be run."""
+    left_s = min(_LONGEST_S, ctx.deadline_s - ctx.clock())
+    said = " ".join((tool.name, *arguments))
+    if left_s <= 0:
+        warnings.append(f"no time left for `{said}`")
+        return None
+    try:
+        done = ctx.run([tool.name, *arguments], left_s)
+    except FileNotFoundError:
+        return None
+    except TimeoutError:
+        warnings.append(f"`{said}` did not end within {left_s:.1f} s")
+        return None
+    except OSError as e:
+        warnings.append(f"`{said}` cannot be run: {e}")
+        return None
+    if done.returncode != 0:
+        warnings.append(
+            f"`{said}` ended with {done.returncode}: {_first(done.stderr, done.stdout)}"
+        )
+    return done.stdout
+
+
+def _read(
+    tool: Tool, arguments: Sequence[str], text: str, warnings: list[str]
+) -> TopologyFragment | None:
+    from .importers import read_fragment  # not needed where no command runs
+
+    try:
+        return read_fragment(text.encode(), vendor=tool.vendor, source=tool.name)
+    except IntegrityError:
+        said = " ".join((tool.name, *arguments))
+        warnings.append(f"`{said}` printed no table: {_first(text)}")
+        return None
+
+
+def _together(a: TopologyFragment, b: TopologyFragment) -> TopologyFragment:
+    known = {d.id for d in a.devices}
+    return replace(
+        a,
+        devices=(*a.devices, *(d for d in b.devices if d.id not in known)),
+        links=(*a.links, *b.links),
+        domains=(*a.domains, *b.domains),
+        pairs=(*a.pairs, *b.pairs),
+        warnings=(*a.warnings, *b.warnings),
+    )
+
+
+def _addressed(found: TopologyFragment, text: str, vendor: str) -> TopologyFragment:
+    """The devices with the bus addresses and UUIDs that another run printed."""
+    told: dict[int, tuple[str, str | None]] = {}
+    for line in text.splitlines():
+        match = _CSV.match(line) or _BUS.match(line)
+        bdf = normal_bdf(match[2]) if match else None
+        if match and bdf:
+            told[int(match[1])] = (bdf, match[3] if match.re is _CSV else None)
+    devices = tuple(
+        replace(d, bdf=told[d.index][0], uuid=d.uuid or told[d.index][1])
+        if d.vendor == vendor and d.index in told and d.kind in ("gpu", "npu")
+        else d
+        for d in found.devices
+    )
+    return replace(found, devices=devices)
+
+
+def _first(*texts: str) -> str:
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    return repr(lines[0][:120]) if lines else "nothing"
+
+
+def _spec(tool: Tool, vendors: tuple[str, ...]) -> DetectorSpec:
+    def load() -> Detector:
+        return ToolDetector(tool)
+
+    return DetectorSpec(tool.name, _PRECEDENCE, load, vendors)
+
+
+NVIDIA_SMI = _spec(
+    Tool("nvidia-smi", "nvidia", (("topo", "-m"), ("topo", "-p2p", "r")), _QUERY), ("0x10de",)
+)
+ROCM_SMI = _spec(Tool("rocm-smi", "amd", (("--showtopo",),), ("--showbus",)), ("0x1002",))
+HY_SMI = _spec(Tool("hy-smi", "hygon", (("--showtopo",),), ("--showbus",)), ("0x1d94",))
+IXSMI = _spec(Tool("ixsmi", "iluvatar", (("topo", "-m"),), _QUERY), ("0x1e3e",))
+CNMON = _spec(Tool("cnmon", "cambricon", (("topo", "-m"),)), ("0xcabc",))

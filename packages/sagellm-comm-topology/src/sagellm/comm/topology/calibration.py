@@ -1,0 +1,103 @@
+"""Which sizes to measure: few, and where the curve bends or switches protocol.
+
+A first handful of sizes spans the range. Then the gap in which straight and bent interpolation
+disagree most, or whose ends their neighbours miss most, is halved, until the budget is spent or
+every gap is narrow or agreed upon. A jump (a library changing its protocol) is missed by both
+neighbours, so that the knots close in on it from both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from sagellm.core.protocols import ConfigError
+
+from ._cost_curve import Curve
+
+__all__ = ["calibrate"]
+
+_FIRST_KNOTS = 4
+_NARROWEST_OCTAVES = 0.75  # a gap of less is left alone: the switch is pinned down
+
+
+def calibrate(
+    measure: Callable[[int], Sequence[float]],
+    *,
+    op: str,
+    algorithm: str,
+    group_size: int,
+    smallest: int = 4 << 10,
+    largest: int = 256 << 20,
+    knots: int = 12,
+    tolerance: float = 0.02,
+    multiple: int = 8,
+) -> list[Mapping[str, Any]]:  # Any: JSON-like rows
+    """Rows for `CostModel.observe`, measured at adaptively chosen sizes, in rising size.
+
+    With several ranks, every rank calls this and `measure` must give all of them the same times
+    (the slowest rank's, say): the next size follows from the times of the last.
+
+    Args:
+        measure: Microseconds of some repeats at a payload; at least five are advised.
+        op: Operation that `measure` runs.
+        algorithm: Algorithm by which it runs.
+        group_size: Ranks that take part.
+        smallest: First payload in bytes.
+        largest: Last payload in bytes.
+        knots: Most sizes that are measured, at least 2.
+        tolerance: Relative doubt within which a gap is left alone.
+        multiple: Sizes are multiples of it.
+
+    Raises:
+        ConfigError: The range is empty, or fewer than two knots are allowed.
+
+    """
+    if not 0 < smallest < largest or knots < 2 or multiple < 1:
+        raise ConfigError(
+            f"calibration from {smallest} to {largest} bytes by {knots} sizes that are multiples "
+            f"of {multiple}: needs 0 < smallest < largest, 2 sizes and a multiple of 1"
+        )
+    times: dict[int, list[float]] = {}
+
+    def take(nbytes: int) -> None:
+        times[nbytes] = [float(t) for t in measure(nbytes)]
+        if not times[nbytes] or min(times[nbytes]) <= 0:
+            raise ConfigError(f"measuring {nbytes} bytes gave {times[nbytes]}, no times above 0")
+
+    first = min(_FIRST_KNOTS, knots)
+    for i in range(first):
+        nbytes = _rounded(smallest * (largest / smallest) ** (i / (first - 1)), multiple)
+        if nbytes not in times:
+            take(nbytes)
+    while len(times) < knots:
+        found = _doubtful(times, tolerance, multiple)
+        if found is None:
+            break
+        take(found)
+    return [
+        {"op": op, "algorithm": algorithm, "group_size": group_size, "nbytes": n, "time_us": t}
+        for n in sorted(times)
+        for t in times[n]
+    ]
+
+
+def _doubtful(times: Mapping[int, Sequence[float]], tolerance: float, multiple: int) -> int | None:
+    """The middle of the gap that is known worst; None when none is worth a measurement."""
+    curve = Curve([(n, median(t)) for n, t in times.items()])
+    doubts = []
+    for (low, _), (high, _) in zip(curve.points, curve.points[1:], strict=False):
+        middle = _rounded(math.sqrt(low * high), multiple)
+        octaves = math.log2(high / low)
+        if octaves < _NARROWEST_OCTAVES or not low < middle < high:
+            continue
+        doubt = curve.doubt(middle)
+        if doubt > tolerance:
+            doubts.append((-doubt * octaves, middle))
+    return min(doubts)[1] if doubts else None
+
+
+def _rounded(nbytes: float, multiple: int) -> int:
+    return max(multiple, round(nbytes / multiple) * multiple)

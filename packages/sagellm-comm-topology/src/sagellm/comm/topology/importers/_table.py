@@ -1,0 +1,197 @@
+"""Tables of devices against devices, as `topo -m` and its cousins print them.
+
+Tools separate cells by tabs or spaces, glue them, leave them out and cut them off. A table is read
+by what its words can mean, and by position only where a word could mean two things.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["ACCELERATOR", "Table", "read_tables"]
+
+ACCELERATOR = re.compile(r"^(GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|Phy-ID)(\d+)$", re.IGNORECASE)
+"""Labels of accelerators; every other label is a NIC's."""
+
+_LABEL = r"(?:GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|NIC|HCA|Phy-ID)\d+"
+_GLUED_LABELS = re.compile(rf"(?:{_LABEL}){{2,}}", re.IGNORECASE)
+_NAME = re.compile(r"^[A-Za-z][\w.\-]*\d[\w.\-]*$")
+_TITLE = re.compile(
+    r"(?P<own>GPU\s+NUMA\s+ID|NPU\s+NUMA\s+ID)"
+    r"|(?P<cpu>CPU\s+Affinity)"
+    r"|(?P<numa>NUMA\s+Affinity|Node\s+Affinity|NUMA\s+Node|NUMA\s+ID)",
+    re.IGNORECASE,
+)
+_CELL = (
+    r"NV\d+|MT\d+|MLK\d+|MLK|MXLK\d*|MX\d*|XGMI|HCCS_SW|HCCS|SIO|UB|XL\d*|IX\d+|C2C"
+    r"|PIX|PXB|PHB|NODE|SYS|SOC|PCIE|ETH|SGL|MUL|H_B|CPU|HSW"
+    r"|OK|CNS|GNS|TNS|NS|DR|UNKNOWN|UNK|U|N/A|NA|X|\?|-"
+)
+_CELLS = re.compile(rf"^(?:{_CELL})+$", re.IGNORECASE)
+_ONE_CELL = re.compile(_CELL, re.IGNORECASE)
+_WHOLE = re.compile(rf"^(?:{_CELL}|\d+)$", re.IGNORECASE)
+_COLUMN_SLACK = 6
+
+
+@dataclass(slots=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: The nearest line with words above it.
+        labels: Columns that stand for devices, in order.
+        titles: What the columns after them hold: `cpu`, `numa`, `own`.
+        rows: Label to its cells, one for each column; None where a cell is missing.
+        tails: Label to what the columns after them say; only cells that are filled.
+        warnings: What could not be read.
+
+    """
+
+    title: str
+    labels: list[str]
+    titles: list[str]
+    rows: dict[str, list[str | None]] = field(default_factory=dict)
+    tails: dict[str, dict[str, str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    _offset: int = 0
+    _spans: list[tuple[str, int]] = field(default_factory=list)
+
+
+def read_tables(lines: Iterable[str]) -> Iterator[Table]:
+    """Every table in the lines; lines that are no rows do not end one, the next header does."""
+    table: Table | None = None
+    title = ""
+    for line in lines:
+        header = _header(line, title)
+        if header is not None:
+            if table is not None:
+                yield _checked(table)
+            table = header
+            continue
+        if table is not None and _row(table, line):
+            continue
+        if line.strip():
+            title = line.strip(" =-\t")
+    if table is not None:
+        yield _checked(table)
+
+
+def _checked(table: Table) -> Table:
+    absent = [label for label in table.labels if label not in table.rows]
+    if absent:
+        table.warnings.append(f"no row for {_some(absent)}")
+    return table
+
+
+def _header(line: str, title: str) -> Table | None:
+    """The table that a line opens, or None when it opens none."""
+    if not line.strip():
+        return None
+    line = line.expandtabs()
+    spans = [(m.lastgroup or "", m.start()) for m in _TITLE.finditer(line)]
+    names = line[: spans[0][1]] if spans else line
+    labels: list[str] = []
+    for word in names.split():
+        if _GLUED_LABELS.fullmatch(word):
+            labels += re.findall(_LABEL, word, re.IGNORECASE)
+        elif _NAME.match(word) and not _WHOLE.match(word):
+            labels.append(word)
+        else:
+            return None
+    if not labels or not ACCELERATOR.match(labels[0]) or len(set(labels)) < len(labels):
+        return None
+    if len(labels) == 1 and not spans and not line[:1].isspace():
+        return None  # a word at the start of a line, not the header of one device
+    return Table(
+        title,
+        labels,
+        [kind for kind, _ in spans],
+        _offset=line.rfind(labels[-1], 0, spans[0][1] if spans else len(line)),
+        _spans=spans,
+    )
+
+
+def _row(table: Table, line: str) -> bool:
+    """Read one row into the table; False when the line is none."""
+    label, _, rest = (
+        line.strip().partition(" ") if "\t" not in line else line.strip().partition("\t")
+    )
+    label, glued, more = label.partition(" ")
+    rest = f"{more} {rest}" if glued else rest
+    if label not in table.labels or label in table.rows:
+        return False
+    if "\t" in line:
+        cells, tail = _cells_of_tabs(rest.split("\t"), len(table.labels))
+        found = _tail_of_tabs(table, tail)
+    else:
+        cells, found = _words(table, line)
+    if not any((c and _CELLS.match(c)) or (c and c.isdigit()) for c in cells):
+        return False
+    strange = [c for c in cells if c and not _WHOLE.match(c)]
+    if strange:
+        table.warnings.append(f"row {label}: {_some(strange)} is no link class")
+        cells = [c if c and _WHOLE.match(c) else None for c in cells]
+    missing = len(table.labels) - len(cells)
+    if missing > 0:
+        table.warnings.append(f"row {label} is cut: {missing} of {len(table.labels)} cells missing")
+        cells += [None] * missing
+    table.rows[label] = cells
+    table.tails[label] = {k: v for k, v in found.items() if v}
+    return True
+
+
+def _split(word: str) -> list[str]:
+    """Cells that a tool printed without anything between them."""
+    if _WHOLE.match(word) or not _CELLS.match(word):
+        return [word]
+    return _ONE_CELL.findall(word)
+
+
+def _cells_of_tabs(fields: Sequence[str], wanted: int) -> tuple[list[str | None], list[str]]:
+    cells: list[str | None] = []
+    for used, text in enumerate(fields):
+        if len(cells) >= wanted:
+            return cells[:wanted], [f.strip() for f in fields[used:]]
+        words = text.split()
+        if not words:
+            cells.append(None)
+        for word in words:
+            cells += _split(word)
+    return cells[:wanted], []
+
+
+def _tail_of_tabs(table: Table, tail: list[str]) -> dict[str, str]:
+    """Affinity cells by position; tools put a second tab before the last column."""
+    while len(tail) > len(table.titles) and "" in tail:
+        del tail[len(tail) - 1 - tail[::-1].index("")]
+    return dict(zip(table.titles, tail, strict=False))
+
+
+def _words(table: Table, line: str) -> tuple[list[str | None], dict[str, str]]:
+    """Cells and affinities of a row without tabs."""
+    words = [(m.group(), m.start()) for m in re.finditer(r"\S+", line)][1:]
+    cells: list[str | None] = []
+    last = 0
+    while words and len(cells) < len(table.labels):
+        word, last = words.pop(0)
+        cells += _split(word)
+    if len(words) == len(table.titles):
+        return cells, {k: w for k, (w, _) in zip(table.titles, words, strict=True)}
+    found: dict[str, str] = {}
+    # A cell is blank: columns decide, moved by what the header lost on its left.
+    shift = last - table._offset
+    for word, start in words:
+        ranked = sorted(
+            (abs(start - shift - at), kind) for kind, at in table._spans if kind not in found
+        )
+        if ranked and ranked[0][0] <= _COLUMN_SLACK:
+            found[ranked[0][1]] = word
+        else:
+            table.warnings.append(f"{word!r} stands under no column; left out")
+    return cells, found
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

@@ -1,0 +1,141 @@
+"""Reads a file of any known format.
+
+Nothing is fetched, run or trusted: sizes are bounded, XML has no DTD or entities, and what cannot
+be read is a warning of the fragment. Only a file of no known format is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+from sagellm.core.protocols import ConfigError, IntegrityError, TopologyFragment, TopologyInfo
+
+from ._text import plain_lines
+
+__all__ = ["FORMATS", "Format", "import_topology", "read_fragment"]
+
+Format = Literal["json", "nccl-xml", "hwloc-xml", "matrix", "rocm", "lspci", "nvidia-smi-list"]
+"""Names of the formats. `nccl-xml` is RCCL's too; `matrix` is `topo -m` of NVIDIA, MetaX, Moore
+Threads, Iluvatar, Kunlun and Cambricon, `topo -p2p`, `npu-smi info -t topo` and our own."""
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+"""Every format that can be read."""
+
+USER_FILE = 100
+"""Precedence of a file that a user names."""
+
+
+def known_format(name: str | None) -> Format | None:
+    """The format of that name; None stays None.
+
+    Raises:
+        ConfigError: There is no such format; the message lists the known ones.
+
+    """
+    for form in FORMATS:
+        if name == form:
+            return form
+    if name is None:
+        return None
+    raise ConfigError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
+
+
+def import_topology(
+    data: bytes,
+    *,
+    form: Format | None = None,
+    vendor: str | None = None,
+    source: str = "",
+) -> TopologyInfo:
+    """The topology that a file describes, by itself.
+
+    Args:
+        data: The file's content.
+        form: Its format; None tells it by the content.
+        vendor: Maker of the accelerators, for text that names none (`iluvatar`, …).
+        source: Name of the source in links and warnings; "" is the tool's.
+
+    Raises:
+        IntegrityError: The content is of no known format, too large, or forbidden XML.
+        ConfigError: `form` is not known.
+
+    """
+    from sagellm.comm.topology.merge import merge
+
+    return merge([(USER_FILE, read_fragment(data, form=form, vendor=vendor, source=source))])
+
+
+def read_fragment(
+    data: bytes,
+    *,
+    form: Format | None = None,
+    vendor: str | None = None,
+    source: str = "",
+) -> TopologyFragment:
+    """What a file says, to be merged with what others say; see `import_topology`."""
+    form = known_format(form)
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if form in ("nccl-xml", "hwloc-xml") or (form is None and start.startswith(b"<")):
+        return _xml(data, source)
+    if form == "json" or (form is None and start.startswith((b"{", b"["))):
+        return _json(data, source)
+    return _text(data, form, vendor, source)
+
+
+def _xml(data: bytes, source: str) -> TopologyFragment:
+    from ._xml import parse_xml
+    from .hwloc_xml import read_hwloc
+    from .nccl_xml import read_nccl
+
+    warnings: list[str] = []
+    root = parse_xml(data, warnings)
+    if root.tag in ("system", "graphs"):
+        found = read_nccl(root, source=source)
+    elif root.tag == "topology":
+        found = read_hwloc(root, source=source)
+    else:
+        raise IntegrityError(
+            f"XML of <{root.tag[:40]}>; NCCL writes <system>, hwloc writes <topology>"
+        )
+    return _told(found, warnings)
+
+
+def _json(data: bytes, source: str) -> TopologyFragment:
+    from sagellm.comm.topology.export import from_json
+
+    info = from_json(data)
+    return TopologyFragment(
+        source or "json", info.devices, info.links, info.domains, info.warnings, pairs=info.pairs
+    )
+
+
+def _text(data: bytes, form: Format | None, vendor: str | None, source: str) -> TopologyFragment:
+    from .lists import read_lspci, read_smi_list
+    from .matrix import read_matrix
+    from .rocm import looks_like_rocm, read_rocm
+
+    warnings: list[str] = []
+    lines = plain_lines(data, warnings)
+    readers: dict[Format, Callable[..., TopologyFragment | None]] = {
+        "rocm": read_rocm,
+        "matrix": read_matrix,
+        "nvidia-smi-list": read_smi_list,
+        "lspci": read_lspci,
+    }
+    order: Sequence[Format] = [form] if form else list(readers)
+    for name in order:
+        if name == "rocm" and form is None and not looks_like_rocm(lines):
+            continue
+        found = readers[name](lines, source=source, vendor=vendor)
+        if found is not None:
+            return _told(found, warnings)
+    raise IntegrityError(
+        f"no {form or 'known format'} in {len(data)} bytes of text; known: {', '.join(FORMATS)}"
+    )
+
+
+def _told(fragment: TopologyFragment, warnings: list[str]) -> TopologyFragment:
+    from dataclasses import replace
+
+    return replace(fragment, warnings=(*warnings, *fragment.warnings))

@@ -209,15 +209,15 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
         goal = 1 / 1.1 if name.startswith("quant") else None
         words = f"KL of {name} without outlier channels / with them"
         result.append(Ratio(words, case, without / with_, goal))
-    for ours, peer, goals in (
+    for ours, peer, least in (
         ("quant 0.25", "zstd-1", (0.8, 0.8)),
         ("lossless-fast", "ZipNN", (1.0, 0.6)),
     ):
-        for way, least in zip(("encode", "decode"), goals, strict=True):
+        for way, floor in zip(("encode", "decode"), least, strict=True):
             figure = f"{way}, GB/s of one core"
             a, b = found.get((figure, ours)), found.get((figure, peer))
-            value = a / b if a and b else None
-            result.append(Ratio(f"{way} speed of {ours} / {peer}", case, value, least))
+            share = a / b if a and b else None
+            result.append(Ratio(f"{way} speed of {ours} / {peer}", case, share, floor))
     return result
 
 

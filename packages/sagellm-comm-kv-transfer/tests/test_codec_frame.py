@@ -20,7 +20,7 @@ from sagellm.core.protocols import (
     ResourceError,
 )
 
-MUTANTS = int(os.environ.get("SAGELLM_TEST_FUZZ_MUTANTS", "4000"))
+MUTANTS = int(os.environ.get("SAGELLM_KV_FUZZ_MUTANTS", "4000"))
 
 
 def frame_of(codec="quant", **fields):

@@ -19,7 +19,7 @@ from sagellm.comm.kv_transfer.compression.frame import split
 
 LOSSLESS = [n for n in codec_names() if load_codec_spec(n).lossless]
 LOSSY = [n for n in codec_names() if n not in LOSSLESS]
-LARGE_MIB = int(os.environ.get("SAGELLM_TEST_LARGE_MIB", "256"))
+LARGE_MIB = int(os.environ.get("SAGELLM_KV_LARGE_MIB", "256"))
 
 
 def coded(name, x, **fields):

@@ -8,9 +8,10 @@ a payload is, from the top plane down, `mode u8 | bytes u32 | bytes` per plane.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sagellm.comm.kv_transfer.memory import bytes_of
 from sagellm.core.protocols import CodecSpec, IntegrityError, KVCodec
@@ -41,6 +42,9 @@ class LosslessCodec(KVCodec, SectionCodec):
 
     _nibbles = True
 
+    def __init__(self) -> None:
+        self._held: dict[str, Bytes] = {}
+
     def encode(self, block: memoryview, *, dtype: str) -> bytes:
         """A block of values of which only the type is known."""
         values = np.frombuffer(block, np.uint8)
@@ -67,11 +71,10 @@ class LosslessCodec(KVCodec, SectionCodec):
 
     def _pack(self, values: Bytes, dtype: str, channels: int) -> bytes:
         width = ITEM_BYTES.get(dtype, 1)
-        turned = _turned(values, width, left=True) if dtype in _FLOATS else values
-        planes = turned.reshape(-1, width)
+        planes = self._split(values, width, turned=dtype in _FLOATS)
         coded = []
         for i in reversed(range(width)):
-            plane = np.ascontiguousarray(planes[:, i])
+            plane = planes[i]
             top = i == width - 1
             mode, data = _RAW, cast("bytes", plane.data)
             if top and self._nibbles and dtype in ("bfloat16", "float32"):
@@ -88,8 +91,8 @@ class LosslessCodec(KVCodec, SectionCodec):
     def _unpack(self, payload: memoryview, out: Bytes, dtype: str, channels: int) -> None:
         width = ITEM_BYTES.get(dtype, 1)
         count, at = len(out) // width, 0
-        turned = np.empty_like(out) if dtype in _FLOATS else out
-        planes = turned.reshape(-1, width)
+        words = out.view(f"<u{width}")
+        wider = self._room("wider", count, words.dtype)
         for i in reversed(range(width)):
             if len(payload) < at + _PLANE.size:
                 raise IntegrityError(f"a lossless section of {len(payload)} bytes ends early")
@@ -98,33 +101,55 @@ class LosslessCodec(KVCodec, SectionCodec):
             data = payload[at : at + length]
             at += length
             if mode == _RAW and len(data) == count:
-                planes[:, i] = np.frombuffer(data, np.uint8)
+                plane = np.frombuffer(data, np.uint8)
             elif mode == _HUFFMAN:
-                planes[:, i] = inflate(data, count)
+                plane = inflate(data, count)
             elif mode == _NIBBLES:
-                planes[:, i] = _from_nibbles(data, count, channels)
+                plane = _from_nibbles(data, count, channels)
             else:
                 raise IntegrityError(f"plane {i}: mode {mode}, {len(data)} bytes, {count} values")
+            if i == width - 1:
+                np.copyto(words, plane)
+                continue
+            np.left_shift(words, words.dtype.type(8), out=words)
+            np.bitwise_or(words, plane, out=words)
         if at != len(payload):
             raise IntegrityError(f"a lossless section of {len(payload)} bytes; planes end at {at}")
-        if turned is not out:
-            out[:] = _turned(turned, width, left=False)
+        if dtype in _FLOATS:
+            np.left_shift(words, words.dtype.type(8 * width - 1), out=wider)
+            np.right_shift(words, words.dtype.type(1), out=words)
+            np.bitwise_or(words, wider, out=words)
+
+    def _split(self, values: Bytes, width: int, *, turned: bool) -> list[Bytes]:
+        """Planes of bytes, the lowest first; floats are rotated left by one bit before."""
+        if width == 1:
+            return [values]
+        words = values.view(f"<u{width}")
+        shifted = self._room("wider", len(words), words.dtype)
+        if turned:
+            rotated = self._room("rotated", len(words), words.dtype)
+            np.left_shift(words, words.dtype.type(1), out=rotated)
+            np.right_shift(words, words.dtype.type(8 * width - 1), out=shifted)
+            words = np.bitwise_or(rotated, shifted, out=rotated)
+        planes = self._room("planes", width * len(words), np.dtype(np.uint8)).reshape(width, -1)
+        for i, plane in enumerate(planes):
+            part = np.right_shift(words, words.dtype.type(8 * i), out=shifted) if i else words
+            np.copyto(plane, part, casting="unsafe")
+        return list(planes)
+
+    def _room(self, name: str, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:  # Any: unsigned
+        """A buffer that is kept from call to call."""
+        held = self._held.get(name)
+        nbytes = count * dtype.itemsize
+        if held is None or len(held) < nbytes:
+            held = self._held[name] = np.empty(nbytes, np.uint8)
+        return held[:nbytes].view(dtype)
 
 
 class FastLosslessCodec(LosslessCodec):
     """Exponents are coded as they are: hardly larger, and faster."""
 
     _nibbles = False
-
-
-def _turned(values: Bytes, width: int, *, left: bool) -> Bytes:
-    """Every value rotated by one bit."""
-    words = values.view(f"<u{width}")
-    one, rest = words.dtype.type(1), words.dtype.type(8 * width - 1)
-    up, down = (one, rest) if left else (rest, one)
-    turned = words << up
-    turned |= words >> down
-    return cast("Bytes", turned.view(np.uint8))
 
 
 def _shrinks(plane: Bytes) -> bool:

@@ -179,6 +179,32 @@ def test_values_that_do_not_fit_the_receiver_are_refused_before_they_are_decoded
         )
 
 
+@pytest.mark.parametrize("codec", ["quant", "lossless", "lossless-fast", "zstd", "zstd-planes"])
+@pytest.mark.parametrize("size", [1 << 28, 1 << 40, 16])
+def test_zstd_frames_that_lie_about_their_size_are_refused(codec, size):
+    # a frame of one block of repeated bytes whose header declares `size`
+    lie = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + b"\x03\x00\x10\x41"
+    frame = frame_of(codec)
+    header, sections = split(memoryview(frame))
+    entry, payload = sections[0]
+    start = payload.tobytes().find(b"\x28\xb5\x2f\xfd")
+    swapped = payload.tobytes()[:start] + lie
+    if codec.startswith("lossless"):  # the plane's length stands before it
+        at = start - 4
+        if codec == "lossless":
+            at = 1
+        swapped = swapped[:at] + struct.pack("<I", len(swapped) - at - 4) + swapped[at + 4 :]
+    first = header.payload_offset
+    data = bytearray(frame[:first] + swapped + frame[first + entry.nbytes :])
+    struct.pack_into("<I", data, len(header.data), len(swapped))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    assert start >= 0
+    with pytest.raises(IntegrityError, match=r"zstd frame|does not hold|bytes of"):
+        Compressor("none", workers=1).decode(resealed(bytes(data)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+
+
 def test_a_codec_that_is_not_installed_is_named():
     frame = frame_of().replace(b"\xa5quant", b"\xa5quanX")
 

@@ -13,11 +13,11 @@ from sagellm.comm.kv_transfer.compression import (
     Compressor,
     TensorLayout,
     codec_names,
-    load_codec_spec,
+    section_codec_spec,
 )
 from sagellm.comm.kv_transfer.compression.frame import split
 
-LOSSLESS = [n for n in codec_names() if load_codec_spec(n).lossless]
+LOSSLESS = [n for n in codec_names() if section_codec_spec(n).lossless]
 LOSSY = [n for n in codec_names() if n not in LOSSLESS]
 LARGE_MIB = int(os.environ.get("SAGELLM_KV_LARGE_MIB", "256"))
 

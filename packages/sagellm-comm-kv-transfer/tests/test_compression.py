@@ -17,6 +17,8 @@ def test_the_codecs_are_found_by_entry_point():
         create_codec("zst")
     with pytest.raises(ConfigError, match="needs a tensor's layout"):
         create_codec("quant")
+    with pytest.raises(ConfigError, match="needs a tensor's layout"):
+        KVTransferChannel(codec="int4")
     with pytest.raises(ConfigError, match=r"installed: .*lz4"):
         KVTransferChannel(codec="snappy")
 

@@ -14,6 +14,7 @@ from ._registry import (
     codec_names as codec_names,
     create_codec as create_codec,
     load_codec_spec as load_codec_spec,
+    section_codec_spec as section_codec_spec,
 )
 from .codec import SectionCodec as SectionCodec
 from .compressor import Compressor as Compressor, Decoder as Decoder, Encoder as Encoder
@@ -41,4 +42,5 @@ __all__ = [
     "codec_names",
     "create_codec",
     "load_codec_spec",
+    "section_codec_spec",
 ]

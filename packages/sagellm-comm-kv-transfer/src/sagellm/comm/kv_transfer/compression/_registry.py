@@ -10,7 +10,14 @@ from sagellm.core.protocols.registry import Registry
 from .codec import SectionCodec
 from .frame import Option
 
-__all__ = ["CODEC_GROUP", "codec_names", "create_codec", "create_section_codec", "load_codec_spec"]
+__all__ = [
+    "CODEC_GROUP",
+    "codec_names",
+    "create_codec",
+    "create_section_codec",
+    "load_codec_spec",
+    "section_codec_spec",
+]
 
 CODEC_GROUP = "sagellm.comm.kv_transfer.codecs"
 
@@ -22,7 +29,7 @@ def codec_names() -> tuple[str, ...]:
     return _registry.names()
 
 
-def load_codec_spec(name: str) -> CodecSpec:
+def section_codec_spec(name: str) -> CodecSpec:
     """The codec of that name, checked to be usable here.
 
     Raises:
@@ -37,20 +44,29 @@ def load_codec_spec(name: str) -> CodecSpec:
     return spec
 
 
-def create_codec(name: str) -> KVCodec:
-    """A codec of blocks of bytes, for one thread.
+def load_codec_spec(name: str) -> CodecSpec:
+    """The codec of that name, checked to be usable here for blocks of bytes.
 
     Raises:
         ConfigError: No such codec, or it needs to know what the values mean.
         BackendUnavailableError: What it needs is missing.
 
     """
-    codec = load_codec_spec(name).load()()
-    if not isinstance(codec, KVCodec):
+    spec = section_codec_spec(name)
+    make = spec.load()
+    if isinstance(make, type) and not issubclass(make, KVCodec):
         raise ConfigError(
-            f"codec {name!r} ({type(codec).__name__}) does not code blocks of bytes: it needs a "
+            f"codec {name!r} ({make.__name__}) does not code blocks of bytes: it needs a "
             f"tensor's layout, as `Compressor({name!r})` gets"
         )
+    return spec
+
+
+def create_codec(name: str) -> KVCodec:
+    """A codec of blocks of bytes, for one thread; raises as `load_codec_spec`."""
+    codec = load_codec_spec(name).load()()
+    if not isinstance(codec, KVCodec):
+        raise ConfigError(f"codec {name!r} gave {type(codec).__name__}, which is no KVCodec")
     return codec
 
 
@@ -62,7 +78,7 @@ def create_section_codec(name: str, options: Mapping[str, Option]) -> SectionCod
         BackendUnavailableError: What it needs is missing.
 
     """
-    make = load_codec_spec(name).load()
+    make = section_codec_spec(name).load()
     try:
         codec = make(**options)
     except TypeError as e:

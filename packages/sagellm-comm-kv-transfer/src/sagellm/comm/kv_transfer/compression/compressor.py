@@ -19,7 +19,7 @@ from sagellm.core.protocols import (
     ResourceError,
 )
 
-from ._registry import create_section_codec, load_codec_spec
+from ._registry import create_section_codec, section_codec_spec
 from .codec import Scratch, SectionCodec, dtype_name
 from .frame import ENTRY_BYTES, ITEM_BYTES, Coding, Entry, Header, Option, Payload, split
 from .layout import Geometry, Section, TensorLayout
@@ -118,7 +118,7 @@ class Decoder:
             )
         for coding in header.codings:
             try:
-                load_codec_spec(coding.name)
+                section_codec_spec(coding.name)
             except (ConfigError, BackendUnavailableError) as e:
                 raise IntegrityError(f"the frame cannot be decoded here: {e}") from None
         self.header = header
@@ -179,7 +179,7 @@ class Compressor:
     ) -> None:  # fmt: skip
         if workers is not None and workers < 1:
             raise ConfigError(f"{workers} workers; at least one works")
-        lossy = not load_codec_spec(codec).lossless
+        lossy = not section_codec_spec(codec).lossless
         fallbacks = _FALLBACKS if lossy else _FALLBACKS[1:] if codec != "none" else ()
         self.codings = (Coding(codec, options), *(Coding(name, {}) for name in fallbacks))
         self._undoes_rope = create_section_codec(codec, options).undoes_rope

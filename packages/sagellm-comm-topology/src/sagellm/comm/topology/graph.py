@@ -8,7 +8,6 @@ in by a near one.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 
 from sagellm.core.protocols import (
@@ -96,6 +95,8 @@ class TopologyGraph:
         """
         found = self._devices.get(device_id)
         if found is None:
+            import difflib  # only an error needs it, and it costs milliseconds
+
             near = difflib.get_close_matches(device_id, self._devices, n=3, cutoff=0.4)
             known = near or [d.id for d in self.info.devices[:4]]
             raise ConfigError(
@@ -203,6 +204,14 @@ class TopologyGraph:
             if len(group) > 1:
                 groups.append(group)
         return tuple(groups)
+
+    def rails(self) -> tuple[tuple[str, ...], ...]:
+        """Network ports by rail: one of each host in each; none where nobody numbered them."""
+        found: dict[str, list[str]] = {}
+        for device in self.info.devices:
+            if device.kind == "nic" and "rail" in device.attrs:
+                found.setdefault(device.attrs["rail"], []).append(device.id)
+        return tuple(tuple(found[rail]) for rail in sorted(found, key=lambda r: (len(r), r)))
 
     def _table(self, kind: LinkKind) -> dict[str, list[tuple[str, Link]]]:
         if kind in FABRIC_KINDS:

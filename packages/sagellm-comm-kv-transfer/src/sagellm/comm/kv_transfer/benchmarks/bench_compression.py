@@ -206,14 +206,14 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     result.append(Ratio("ratio of lossless-fast", case, found["ratio", "lossless-fast"], 1.48))
     for name in OUTLIERS:
         with_, without = found["kl with outlier channels", name], found["kl", name]
-        goal = 1 / 1.1 if name.startswith("quant") else None
+        least = 1 / 1.1 if name.startswith("quant") else None
         words = f"KL of {name} without outlier channels / with them"
-        result.append(Ratio(words, case, without / with_, goal))
-    for ours, peer, least in (
+        result.append(Ratio(words, case, without / with_, least))
+    for ours, peer, floors in (
         ("quant 0.25", "zstd-1", (0.8, 0.8)),
         ("lossless-fast", "ZipNN", (1.0, 0.6)),
     ):
-        for way, floor in zip(("encode", "decode"), least, strict=True):
+        for way, floor in zip(("encode", "decode"), floors, strict=True):
             figure = f"{way}, GB/s of one core"
             a, b = found.get((figure, ours)), found.get((figure, peer))
             share = a / b if a and b else None

@@ -19,7 +19,7 @@ PREFIX = 512
 @pytest.fixture(scope="module")
 def model():
     pytest.importorskip("safetensors")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="4.56")
     if not MODEL.is_dir():
         pytest.skip("the small Llama is in a checkout's examples/data")
     threads = torch.get_num_threads()

@@ -15,7 +15,7 @@ from .frame import Payload
 if TYPE_CHECKING:
     import zstandard
 
-__all__ = ["Bytes", "deflate", "inflate", "inflate_into"]
+__all__ = ["Bytes", "deflate", "inflate"]
 
 Bytes = NDArray[np.uint8]
 _local = threading.local()  # a context shared by threads crashes
@@ -62,8 +62,3 @@ def inflate(payload: Payload, size: int) -> Bytes:
     except zstandard.ZstdError as e:
         raise IntegrityError(f"a zstd frame of {len(payload)} bytes is damaged: {e}") from None
     return np.frombuffer(raw, dtype=np.uint8)
-
-
-def inflate_into(payload: Payload, out: Bytes) -> None:
-    """Decode into `out`, which says the size."""
-    out[:] = inflate(payload, out.size)

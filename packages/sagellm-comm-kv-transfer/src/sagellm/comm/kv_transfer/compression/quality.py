@@ -3,7 +3,7 @@
     harness = Harness(model, windows, prefix_tokens=1536)
     print(harness.evaluate(Compressor("quant", step=0.25)))
 
-Needs `transformers`; the model is any of its causal language models with a plain KV cache.
+Needs `transformers` 4.56 or later; the model is any of its causal language models with a plain KV cache.
 """
 
 from __future__ import annotations
@@ -120,14 +120,8 @@ class Harness:
 
         cache = _empty_cache()
         self.model(ids[None, : self.prefix_tokens], past_key_values=cache)
-        # releases before 4.56 keep two lists instead of layers
-        layers = getattr(cache, "layers", None)
-        if layers is None:
-            pairs = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        else:
-            pairs = [(layer.keys, layer.values) for layer in layers]
-        k = torch.stack([k[0] for k, _ in pairs]).bfloat16()
-        v = torch.stack([v[0] for _, v in pairs]).bfloat16()
+        k = torch.stack([layer.keys[0] for layer in cache.layers]).bfloat16()
+        v = torch.stack([layer.values[0] for layer in cache.layers]).bfloat16()
         queries: dict[int, Tensor] = {}
         with _captured(self.model, queries):
             logits = self._go_on(ids, k, v)

@@ -7,7 +7,13 @@ import time
 
 import pytest
 
-from sagellm.core.protocols import CommTimeoutError, KVConnection, KVTransport, PeerLostError
+from sagellm.core.protocols import (
+    CommTimeoutError,
+    KVConnection,
+    KVTransport,
+    PeerLostError,
+    Probe,
+)
 from sagellm.core.protocols.ports import PortSettings, SagePorts
 from sagellm.core.protocols.testing import check_transport
 
@@ -81,7 +87,7 @@ class Tcp(KVTransport):
                 self.waiting[token] = peer
                 self.changed.notify_all()
 
-    def endpoint(self):
+    def endpoint(self, reached_at=""):
         return f"127.0.0.1:{self.listener.getsockname()[1]}"
 
     def connect(self, endpoint, token, deadline_s):
@@ -160,6 +166,16 @@ class ForeverAccept(Tcp):
         return super().accept(token, 3600)
 
 
+class Shy(Tcp):
+    def reaches(self, endpoint):
+        return Probe(False, "it is too far")
+
+
+class OneAddress(Tcp):
+    def endpoint(self):
+        return super().endpoint()
+
+
 def test_a_sound_transport_passes():
     report = check_transport(Tcp)
 
@@ -177,6 +193,9 @@ def test_a_sound_transport_passes():
         (transport(DeafToAbort), "abort*"),
         (Credulous, "another token*"),
         (ForeverAccept, "deadlines*"),
+        (ForeverAccept, "an accept can be forgotten"),
+        (Shy, "a peer's endpoint*"),
+        (OneAddress, "a peer's endpoint*"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )

@@ -70,7 +70,7 @@ def test_the_contract_of_transports_holds_over_gloo(backends):
 
     report = check_transport(lambda: CommTransport(comm=backends[next(turn) % 2]))
 
-    assert report.ok, report
+    assert report.ok(), report
 
 
 @pytest.mark.parametrize("pull", [False, True])

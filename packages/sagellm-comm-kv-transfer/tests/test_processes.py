@@ -1,6 +1,7 @@
 """Channels in processes of their own, which meet through torch's store and may be killed."""
 
 import os
+import select
 import signal
 import time
 
@@ -130,6 +131,7 @@ def die_in_the_middle(rank, size, path):
                 handle.wait(20)
             except KVTransferError as e:
                 seconds = time.monotonic() - float(store.get("died"))
+                select.select([channel], [], [], 10)  # the handle ends a moment before
                 (done,) = channel.poll()
                 return e.cause, str(e), seconds, len(done.invalid_blocks), done.blocks_safe
     return None
@@ -247,6 +249,7 @@ def stopped_in_the_middle(rank, size, path, stopped):
                 seconds = time.monotonic() - began
                 if rank != stopped:
                     os.kill(pid, signal.SIGCONT)
+                select.select([channel], [], [], 10)  # the handle ends a moment before
                 (done,) = channel.poll()
                 # nothing may come late: what is there now stays
                 before = [t.clone() for t in channel._engine.pool.tensors.values()]

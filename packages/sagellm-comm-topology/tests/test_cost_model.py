@@ -3,13 +3,21 @@
 import csv
 import math
 import statistics
+from dataclasses import replace
 
 import msgspec
 import pytest
 
 from sagellm.comm.topology._cost_prior import ALGORITHMS
 from sagellm.comm.topology.cost_model import CostModel
-from sagellm.core.protocols import ConfigError, CostModelProtocol, CostTable
+from sagellm.core.protocols import (
+    ConfigError,
+    CostModelProtocol,
+    CostTable,
+    Device,
+    Link,
+    TopologyInfo,
+)
 
 
 def rows(points, op="all_reduce", algorithm="ring", size=4):
@@ -58,7 +66,7 @@ def test_trees_win_small_and_rings_win_large():
 
 
 def test_hierarchy_wins_where_hosts_are_joined_by_a_thin_network(hgx):
-    from sagellm.comm.topology._gather import join_hosts
+    from sagellm.comm.topology._join import join_hosts
 
     info = join_hosts([hgx.detect()] * 2)
     model = CostModel(info)
@@ -233,3 +241,90 @@ def test_every_second_size_predicts_the_others_on_published_curves(shared_sample
     assert statistics.median(all_errors) < 0.03
     assert sum(e < 0.05 for e in large_errors) / len(large_errors) >= 0.9
     assert sum(covered) / len(covered) >= 0.8
+
+
+def test_bounds_for_groups_never_measured_hold_where_networks_congest(shared_samples):
+    path = shared_samples.parent / "curves/metax_c550_scale_256M_points.csv"
+    lines = [x for x in path.read_text().splitlines() if not x.startswith("#")]
+    nbytes = 256 << 20
+    times = {
+        (n := int(r["ranks"])): nbytes * 2 * (n - 1) / n / float(r["busbw_GBps"]) / 1e3
+        for r in csv.DictReader(lines)
+    }
+    held = []
+    for size, time_us in times.items():
+        model = CostModel()
+        model.observe(rows([(nbytes, time_us)], size=size))
+        found = {n: model.predict("all_reduce", nbytes, n, "ring") for n in times if n != size}
+        held += [f.low_us <= times[n] <= f.high_us for n, f in found.items()]
+        assert {f.basis for f in found.values()} == {"scaled"}
+
+    assert sum(held) / len(held) >= 0.9
+
+
+def test_bad_runs_are_flagged_by_width(shared_samples):
+    def width(name):
+        path = shared_samples.parent / f"curves/{name}.csv"
+        lines = [x for x in path.read_text().splitlines() if not x.startswith("#")]
+        points = sorted(
+            {int(r["size_bytes"]): float(r["time_us"]) for r in csv.DictReader(lines)}.items()
+        )
+        model = CostModel()
+        model.observe(rows(points[::2], size=8))
+        found = [model.predict("all_reduce", n, 8, "ring") for n, _ in points[1::2]]
+        return statistics.median((f.high_us - f.low_us) / f.time_us for f in found)
+
+    clean = max(width(name) for name in CLEAN)
+
+    assert width("dgxh100_2x8_noisy_allreduce") > 3 * clean
+    assert width("gh200_2x4_tcp_allreduce") > 3 * clean
+
+
+def test_a_backends_own_algorithm_is_known_by_its_measurements():
+    model = CostModel()
+    with pytest.raises(ConfigError, match="no algorithm 'one_shot'"):
+        model.predict("all_reduce", 1 << 12, 4, "one_shot")
+    model.observe(rows(line(5.0, 1e-3), algorithm="one_shot"))
+
+    here, elsewhere = (model.predict("all_reduce", 1 << 12, n, "one_shot") for n in (4, 16))
+
+    assert "one_shot" in model.algorithms("all_reduce")
+    assert (here.basis, elsewhere.basis) == ("calibrated", "scaled")
+    assert elsewhere.high_us / elsewhere.low_us > 4 * here.high_us / here.low_us
+    assert model.predict("all_reduce", 1 << 12, 1, "one_shot").time_us == 0
+
+
+def test_formulas_see_which_links_a_group_shares():
+    def info(uplink):
+        devices = [Device(f"g{i}", "gpu") for i in range(8)]
+        devices += [Device("s0", "pci_switch"), Device("s1", "pci_switch"), Device("r", "pci_root")]
+        links = [Link(f"g{i}", f"s{i // 4}", "pcie", 1, 25e9) for i in range(8)]
+        links += [Link(f"s{i}", "r", "pcie", 1, uplink) for i in range(2)]
+        return TopologyInfo(devices=tuple(devices), links=tuple(links))
+
+    def slowdown(algorithm):
+        wide, thin = (CostModel(info(w)) for w in (200e9, 25e9))
+        slow, fast = (m.predict("all_reduce", 1 << 28, 8, algorithm).time_us for m in (thin, wide))
+        return slow / fast
+
+    # A ring crosses the uplink once each way; everybody to everybody crosses it sixteen times.
+    assert slowdown("ring") == pytest.approx(1, rel=0.01)
+    assert slowdown("two_shot") > 2
+
+
+def test_renaming_and_reordering_devices_changes_no_estimate(hgx):
+    info = hgx.detect()
+    names = {d.id: f"x{hash(d.id) % 10**9}" for d in info.devices}
+    renamed = replace(
+        info,
+        devices=tuple(replace(d, id=names[d.id]) for d in info.devices),
+        links=tuple(replace(x, a=names[x.b], b=names[x.a]) for x in reversed(info.links)),
+        domains=(),
+    )
+    group = [d.id for d in info.accelerators]
+
+    for op, algorithms in ALGORITHMS.items():
+        for algorithm in algorithms:
+            a = CostModel(info).predict(op, 1 << 20, group, algorithm)
+            b = CostModel(renamed).predict(op, 1 << 20, [names[d] for d in group], algorithm)
+            assert a.time_us == pytest.approx(b.time_us)

@@ -4,10 +4,21 @@ import threading
 
 import pytest
 
-from sagellm.comm.topology import TopologyManager
+from sagellm.comm.topology import TopologyGraph, TopologyManager
+from sagellm.comm.topology._join import join_hosts
 from sagellm.comm.topology._wire import decode_info, encode_info
 from sagellm.comm.topology.benchmarks.fake_machine import draw_hgx
-from sagellm.core.protocols import CommTimeoutError, ConfigError, IntegrityError, TopologyInfo
+from sagellm.comm.topology.file_store import FileStore
+from sagellm.comm.topology.placement import ring
+from sagellm.core.protocols import (
+    CommTimeoutError,
+    ConfigError,
+    Device,
+    IntegrityError,
+    Link,
+    SwitchDomain,
+    TopologyInfo,
+)
 
 
 @pytest.fixture
@@ -152,3 +163,132 @@ def test_body_that_unpacks_without_end_is_refused(monkeypatch):
 
     with pytest.raises(IntegrityError, match="more than 1000"):
         decode_info(encode_info(info).encode())
+
+
+def test_ranks_meet_over_files_in_a_folder_of_their_owner(hosts, tmp_path):
+    folder = tmp_path / "meet"
+    managers = hosts(4)
+
+    results = together(managers, FileStore(folder, timeout_s=10))
+
+    assert all(r == results[0] for r in results)
+    assert results[0].num_nodes == 2
+    assert folder.stat().st_mode & 0o077 == 0
+    assert not [
+        p for p in folder.iterdir() if len(p.name.split(".")) == 3 and "count" not in p.name
+    ]
+
+
+def test_file_store_counts_once_for_everybody(tmp_path):
+    store, seen = FileStore(tmp_path), []
+
+    def count():
+        seen.extend(store.add("k", 1) for _ in range(20))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+
+    assert sorted(seen) == list(range(1, 81))
+
+
+def test_file_store_refuses_what_it_cannot_do(tmp_path):
+    store = FileStore(tmp_path, timeout_s=0.05)
+
+    with pytest.raises(CommTimeoutError, match="nobody stored 'k'"):
+        store.get("k")
+    with pytest.raises(ConfigError, match="by 1, not by 2"):
+        store.add("k", 2)
+    with pytest.raises(ConfigError, match="more than"):
+        store.set("k", "x" * ((16 << 20) + 1))
+    with pytest.raises(ConfigError, match="timeout_s"):
+        FileStore(tmp_path, timeout_s=0)
+    store.set("big", "x")
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"x" * ((16 << 20) + 1))
+    with pytest.raises(IntegrityError, match="'big'"):
+        store.get("big")
+
+
+def labelled(hgx, *labels):
+    return join_hosts([hgx.detect()] * len(labels), labels=labels)
+
+
+def test_hosts_of_one_rack_are_nearer_than_those_of_another(hgx, hgx_gpus):
+    info = labelled(hgx, {"rack": "a"}, {"rack": "a"}, {"rack": "b", "spine": "s"}, {"rack": "b"})
+    graph = TopologyGraph(info)
+
+    within, beyond = (graph.path(f"n0/{hgx_gpus[0]}", f"n{n}/{hgx_gpus[0]}") for n in (1, 2))
+
+    assert within.kind == beyond.kind == "NET"
+    assert within.bottleneck_bytes_per_s == pytest.approx(50e9)
+    assert beyond.bottleneck_bytes_per_s is None  # what is above a rack nobody stated
+    assert beyond.hops > within.hops
+    assert any("/rack=a" in d for d in within.devices)
+    assert ring(graph, [f"n{n}/{hgx_gpus[0]}" for n in (0, 2, 1, 3)]) in (
+        tuple(f"n{n}/{hgx_gpus[0]}" for n in order) for order in ((0, 1, 2, 3), (0, 1, 3, 2),
+                                                                  (0, 2, 3, 1), (0, 3, 2, 1))
+    )  # fmt: skip
+
+
+def test_labels_reach_the_agreed_topology_and_equal_hosts_are_still_described_once(
+    tmp_path, look, store
+):
+    managers = []
+    for i in range(2):
+        machine = draw_hgx(tmp_path / f"host{i}", functions=60)
+        boot = machine.root / "proc/sys/kernel/random"
+        boot.mkdir(parents=True)
+        (boot / "boot_id").write_text(f"boot-{i}\n")
+        managers.append(look(machine.root, rank=i, world_size=2, labels={"rack": f"r{i}"}))
+
+    results = together(managers, store)
+
+    assert [d.attrs["rack"] for d in results[1].accelerators] == ["r0"] * 8 + ["r1"] * 8
+    assert sum("/body/" in key for key in store.values) == 1
+
+
+def test_unknown_label_is_refused(look, hgx_root, store):
+    with pytest.raises(ConfigError, match="known: rack, spine"):
+        look(hgx_root, labels={"rak": "1"}).gather(store, timeout_s=1)
+
+
+def test_ports_are_rails_numbered_as_people_count(hgx):
+    graph = TopologyGraph(labelled(hgx, {}, {}))
+
+    rails = graph.rails()
+
+    assert all(len(rail) == 2 for rail in rails)
+    names = [graph.device(rail[1]).attrs["ib"] for rail in rails]
+    assert names == sorted(names, key=lambda n: int(n.removeprefix("mlx5_")))
+    assert TopologyGraph(hgx.detect()).rails() == ()
+
+
+def tray(clique):
+    """A host whose GPUs sit on the switches of a fabric that may leave the host."""
+    devices = (*(Device(f"g{i}", "gpu") for i in range(4)), Device("sw", "fabric_switch"))
+    links = tuple(Link(f"g{i}", "sw", "nvlink", 18, 900e9) for i in range(4))
+    domain = SwitchDomain("d", "nvlink", tuple(f"g{i}" for i in range(4)), clique)
+    return TopologyInfo(devices=devices, links=links, domains=(domain,))
+
+
+def test_trays_of_one_clique_are_one_fabric():
+    info = join_hosts([tray("c/1"), tray("c/1"), tray("c/2"), tray(None), tray(None)])
+    graph = TopologyGraph(info)
+
+    path = graph.path("n0/g0", "n1/g3")
+
+    assert (path.kind, path.hops, path.bottleneck_bytes_per_s) == ("LINK", 2, 900e9)
+    assert [len(d.members) for d in info.domains] == [8, 4, 4, 4]
+    assert len(graph.components("nvlink")[0]) == 8
+    assert graph.path("n0/g0", "n2/g0").kind is None
+    assert graph.path("n3/g0", "n4/g0").kind is None
+    assert graph.device("fabric:nvlink:c/1").node == -1
+
+
+def test_a_clique_shows_in_the_fingerprint():
+    joined, apart = (join_hosts([tray("c/1"), tray(c)]) for c in ("c/1", "c/2"))
+
+    assert joined.fingerprint != apart.fingerprint

@@ -1,11 +1,15 @@
 """Paths, nearest devices, islands, rings and rank placement."""
 
 import random
+import time
+import tracemalloc
+from itertools import pairwise
 
 import pytest
 
 from sagellm.comm.topology import TopologyGraph, TopologyManager
-from sagellm.comm.topology.placement import rank_map, ring
+from sagellm.comm.topology.cluster import ClusterShape, make_cluster
+from sagellm.comm.topology.placement import rank_map, ring, trees
 from sagellm.core.protocols import (
     ConfigError,
     DetectorSpec,
@@ -218,3 +222,140 @@ def test_ten_thousand_devices_are_a_matter_of_seconds():
 
     assert g.path("n7/g0", "n7/g5").kind == "LINK"
     assert g.path("n7/g0", "n8/g0").kind is None
+
+
+def test_ten_thousand_devices_are_built_and_asked_in_bounded_time_and_memory():
+    info = make_cluster(ClusterShape(nodes=345))
+    ids = [d.id for d in info.devices]
+    rng = random.Random(5)
+    started = time.process_time()
+
+    tracemalloc.start()
+    g = TopologyGraph(info)
+    for _ in range(2000):
+        assert g.path(rng.choice(ids), rng.choice(ids)) is not None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(ids) > 10_000
+    assert peak < 500e6
+    assert time.process_time() - started < 20  # tracing costs most of it
+
+
+def test_one_switch_with_ten_thousand_ports_is_searched_at_once():
+    devices = (*(Device(f"g{i}", "gpu") for i in range(10_000)), Device("s", "fabric_switch"))
+    links = tuple(Link(f"g{i}", "s", "nvlink", 1, 1e9) for i in range(10_000))
+    g = TopologyGraph(TopologyInfo(devices=devices, links=links))
+    started = time.process_time()
+
+    for i in range(0, 9000, 9):
+        assert g.path(f"g{i}", f"g{i + 5}").hops == 2
+
+    assert time.process_time() - started < 2
+
+
+def test_what_is_kept_of_searches_is_bounded(monkeypatch):
+    monkeypatch.setattr("sagellm.comm.topology._routes._KEPT_STEPS", 50)
+    ids = [f"s{i}" for i in range(30)]
+    links = tuple(Link(a, b, "pcie", 1, 1e9) for a, b in pairwise(ids))
+    g = TopologyGraph(
+        TopologyInfo(devices=tuple(Device(i, "pci_switch") for i in ids), links=links)
+    )
+
+    for a in ids:
+        assert g.path(a, "s29").hops == 29 - int(a[1:])
+
+    assert sum(map(len, g._host_routes._searches.values())) < 100
+
+
+def test_shortest_counts_hops_where_path_minds_class_and_widest_minds_width():
+    narrow = [Link("g0", "s", "pcie", 1, 5e9), Link("s", "g1", "pcie", 1, 5e9)]
+    round_about = [Link("g0", "f1", "nvlink", 1, 50e9), Link("f1", "f2", "nvlink", 1, 50e9),
+                   Link("f2", "g1", "nvlink", 1, 50e9)]  # fmt: skip
+    devices = (*(Device(f"g{i}", "gpu") for i in range(2)), Device("s", "pci_switch"),
+               *(Device(f"f{i}", "fabric_switch") for i in (1, 2)))  # fmt: skip
+    g = TopologyGraph(TopologyInfo(devices=devices, links=(*narrow, *round_about)))
+
+    assert g.shortest("g0", "g1").devices == ("g0", "s", "g1")
+    assert g.path("g0", "g1").kind == "LINK"
+    assert g.widest("g0", "g1").hops == 3
+    assert g.shortest("g0", "g0").kind == g.widest("g1", "g1").kind == "LOC"
+
+
+def test_equally_short_ways_go_to_the_wider_one():
+    thin = [Link("g0", "a", "pcie", 1, 1e9), Link("a", "g1", "pcie", 1, 1e9)]
+    thick = [Link("g0", "b", "pcie", 1, 9e9), Link("b", "g1", "pcie", 1, 9e9)]
+
+    g = graph([*thin, *thick], 2, switches=("a", "b"))
+
+    assert g.shortest("g0", "g1").devices[1] == g.path("g0", "g1").devices[1] == "b"
+
+
+def test_graphs_of_nothing_and_of_one_device_answer():
+    assert TopologyGraph(TopologyInfo()).components("nvlink") == ()
+    assert graph([], 1).path("g0", "g0").kind == "LOC"
+    assert trees(TopologyGraph(TopologyInfo()), []) == ({}, {})
+    assert trees(graph([], 1), ["g0"]) == ({"g0": None}, {"g0": None})
+    with pytest.raises(ConfigError, match="none"):
+        TopologyGraph(TopologyInfo()).path("a", "b")
+
+
+def test_a_link_from_a_device_to_itself_is_no_way():
+    assert graph([Link("g0", "g0", "nvlink")], 1).links_of("g0") == ()
+
+
+def test_paths_go_over_leaves_and_spines_and_end_at_switches_too():
+    g = TopologyGraph(make_cluster(ClusterShape(nodes=4, rack_nodes=2)))
+
+    assert g.path("n0/gpu3", "n1/gpu3").hops == 6
+    across = g.path("n0/gpu3", "n2/gpu4")
+    assert "net:spine" in across.devices
+    assert across.devices[2] == "n0/nic3"
+    assert across.devices[-3] == "n2/nic4"
+    assert g.path("n0/gpu3", "net:leaf1.3").kind == "NET"
+
+
+def test_large_rings_keep_hosts_together():
+    g = TopologyGraph(make_cluster(ClusterShape(nodes=12)))
+    members = [d.id for d in g.info.accelerators]
+    random.Random(1).shuffle(members)
+
+    found = ring(g, members)
+
+    assert sorted(found) == sorted(members)
+    hosts = [name.split("/")[0] for name in found]
+    assert sum(a != b for a, b in pairwise(hosts)) == 11
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4, 7, 8])
+def test_trees_reach_everybody_once_and_share_the_forwarding(hosts):
+    g = TopologyGraph(make_cluster(ClusterShape(nodes=hosts, gpus=3, nics=1)))
+    members = [d.id for d in g.info.accelerators]
+
+    both = trees(g, members)
+
+    inner = []
+    for parents in both:
+        assert sorted(parents) == sorted(members)
+        assert list(parents.values()).count(None) == 1
+        for name in members:
+            steps, here = 0, name
+            while (above := parents[here]) is not None:
+                here, steps = above, steps + 1
+                assert steps <= 3 + hosts.bit_length() + 1
+        # Hosts that pass data on to other hosts.
+        inner.append({p.split("/")[0] for c, p in parents.items()
+                      if p and p.split("/")[0] != c.split("/")[0]})  # fmt: skip
+    if hosts > 2:
+        assert len(inner[0] & inner[1]) <= hosts % 2
+
+
+def test_ranks_are_placed_among_thousands_of_devices_in_seconds():
+    g = TopologyGraph(make_cluster(ClusterShape(nodes=128)))
+    started = time.process_time()
+
+    found = rank_map(g, 8, 4, 32, 1)
+
+    assert len(set(found)) == 1024
+    assert all(len({d.split("/")[0] for d in found[i : i + 8]}) == 1 for i in range(0, 1024, 8))
+    assert time.process_time() - started < 15

@@ -248,6 +248,36 @@ def _several(t: Transports) -> None:
         server.close()
 
 
+def _reached(t: Transports) -> None:
+    """A peer's endpoint can be judged without connecting, by whichever host it reached us at."""
+    server, client = t.make(), t.make()
+    try:
+        for endpoint in (server.endpoint(), server.endpoint("127.0.0.1")):
+            probe = client.reaches(endpoint)
+            if not probe.available:
+                raise AssertionError(f"a peer's endpoint {endpoint!r} is refused: {probe.reason}")
+    finally:
+        client.close()
+        server.close()
+
+
+def _forgotten(t: Transports) -> None:
+    """An accept that nobody needs any more ends, at its deadline at the latest."""
+    server = t.make()
+    try:
+        token, other = secrets.token_bytes(16), secrets.token_bytes(16)
+        waiting = _Background(lambda: server.accept(token, _SHORT_S))
+        server.forget(token)
+        server.forget(other)
+        try:
+            waiting.result(_SHORT_S + _BOUND_S)
+        except CommError:
+            return
+        raise AssertionError("an accept that was forgotten handed out a connection")
+    finally:
+        server.close()
+
+
 def transport_checks() -> list[Check]:
     """Every check of the suite, in a stable order."""
     return [
@@ -257,7 +287,9 @@ def transport_checks() -> list[Check]:
         Check("views may be cut differently", _split_differently),
         Check("several connections keep apart", _several),
         Check("another token is not handed out", _strangers),
+        Check("a peer's endpoint is judged", _reached),
         Check("deadlines are kept", _deadlines),
+        Check("an accept can be forgotten", _forgotten),
         Check("a lost peer is an error", _lost),
         Check("abort wakes a receiver", _abort),
         Check("close may be repeated", _close),

@@ -29,7 +29,7 @@ from ._lanes import LaneTuner
 from ._link import Link
 from ._meters import Traffic
 from ._opening import Opened, open_lanes
-from ._paths import Paths
+from ._paths import AUTO, Paths
 from ._reader import DataReader
 from ._writer import DataWriter
 from .compression import codec_names, create_codec
@@ -150,6 +150,34 @@ class Links:
         """Why there is no link to a peer yet."""
         link = self._outgoing.get(peer)
         return link.dialler.why if link is not None and link.dialler is not None else "no link"
+
+    def path(self, peer: int) -> str:
+        """How bytes go to a peer; `unconnected` before they met."""
+        link = self._best(peer)
+        return link.path if link is not None else "unconnected"
+
+    def explain(self, peer: int) -> str:
+        """Why they go that way, and which other ways were refused, in words."""
+        link = self._best(peer)
+        if link is None or not link.up:
+            known = self._engine.discovery.known()
+            return f"node {peer}: unconnected ({self.why_absent(peer)}); known: {known}"
+        s = self._engine.settings
+        fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"
+        layouts = "one side has none" if link.layout is None else fits
+        how = "chosen" if s.transport == AUTO else "configured"
+        refused = "".join(f"{n} not taken: {why}; " for n, why in sorted(link.refused.items()))
+        return (
+            f"node {peer} at {link.address}: {link.path}, {how}, {len(link.lanes)} data "
+            f"connections; {refused}codec {s.codec}; checksums "
+            f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; "
+            f"layouts: {layouts}"
+        )
+
+    def _best(self, peer: int) -> Link | None:
+        """The link to a peer that says most: one that is up, and ours rather than theirs."""
+        found = [k for k in self._links if k.peer == peer]
+        return max(found, key=lambda k: (k.up, k.outgoing), default=None)
 
     def _make_link(self, peer: int, *, outgoing: bool) -> Link:
         s = self._engine.settings

@@ -29,7 +29,7 @@ _SHARED_BYTES = 1 << 20
 _GROWTH = 4
 """The first frames of a transfer are smaller by this, so that its pipeline fills early."""
 _FRAME_S = 0.025
-_LEAST_BYTES = 1 << 16
+_LEAST_BYTES = 1 << 18
 """What a slow network brings frames down to."""
 
 

@@ -35,7 +35,7 @@ from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
 from ._engine import Engine
 from ._fetching import fetch
 from ._link import Link
-from ._paths import AUTO, Paths
+from ._paths import Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._records import CANCELLED
@@ -173,10 +173,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- pools and peers --------------------------------------------------------------------
 
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
-        """Make KV memory known; one pool per channel at a time.
-
-        Tensors that lie in a pool which `allocate` made in this process are shared like it.
-        """
+        """Make KV memory known, one pool per channel; what `allocate` made stays shared."""
         pool = RegisteredPool(layout, tensors)
         self._engine.loop.run(lambda: self._use(pool))
         return pool
@@ -381,25 +378,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def path(self, peer: int) -> str:
         """How bytes go to a peer, such as `tcp:2`: the transport and its lanes in use."""
-        link = self._link(peer)
-        return link.path if link is not None else "unconnected"
+        return self._engine.loop.run(lambda: self._engine.links.path(peer))
 
     def explain(self, peer: int) -> str:
-        """Why that path, in words."""
-        link = self._link(peer)
-        if link is None or not link.up:
-            why = self._engine.links.why_absent(peer)
-            return f"node {peer}: unconnected ({why}); known: {self._engine.discovery.known()}"
-        s = self._engine.settings
-        fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"
-        known = "one side has none" if link.layout is None else fits
-        how = "chosen" if s.transport == AUTO else "configured"
-        refused = "; ".join(f"{n} not taken: {why}" for n, why in sorted(link.refused.items()))
-        return (
-            f"node {peer} at {link.address}: {link.path}, {how}, {len(link.lanes)} data "
-            f"connections; {refused + '; ' if refused else ''}codec {s.codec}; checksums "
-            f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; layouts: {known}"
-        )
+        """Why that path, and which others were refused, in words."""
+        return self._engine.loop.run(lambda: self._engine.links.explain(peer))
 
     def snapshot(self) -> Snapshot:
         """Who holds which blocks and waits for whom, now; plain data that JSON can carry."""
@@ -440,13 +423,6 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if link.error is not None:
             raise link.error
         return link
-
-    def _link(self, peer: int) -> Link | None:
-        def find() -> Link | None:
-            found = [k for k in self._engine.links if k.peer == peer]
-            return max(found, key=lambda k: (k.up, k.outgoing), default=None)
-
-        return self._engine.loop.run(find)
 
     def _pool(self) -> RegisteredPool:
         if self._engine.pool is None:

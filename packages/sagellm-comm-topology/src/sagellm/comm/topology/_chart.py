@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from rich.text import Text
 
@@ -49,7 +50,7 @@ def chart(
     for k, points in enumerate(curves.values()):
         colour = _COLOURS[k % len(_COLOURS)]
         places = [(column(x), row(y)) for x, y in points]
-        for (c0, r0), (c1, r1) in zip(places, places[1:], strict=False):
+        for (c0, r0), (c1, r1) in pairwise(places):
             for c in range(c0 + 1, c1):
                 cells.setdefault((c, round(r0 + (r1 - r0) * (c - c0) / (c1 - c0))), ("·", colour))
         for place in places:
@@ -69,7 +70,12 @@ def chart(
         for i, character in enumerate(f"{x:g}"):
             labels[column(x) + i] = character
     text.append(" " * 11 + "".join(labels).rstrip() + "\n", "dim")
-    text.append(" " * 11)
+    used = width
     for k, name in enumerate(curves):
-        text.append(f"{_MARKS[k % len(_MARKS)]} {name}  ", _COLOURS[k % len(_COLOURS)])
+        entry = f"{_MARKS[k % len(_MARKS)]} {name}  "
+        if used + len(entry) > width:
+            text.append("\n" * (k > 0) + " " * 11)
+            used = 0
+        used += len(entry)
+        text.append(entry, _COLOURS[k % len(_COLOURS)])
     return text

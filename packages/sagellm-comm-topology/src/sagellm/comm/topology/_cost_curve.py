@@ -30,12 +30,17 @@ class Curve:
     Args:
         points: (bytes, microseconds), at least one.
         spread: Relative spread of repeats at a knot, where repeats exist.
+        floor: Relative noise that is taken for granted.
 
     """
 
     def __init__(
-        self, points: Sequence[tuple[int, float]], spread: Sequence[float] | None = None
+        self,
+        points: Sequence[tuple[int, float]],
+        spread: Sequence[float] | None = None,
+        floor: float = _FLOOR,
     ) -> None:
+        self._floor = floor
         self.points = tuple(sorted(points))
         self._x = [float(x) for x, _ in self.points]
         self._t = [t for _, t in self.points]
@@ -48,11 +53,11 @@ class Curve:
         if x < self._x[0]:
             # Small payloads cost what the fixed part costs, which the first knot bounds.
             octaves = math.log2(self._x[0] / max(x, 1.0))
-            width = _FLOOR + self._width(0) + _WIDEN_PER_OCTAVE * octaves
+            width = self._floor + self._width(0) + _WIDEN_PER_OCTAVE * octaves
             return (
                 self._t[0],
                 self._t[0] * math.exp(-width),
-                self._t[0] * math.exp(_FLOOR),
+                self._t[0] * math.exp(self._floor),
                 "scaled",
             )
         if x > self._x[-1]:
@@ -62,7 +67,7 @@ class Curve:
             return time, time * math.exp(-width), time * math.exp(width), "scaled"
         right = bisect_left(self._x, x)
         if self._x[right] == x:
-            time, width = self._t[right], _FLOOR + self._spread[right]
+            time, width = self._t[right], self._floor + self._spread[right]
         else:
             time = _between(x, self._x, self._t, right)
             width = max(self._width(right - 1), self._width(right))
@@ -81,7 +86,7 @@ class Curve:
         return max(abs(math.log(straight / bent)), self._miss[right - 1], self._miss[right])
 
     def _width(self, i: int) -> float:
-        return _FLOOR + max(self._miss[i], self._spread[i])
+        return self._floor + max(self._miss[i], self._spread[i])
 
     def _left_out(self, i: int) -> float:
         """How far the curve without knot i misses it; wider than a real gap, which is half."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -18,20 +19,16 @@ import msgspec
 from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
-    Device,
     IntegrityError,
-    Link,
-    LinkKind,
-    Pair,
     Store,
     TopologyInfo,
 )
 
-from ._fingerprint import fingerprint
+from ._join import LABELS, join_hosts
 from ._sysfs import Tree
 from ._wire import decode_info, encode_info
 
-__all__ = ["gather", "join_hosts"]
+__all__ = ["gather"]
 
 _PREFIX = "sagellm/topology"
 _MAX_RECORD_BYTES = 4096
@@ -41,20 +38,31 @@ _LAST_POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What one rank says of itself: its host, and the hash of the host's description."""
+    """What one rank says of itself: its host, the hash of the host's description, its place."""
 
     host: str
     body: str
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 def gather(
-    info: TopologyInfo, store: Store, *, root: Path, rank: int, world_size: int, timeout_s: float
+    info: TopologyInfo,
+    store: Store,
+    *,
+    root: Path,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    labels: Mapping[str, str],
 ) -> TopologyInfo:
     """The agreed topology of all ranks; see `TopologyManager.gather`."""
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not in 0..{world_size - 1}")
     if not timeout_s > 0:
         raise ConfigError(f"timeout_s must be above 0, not {timeout_s}")
+    unknown = sorted(labels.keys() - set(LABELS))
+    if unknown:
+        raise ConfigError(f"no label {unknown[0]!r} of a host; known: {', '.join(LABELS)}")
     start_s = time.monotonic()
     # Each call has keys of its own: every rank counts its calls, and all make the same ones.
     call = store.add(f"{_PREFIX}/calls/{rank}", 1)
@@ -64,7 +72,10 @@ def gather(
     body = hashlib.sha256(text.encode()).hexdigest()[:32]
     if store.add(f"{prefix}/claim/{body}", 1) == 1:
         store.set(f"{prefix}/body/{body}", text)
-    record = msgspec.json.encode(_Record(_host_key(root, info.hostname), body)).decode()
+    mine = _Record(_host_key(root, info.hostname), body, dict(labels))
+    record = msgspec.json.encode(mine).decode()
+    if len(record) > _MAX_RECORD_BYTES:
+        raise ConfigError(f"labels of {len(record)} bytes, more than {_MAX_RECORD_BYTES}")
     store.set(f"{prefix}/rank/{rank}", record)
     if rank == 0:
         agreed = _collect(plain, store, prefix, world_size, start_s + timeout_s / 2)
@@ -121,6 +132,7 @@ def _collect(
     mine: TopologyInfo, store: Store, prefix: str, world_size: int, deadline_s: float
 ) -> TopologyInfo:
     hosts: dict[str, TopologyInfo] = {}
+    places: list[Mapping[str, str]] = []
     bodies: dict[str, TopologyInfo] = {}
     missing: list[int] = []
     warnings: list[str] = []
@@ -139,6 +151,7 @@ def _collect(
                     continue
                 bodies[record.body] = decode_info(store.get(f"{prefix}/body/{record.body}"))
             hosts[record.host] = bodies[record.body]
+            places.append(record.labels)
         except IntegrityError as e:
             warnings.append(f"rank {rank}: {e}")
             missing.append(rank)
@@ -147,7 +160,9 @@ def _collect(
             f"no description from rank{'s' if len(missing) > 1 else ''} "
             f"{', '.join(map(str, missing))}: the topology is partial"
         )
-    return join_hosts(list(hosts.values()) or [mine], missing=missing, warnings=warnings)
+    return join_hosts(
+        list(hosts.values()) or [mine], missing=missing, warnings=warnings, labels=places
+    )
 
 
 def _record(text: bytes) -> _Record:
@@ -157,82 +172,3 @@ def _record(text: bytes) -> _Record:
         return msgspec.json.decode(text, type=_Record)
     except msgspec.MsgspecError as e:
         raise IntegrityError(f"not a record: {e}") from e
-
-
-def join_hosts(
-    hosts: list[TopologyInfo],
-    *,
-    missing: list[int] | None = None,
-    warnings: list[str] | None = None,
-) -> TopologyInfo:
-    """One topology of many hosts; ids get the prefix `n<node>/`.
-
-    Ports of one kind are joined by one network vertex (`net:ethernet`, or one per InfiniBand
-    subnet), which is inferred: that ports of a kind reach each other is a conclusion.
-
-    Args:
-        hosts: Descriptions in node order.
-        missing: Ranks that gave none.
-        warnings: Put in front of the hosts' own.
-
-    """
-    devices: list[Device] = []
-    links: list[Link] = []
-    domains = []
-    pairs: list[Pair] = []
-    notes = list(warnings or ())
-    for node, host in enumerate(hosts):
-        names = {d.id: f"n{node}/{d.id}" for d in host.devices}
-        devices += [replace(d, id=names[d.id], node=node) for d in host.devices]
-        links += [replace(x, a=names[x.a], b=names[x.b]) for x in host.links]
-        pairs += [replace(p, a=names[p.a], b=names[p.b]) for p in host.pairs]
-        domains += [
-            replace(d, id=f"n{node}/{d.id}", members=tuple(names[m] for m in d.members))
-            for d in host.domains
-        ]
-        notes += [f"n{node}: {w}" for w in host.warnings]
-    if len(hosts) > 1:
-        _join_networks(devices, links)
-    accelerators = [d for d in devices if d.kind in ("gpu", "npu")]
-    others = sorted((d for d in devices if d.kind not in ("gpu", "npu")), key=lambda d: d.id)
-    joined = TopologyInfo(
-        devices=(*accelerators, *others),
-        links=tuple(links),
-        domains=tuple(domains),
-        num_nodes=len(hosts),
-        missing_nodes=tuple(missing or ()),
-        warnings=tuple(dict.fromkeys(notes)),
-        pairs=tuple(pairs),
-    )
-    return replace(joined, fingerprint=fingerprint(joined))
-
-
-def _join_networks(devices: list[Device], links: list[Link]) -> None:
-    networks: dict[str, Device] = {}
-    for nic in [d for d in devices if d.kind == "nic"]:
-        layer = nic.attrs.get("link_layer")
-        down = (
-            nic.attrs.get("operstate") == "down" or nic.attrs.get("ib_state", "ACTIVE") != "ACTIVE"
-        )
-        if layer is None or down:
-            continue
-        kind: LinkKind = "ethernet"
-        if layer == "InfiniBand":
-            kind = "infiniband"
-        elif "ib" in nic.attrs:
-            kind = "roce"
-        subnet = nic.attrs.get("subnet_prefix", "") if kind == "infiniband" else ""
-        name = f"net:{kind}" + (f":{subnet}" if subnet else "")
-        networks.setdefault(name, Device(name, "fabric_switch", node=-1))
-        speed = nic.attrs.get("port_bytes_per_s")
-        links.append(
-            Link(
-                nic.id,
-                name,
-                kind,
-                bandwidth_bytes_per_s=float(speed) if speed else None,
-                source="inference",
-                confidence="inferred",
-            )
-        )
-    devices += networks.values()

@@ -49,7 +49,7 @@ class ClusterShape:
                 f"{self.nodes} nodes of {self.gpus} GPUs and {self.nics} ports, "
                 f"{self.rack_nodes} in a rack: needs at least 1 of each, and a GPU for each port"
             )
-        if not (min(rates) > 0 and self.fabric_bytes_per_s >= 0):
+        if not (all(r > 0 for r in rates) and self.fabric_bytes_per_s >= 0):
             raise ConfigError(
                 f"bandwidths {rates[:2]} and oversubscription {self.oversubscription} must be "
                 f"above 0, that of the fabric ({self.fabric_bytes_per_s}) at least 0"

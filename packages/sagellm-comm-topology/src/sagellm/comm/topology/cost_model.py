@@ -97,7 +97,7 @@ class CostModel(CostModelProtocol):
                 lists the known ones.
 
         """
-        check(op, algorithm, {k[1] for k in self._curves if k[0] == op})
+        check(op, algorithm, self.algorithms(op))
         size = _size(group, nbytes)
         curve = self._curves.get((op, algorithm, size))
         if curve is not None and size > 1:
@@ -106,6 +106,16 @@ class CostModel(CostModelProtocol):
             return _estimate(op, nbytes, size, self._stretched(op, algorithm, nbytes, size))
         prior = self._prior(op, algorithm, nbytes, group)
         return _estimate(op, nbytes, size, self._scaled(op, algorithm, nbytes, size, prior))
+
+    def algorithms(self, op: str) -> tuple[str, ...]:
+        """Names that `predict` knows for an operation: those with a formula and those measured.
+
+        Raises:
+            ConfigError: Unknown op; the message lists the known ones.
+
+        """
+        check(op, ALGORITHMS.get(op, ("",))[0])
+        return tuple(sorted({*ALGORITHMS[op], *(k[1] for k in self._curves if k[0] == op)}))
 
     def observe(self, samples: Sequence[Mapping[str, Any]]) -> None:  # Any: JSON-like rows
         """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us.
@@ -233,7 +243,8 @@ class CostModel(CostModelProtocol):
         """The fastest algorithm and its estimate. Pure: equal tables give equal answers.
 
         Formulas are first scaled to what was measured of the other algorithms, so that an
-        optimistic formula does not beat a measurement. Ties go to the first name.
+        optimistic formula does not beat a measurement; where only algorithms without a formula
+        were measured, no formula takes part. Ties go to the first name.
 
         Raises:
             ConfigError: The table has nothing for the op, or is of another version.
@@ -331,6 +342,8 @@ def _readings(table: CostTable, op: str, nbytes: int, size: int) -> dict[str, Re
         if name == op and n == size
     }
     ratios = [found[a][0] / lines[a] for a in found if lines.get(a, 0.0) > 0]
+    if found and not ratios:  # what was measured has no formula: others compare with nothing
+        return found
     ratio = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
     width = _SCALED_SPREAD if ratios else _PRIOR_SPREAD
     basis: Basis = "scaled" if ratios else "prior"

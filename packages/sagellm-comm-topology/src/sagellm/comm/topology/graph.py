@@ -205,6 +205,14 @@ class TopologyGraph:
                 groups.append(group)
         return tuple(groups)
 
+    def rails(self) -> tuple[tuple[str, ...], ...]:
+        """Network ports by rail: one of each host in each; none where nobody numbered them."""
+        found: dict[str, list[str]] = {}
+        for device in self.info.devices:
+            if device.kind == "nic" and "rail" in device.attrs:
+                found.setdefault(device.attrs["rail"], []).append(device.id)
+        return tuple(tuple(found[rail]) for rail in sorted(found, key=lambda r: (len(r), r)))
+
     def _table(self, kind: LinkKind) -> dict[str, list[tuple[str, Link]]]:
         if kind in FABRIC_KINDS:
             return self._fabric

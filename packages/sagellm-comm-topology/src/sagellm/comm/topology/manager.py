@@ -51,6 +51,7 @@ class TopologyManager(TopologyManagerProtocol):
         allow_commands: Whether detectors may run command-line tools, at 0.3-2 s each.
         rank: This process's rank for `gather`; None is `RANK`, else 0.
         world_size: Number of ranks for `gather`; None is `WORLD_SIZE`, else 1.
+        labels: Where this host is, for `gather`: `rack` and `spine`, either or none.
 
     """
 
@@ -65,6 +66,7 @@ class TopologyManager(TopologyManagerProtocol):
         allow_commands: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self._root = FilePath(root)
         self._environ = environ
@@ -74,6 +76,7 @@ class TopologyManager(TopologyManagerProtocol):
         self._allow_commands = allow_commands
         self._rank = rank
         self._world_size = world_size
+        self._labels = dict(labels or {})
         self._lock = threading.Lock()
         self._local: TopologyGraph | None = None
         self._job: TopologyGraph | None = None
@@ -121,6 +124,7 @@ class TopologyManager(TopologyManagerProtocol):
             rank=_number(self._rank, context.environ, "RANK", 0),
             world_size=_number(self._world_size, context.environ, "WORLD_SIZE", 1),
             timeout_s=timeout_s,
+            labels=self._labels,
         )
         with self._lock:
             self._job = TopologyGraph(agreed)
@@ -197,6 +201,15 @@ class TopologyManager(TopologyManagerProtocol):
 
         """
         return placement.ring(self._graph_of(*group), group)
+
+    def trees(self, group: Sequence[str]) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        """Two trees over `group` that together use every port both ways; parents by name.
+
+        Raises:
+            ConfigError: An id is unknown or comes twice.
+
+        """
+        return placement.trees(self._graph_of(*group), group)
 
     def graph(self) -> TopologyGraph:
         """The graph of the whole job after `gather`, before it of this host."""

@@ -8,10 +8,11 @@ from sagellm.core.protocols import Affinity, ConfigError, Device, DeviceKind
 
 from .graph import PATH_CLASSES, Quality, TopologyGraph
 
-__all__ = ["affinity", "nearest", "rank_map", "ring"]
+__all__ = ["affinity", "nearest", "rank_map", "ring", "trees"]
 
 _SEARCH_STEPS = 20_000
 _SWAP_LIMIT = 64  # members up to which a ring is improved pair by pair: the work is cubic
+_WINDOW = 64  # items that a group may be chosen from: hosts beyond it are as good as those within
 
 _Rate = Callable[[str, str], Quality]
 
@@ -122,9 +123,9 @@ def _cluster(
     left = list(items)
     groups: list[tuple[str, ...]] = []
     while len(left) >= size:
-        candidates = [
-            _grow(i, left, size, rate) for i in range(len(left) if len(left) <= 16 else 1)
-        ]
+        near = left[: max(_WINDOW, size)]
+        starts = range(len(near) if len(near) <= 16 else 1)
+        candidates = [_grow(i, near, size, rate) for i in starts]
         _, chosen = min(candidates, key=lambda c: (c[0], c[1]))
         groups.append(tuple(d for i in chosen for d in left[i]))
         left = [item for i, item in enumerate(left) if i not in chosen]
@@ -171,6 +172,9 @@ def ring(graph: TopologyGraph, group: Sequence[str]) -> tuple[str, ...]:
             rates[key] = (*graph.quality(*key)[:2], 0)
         return rates[key]
 
+    hosts = _by_host(graph, members)
+    if len(members) > _SWAP_LIMIT and len(hosts) > 1:
+        return tuple(d for host in hosts for d in _opened(graph, host))
     found = _greedy(members, rate)
     if len(members) > _SWAP_LIMIT:
         return found
@@ -183,6 +187,64 @@ def ring(graph: TopologyGraph, group: Sequence[str]) -> tuple[str, ...]:
         if better:
             return better
     return found
+
+
+def _by_host(graph: TopologyGraph, members: Sequence[str]) -> list[list[str]]:
+    """Members of each host, that of the first member first, then by rack and number."""
+    hosts: dict[int, list[str]] = {}
+    for name in members:
+        hosts.setdefault(graph.device(name).node, []).append(name)
+    first, *others = hosts
+    others.sort(key=lambda n: (graph.device(hosts[n][0]).attrs.get("rack", ""), n))
+    return [hosts[n] for n in (first, *others)]
+
+
+def _opened(graph: TopologyGraph, host: Sequence[str]) -> tuple[str, ...]:
+    """The members of a host in line, as a ring of them that is cut where it is worst."""
+    around = ring(graph, host)
+    if len(around) < 3:
+        return around
+    worst = max(range(len(around)), key=lambda i: graph.quality(around[i - 1], around[i]))
+    return (*around[worst:], *around[:worst])
+
+
+def trees(
+    graph: TopologyGraph, group: Sequence[str]
+) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """Two trees over `group`, each member's parent by name; the root's is None.
+
+    Members of a host form a line in ring order, and the firsts of the lines a binary tree, in
+    rack order. A host that forwards in one tree is a leaf of the other (but for one of an odd
+    number), so that together they use every port both ways.
+
+    Raises:
+        ConfigError: An id is unknown or comes twice.
+
+    """
+    if not group:
+        return {}, {}
+    members = ring(graph, group)
+    lines = [_opened(graph, host) for host in _by_host(graph, members)]
+    heads = [line[0] for line in lines]
+    found = []
+    for order in (heads, [*heads[1:], heads[0]] if len(heads) % 2 else heads[::-1]):
+        parents: dict[str, str | None] = {}
+        for i, name in enumerate(order):
+            above = _parent(i, len(order))
+            parents[name] = None if above is None else order[above]
+        for line in lines:
+            parents.update(zip(line[1:], line, strict=False))
+        found.append(parents)
+    return found[0], found[1]
+
+
+def _parent(i: int, n: int) -> int | None:
+    """Parent of place i in a binary tree whose odd places are all leaves; 0 is the root."""
+    if i == 0:
+        return None
+    lowest = i & -i
+    above = (i ^ lowest) | (lowest << 1)
+    return above if above < n else i ^ lowest
 
 
 def _pairs(order: Sequence[str]) -> list[tuple[str, str]]:

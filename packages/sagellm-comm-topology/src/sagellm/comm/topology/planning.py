@@ -14,7 +14,7 @@ from .simulator import Network, SimSettings, simulate
 
 __all__ = ["Plan", "PlanRow", "node_counts", "plan"]
 
-_MOST_MESSAGES = 200_000
+_MOST_MESSAGES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +63,15 @@ class Plan:
 
 
 def node_counts(nodes: int) -> tuple[int, ...]:
-    """Numbers of hosts for a curve: doubling to 32, then by four, and the last one.
+    """Numbers of hosts for a curve: doubling to 8, then by four, and the last one.
 
     >>> node_counts(512)
-    (1, 2, 4, 8, 16, 32, 128, 512)
+    (1, 2, 4, 8, 32, 128, 512)
     """
     counts, n = [], 1
     while n < nodes:
         counts.append(n)
-        n *= 2 if n < 32 else 4
+        n *= 2 if n < 8 else 4
     return (*counts, nodes)
 
 
@@ -132,7 +132,7 @@ def _row(
     ranks = sum(map(len, hosts))
     messages = _messages(op, algorithm, ranks)
     if messages > _MOST_MESSAGES:
-        why = f"{messages} messages, more than {_MOST_MESSAGES}"
+        why = f"{messages:.0e} messages"
         return PlanRow(len(hosts), ranks, algorithm, None, None, why)
     try:
         played = simulate(network, schedule(op, algorithm, nbytes, hosts))

@@ -338,9 +338,12 @@ class _Play:
             before = ends[earlier]
             if any(abs(t - before[r] - period) > 1e-6 * period for r, t in ends[later].items()):
                 return
-        # Everybody is in this phase, or waits for it, so that dropping repeats moves nobody.
-        ahead = [at[1] for at in self._at if at[0] == phase]
-        if any(at[0] > phase for at in self._at):
+        # Exact only while nobody is elsewhere: in another phase, with messages of its own.
+        at = self._at
+        if any(at[r][0] != phase for r, left in enumerate(self._open) if left):
+            return
+        ahead = [at[r][1] for r in self._mine[phase]]
+        if any(at[r][0] != phase for r in self._mine[phase]):
             return
         spare = self._repeats[phase] - 2 - max(ahead)
         if spare > 0:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from sagellm.core.protocols import CommError
 
-from . import check, explain, look, planner
+from . import check, costs, explain, look, planner
 from ._source import source_parser
 
 __all__ = ["main"]
 
-_GROUPS = (look, check, explain, planner)
+_GROUPS = (look, check, explain, planner, costs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ __all__ = ["Curves", "Regret", "read_curves", "recorded_regrets", "simulated_reg
 
 MEASURED = (4 << 10, 64 << 10, 1 << 20, 8 << 20, 64 << 20, 512 << 20)
 HELD_OUT = (16 << 10, 256 << 10, 3 << 20, 24 << 20, 192 << 20)
+_NOISE = 0.03
 _OPS = ("all_reduce", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
 
 Curves = Mapping[str, tuple[str, int, dict[int, float]]]
@@ -41,6 +42,7 @@ class Regret:
         chosen: What `select` took.
         best: What is fastest in truth.
         regret: Time of the chosen over that of the best, less 1.
+        chance: Share of the algorithms whose regret is at most 5 %: what luck would do.
 
     """
 
@@ -50,31 +52,43 @@ class Regret:
     chosen: str
     best: str
     regret: float
+    chance: float
 
 
 def simulated_regrets(seed: int, *, calibrated: bool) -> list[Regret]:
-    """Choices on one random topology, after six sizes were measured on it or after none."""
+    """Choices on one random topology, after six sizes were measured on it or after none.
+
+    Measurements are five repeats that differ by some 3 %, as those of machines do.
+    """
     info = random_topology(seed)
     op = random.Random(f"op {seed}").choice(_OPS)
     group = [d.id for d in info.accelerators]
     truth = _truth(info, group, op, (*MEASURED, *HELD_OUT) if calibrated else HELD_OUT)
     model = CostModel(info)
     if calibrated:
+        noise = random.Random(f"noise {seed}")
         model.observe(
             [
-                {"op": op, "algorithm": a, "group_size": len(group), "nbytes": n, "time_us": t}
+                {"op": op, "algorithm": a, "group_size": len(group), "nbytes": n,
+                 "time_us": t * noise.lognormvariate(0, _NOISE)}
                 for (a, n), t in truth.items()
                 if n in MEASURED
+                for _ in range(5)
             ]
-        )
+        )  # fmt: skip
     table = model.freeze()
     found = []
     for nbytes in HELD_OUT:
         times = {a: t for (a, n), t in truth.items() if n == nbytes}
         chosen, _ = model.select(table, op, nbytes, len(group))
-        best = min(times, key=lambda a: (times[a], a))
-        found.append(Regret(seed, op, nbytes, chosen, best, times[chosen] / times[best] - 1))
+        found.append(_regret(seed, op, nbytes, chosen, times))
     return found
+
+
+def _regret(seed: int, op: str, nbytes: int, chosen: str, times: Mapping[str, float]) -> Regret:
+    best = min(times, key=lambda a: (times[a], a))
+    chance = sum(t <= 1.05 * times[best] for t in times.values()) / len(times)
+    return Regret(seed, op, nbytes, chosen, best, times[chosen] / times[best] - 1, chance)
 
 
 def _truth(
@@ -131,6 +145,5 @@ def recorded_regrets(curves: Curves) -> list[Regret]:
         for nbytes in common[1::2]:
             chosen, _ = model.select(type(table)("", table.version, only), op, nbytes, ranks)
             times = {s: curves[n][2][nbytes] for s, n in zip(stand_ins, (a, b), strict=True)}
-            best = min(times, key=lambda s: times[s])
-            found.append(Regret(number, op, nbytes, chosen, best, times[chosen] / times[best] - 1))
+            found.append(_regret(number, op, nbytes, chosen, times))
     return found

@@ -225,8 +225,10 @@ def works():
 class Attacker:
     """A peer that has the key, and says what it likes: a control connection made by hand."""
 
-    def __init__(self, b, node_id=9, then=b"", instance=b""):
+    def __init__(self, b, node_id=9, then=b"", instance=b"", receive_buffer=None):
         self.sock = Strangers.dial(b.address)
+        if receive_buffer is not None:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         hello = wire.encode(
             wire.Hello(wire.PROTOCOL, node_id, b.node_id, b"n" * 32, 1, 1, instance)
         )

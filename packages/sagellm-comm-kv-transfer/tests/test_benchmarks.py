@@ -1,6 +1,9 @@
 """The benchmarks run, on cases small enough for a test."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +109,38 @@ def test_a_turn_whose_bytes_differ_is_no_sample():
         pytest.raises(DistributedRuntimeError, match="other bytes"),
     ):
         pair.run()
+
+
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+
+
+def test_pairs_end_with_the_process_that_measures_even_while_they_are_stopped(tmp_path, eventually):
+    program = tmp_path / "measure.py"
+    program.write_text(
+        """
+import sys
+from sagellm.comm.kv_transfer.benchmarks._pair import Pair, regions
+from sagellm.comm.kv_transfer.benchmarks._worker import Spec
+
+if __name__ == "__main__":
+    idle = Spec("sagellm.comm.kv_transfer.benchmarks._worker:End", spins=True)
+    with regions({"nbytes": 1 << 20, "block_bytes": 1 << 16}) as case, Pair(idle, case) as pair:
+        print(*pair.pids, flush=True)
+        sys.stdin.read()
+"""
+    )
+    with subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as measuring:
+        pids = [int(pid) for pid in measuring.stdout.readline().split()]
+        eventually(lambda: [state_of(p) for p in pids] == ["T", "T"])
+        measuring.kill()
+
+    eventually(lambda: all(state_of(p) in ("gone", "Z") for p in pids), 10.0)
 
 
 @pytest.mark.timeout(120)

@@ -127,10 +127,10 @@ def test_an_interrupt_ends_both_and_leaves_nothing_behind(tmp_path, key_file, st
         while len(channel.inspect(0)["links"]) < 2:
             assert sender.poll() is None, sender.stderr.read()
         sender.send_signal(signal.SIGINT)
-        assert sender.wait(20) == 130
+        assert sender.wait(40) == 130
 
     server.send_signal(signal.SIGTERM)
-    out, err = server.communicate(timeout=20)
+    out, err = server.communicate(timeout=40)
     assert (server.returncode, err) == (130, "")
     assert read_documents(out)[-1]["transfers"] >= 1
     assert os.listdir(folder) == []

@@ -351,7 +351,7 @@ def test_a_peer_that_does_not_read_its_welcome_holds_nobody_up(
 
     assert works(channel(node_id=0, peers={1: b.address}, key=KEY), b)
 
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3  # each of the four would hold the loop for a second
     for sock in slow:
         sock.close()
 

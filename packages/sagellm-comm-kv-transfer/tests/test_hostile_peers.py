@@ -1,4 +1,7 @@
+import contextlib
+import os
 import struct
+import time
 
 import pytest
 import torch
@@ -234,3 +237,117 @@ def test_a_broken_message_right_behind_the_handshake_ends_the_link(pair, attacke
 
     assert enemy.lost()
     assert b.get_stats().peers == 0
+
+
+def many(kind):
+    """A message, or thousands, of several megabytes: what could take time or memory."""
+    fetch = wire.Fetch(1, "o", 0, {"kv": 2}, {"kv": wire.Part("", 0, 1)})
+    match kind:
+        case "offers":
+            return [wire.Offer(i, f"p{i}", 0, {"kv": 1}) for i in range(8_000)]
+        case "fetches":
+            return [wire.Fetch(i, f"p{i}", 0, {"kv": 1}, {}) for i in range(8_000)]
+        case "groups":
+            return [wire.Offer(1, "k", 0, {f"g{i}": 1 for i in range(100_000)})]
+        case "spans":
+            return [fetch, wire.Nack(1, [(0, 0, 1)] * 200_000)]
+        case "failures":
+            return [wire.KeyFail(f"k{i}", 0, "peer_lost", "m" * 2048) for i in range(3000)]
+        case "ids":
+            return [wire.Offer(1, "k", 0, {"kv": 1}, None, 0, {"kv": bytes(12 << 20)})]
+        case "layers":
+            layers = tuple(f"l{i}" for i in range(100_000))
+            group = CacheGroup("kv", "kv", layers, ("block", "dim"), (8,), "float32")
+            return [wire.LayoutChanged(KVLayout((group,)))]
+
+
+@pytest.mark.parametrize(
+    "kind", ["offers", "fetches", "groups", "spans", "failures", "ids", "layers"]
+)
+def test_much_at_once_holds_nobody_up_and_takes_bounded_memory(
+    leakless, pair, attacker, works, kind
+):
+    settings = {"settings": KVTransferSettings(max_backlog_bytes=1 << 20, max_remembered=64)}
+    honest, _, b, held = pair(receiver=settings)
+    before = {n: t.clone() for n, t in held.items()}
+    honest.connect(b.node_id, timeout_s=10)
+    b.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=60)
+    r = b.receive(TransferKey("k"), [3], source_node=9)
+    enemy = attacker(b)
+    data = enemy.sealed(*many(kind))
+    memory = resident_bytes()
+    started = time.monotonic()
+
+    with contextlib.suppress(OSError):
+        enemy.sock.sendall(data)
+    assert works(honest, b)
+
+    assert time.monotonic() - started < 5
+    enemy.sock.close()
+    with pytest.raises(KVTransferError):
+        r.wait(30)
+    assert resident_bytes() - memory < 160 << 20
+    assert all(torch.equal(held[n], before[n]) for n in held)
+
+
+def test_what_a_peer_made_long_is_not_passed_on(pair, attacker):
+    """Else its layout, in the reason why a transfer failed, would end links between others."""
+    honest, _, b, _ = pair(sender={"settings": KVTransferSettings(max_message_bytes=1 << 16)})
+    honest.connect(b.node_id, timeout_s=10)
+    key = TransferKey("k")
+    r = b.receive(key, [3], source_node=[9, honest.node_id])
+    t = honest.begin(key, b.node_id, [1]).transfer  # not sealed: it cannot land
+    group = CacheGroup("kv", "kv", ("l" * (1 << 20),), ("block", "dim"), (8,), "float32")
+    attacker(b).say(wire.LayoutChanged(KVLayout((group,), "m" * (1 << 20))))
+
+    for handle in (r, t):
+        with pytest.raises(KVTransferError, match="KV layouts do not fit"):
+            handle.wait(10)
+    assert honest.get_stats().peers == 1
+
+
+def test_a_peer_that_reads_no_answers_loses_its_link(leakless, pair, attacker, eventually, works):
+    settings = KVTransferSettings(max_backlog_bytes=1 << 16, max_in_flight=8)
+    honest, _, b, _ = pair(receiver={"settings": settings})
+    enemy = attacker(b, receive_buffer=4096)
+    eventually(lambda: b.get_stats().peers == 1)
+
+    def flood():
+        for i in range(0, 400_000, 1000):  # each is answered with a refusal
+            enemy.say(*[wire.Offer(n, "x", n, {"kv": 1}) for n in range(i, i + 1000)])
+
+    with pytest.raises(OSError, match=r"reset|pipe"):
+        flood()
+
+    eventually(lambda: b.get_stats().peers == 0)
+    assert works(honest, b)
+
+
+def test_a_peer_that_reads_no_blocks_holds_them_no_longer_than_its_lease(
+    leakless, pair, attacker, eventually, works
+):
+    honest, _, b, _ = pair(blocks=64, page=256, dim=64, receiver={"settings": quick()})
+    enemy = attacker(b)
+    with enemy.connect_data(b):
+        offer = b.offer(TransferKey("o"), range(64), num_tokens=8, ttl_s=1)
+        enemy.say(wire.Fetch(1, "o", 0, {"kv": 64}, {"kv": wire.Part("", 0, 1)}))
+        eventually(lambda: offer.state.value != "offered")
+        started = time.monotonic()
+
+        assert works(honest, b)  # meanwhile, with another
+        with pytest.raises(KVTransferError, match="not fetched within"):
+            offer.wait(10)
+
+        assert time.monotonic() - started < 1 + 1.5
+        assert b._engine.pool.leases == 0
+    (done,) = [c for c in b.poll() if c.key.id == "o"]
+    assert done.blocks_safe
+
+
+def quick():
+    return KVTransferSettings(quiesce_s=0.1)
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

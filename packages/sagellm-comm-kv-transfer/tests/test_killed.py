@@ -18,7 +18,7 @@ from sagellm.core.protocols import KVTransferError, TransferState
 
 SCRIPT = Path(__file__).with_name("victim.py")
 DEADLINE_S = 0.8
-SLACK_S = 1.5
+SLACK_S = 3.0
 CASES = [(state, "tcp") for state in ("offered", "accepted", "moving", "landed")]
 CASES += [("moving", "auto"), ("landed", "auto")]  # by shared memory, where there is any
 

@@ -59,6 +59,7 @@ def hang_at(kind, *, before):
             return
         if not before:
             send(link, message)
+            link._flush()  # it would go at the end of this turn, which never comes
         say(reached="landed")
         time.sleep(600)
 

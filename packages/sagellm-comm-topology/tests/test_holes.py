@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from sagellm.comm.topology import _nvml, _tools
+from sagellm.comm.topology import _nvml, _specs
 from sagellm.comm.topology.benchmarks.fake_machine import BRIDGE, GPU, StubNvml
 from sagellm.comm.topology.detector import BUILT_IN
 from sagellm.comm.topology.export import to_json, to_matrix, to_nccl_xml
@@ -168,7 +168,7 @@ def test_detection_leaves_no_thread_and_no_descriptor(boxed, look):
         raise TimeoutError("slow")
 
     stub = StubNvml([A, B, C])
-    manager = look(boxed, nvml=stub, extra=(_tools.NVIDIA_SMI,), run=run, allow_commands=True)
+    manager = look(boxed, nvml=stub, extra=(_specs.NVIDIA_SMI,), run=run, allow_commands=True)
     manager.detect()
     fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 

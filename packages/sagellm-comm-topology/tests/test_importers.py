@@ -7,6 +7,7 @@ from sagellm.comm.topology.benchmarks.fake_machine import BRIDGE, GPU, NIC
 from sagellm.comm.topology.export import pair_label, to_json, to_matrix, to_nccl_xml
 from sagellm.comm.topology.importers import import_topology, read_fragment
 from sagellm.comm.topology.merge import merge
+from sagellm.comm.topology.placement import ring
 from sagellm.core.protocols import (
     ConfigError,
     IntegrityError,
@@ -249,7 +250,7 @@ def test_hostile_xml_is_refused(text):
 
 def test_xml_of_too_many_elements_is_refused():
     with pytest.raises(IntegrityError, match="elements"):
-        read("<system>" + "<cpu/>" * 500_001 + "</system>")
+        read("<system>" + "<cpu/>" * 200_001 + "</system>")
 
 
 def test_a_document_type_that_names_a_file_is_passed_over_unread():
@@ -419,3 +420,28 @@ def test_a_table_inside_a_long_report_is_found():
 
     assert cells(info)[0] == ["X", "SYS"]
     assert [(d.cpulist, d.numa_nodes) for d in info.accelerators] == [("0-7", ()), ("8-15", (1,))]
+
+
+def test_node_follows_from_cpus_where_the_machine_shows_whose_they_are(machine, look):
+    for node in range(4):
+        machine.numa(node, f"{node * 24}-{node * 24 + 23}", (10, 20, 20, 20))
+    live = read_fragment(to_json(look(machine).detect()).encode(), source="live")
+    printed = read_fragment(
+        b"   NPU0  NPU1  CPU Affinity\nNPU0  X  HCCS  72-95\nNPU1  HCCS  X  0-47\n"
+    )
+
+    info = merge([(60, live), (40, printed)])
+
+    assert [d.numa_nodes for d in info.accelerators] == [(3,), ()]
+
+
+def test_rings_of_an_imported_square_avoid_its_missing_diagonals():
+    square = read(
+        "\tGPU0\tGPU1\tGPU2\tGPU3\nGPU0\t X \tNV2\tNV2\tSYS\nGPU1\tNV2\t X \tSYS\tNV1\n"
+        "GPU2\tNV2\tSYS\t X \tNV2\nGPU3\tSYS\tNV1\tNV2\t X \n"
+    )
+    members = [d.id for d in square.accelerators]
+
+    order = [members.index(m) for m in ring(TopologyGraph(square), members)]
+
+    assert order in ([0, 1, 3, 2], [0, 2, 3, 1])

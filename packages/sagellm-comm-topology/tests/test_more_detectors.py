@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.comm.topology import _amdsmi, _kfd, _sysfs_cxl, _tools, _topo_file
+from sagellm.comm.topology import _amdsmi, _specs
 from sagellm.comm.topology.benchmarks.fake_machine import GPU, NIC, StubNvml
 from sagellm.comm.topology.detector import BUILT_IN
 from sagellm.core.protocols import CommandResult, DetectorSpec
@@ -47,7 +47,7 @@ def test_cxl_memory_is_one_device_with_size_and_node(machine, look):
     machine.pci("0000:0d:00.0", "pci0000:0c", 0x050210, vendor=0x1E98, numa=0)
     machine.cxl(0, "0000:0d:00.0", ram=64 << 30, node=1)
 
-    info = look(machine, extra=(_sysfs_cxl.SPEC,)).detect()
+    info = look(machine, extra=(_specs.CXL,)).detect()
 
     (memory,) = [d for d in info.devices if d.kind == "cxl_mem"]
     assert (memory.id, memory.memory_bytes, memory.attrs["cxl"]) == (
@@ -64,7 +64,7 @@ def test_offline_cxl_memory_has_no_node_of_its_own(machine, look):
     (machine.folder("0000:0d:00.0") / "mem0/ram/size").unlink()
     (machine.folder("0000:0d:00.0") / "mem0/pmem/size").unlink()
 
-    info = look(machine, extra=(_sysfs_cxl.SPEC,)).detect()
+    info = look(machine, extra=(_specs.CXL,)).detect()
 
     assert links(info, "cxl") == {}
     assert info.find("0000:0d:00.0").memory_bytes is None
@@ -74,7 +74,7 @@ def test_offline_cxl_memory_has_no_node_of_its_own(machine, look):
 def test_amd_gpus_and_their_links_come_without_a_library(machine, look):
     amd(machine).kfd(AMD, xgmi={(0, 1): 64000, (1, 0): 64000, (1, 2): 64000, (2, -1): 36000})
 
-    info = look(machine, extra=(_kfd.SPEC,)).detect()
+    info = look(machine, extra=(_specs.KFD,)).detect()
 
     assert [(d.index, d.uuid, d.memory_bytes) for d in info.accelerators] == [
         (i, f"GPU-{1000 + i:016x}", 192 << 30) for i in range(3)
@@ -86,12 +86,21 @@ def test_amd_gpus_and_their_links_come_without_a_library(machine, look):
     }
 
 
+def test_gpus_reached_through_others_have_no_link_of_their_own(machine, look):
+    amd(machine).kfd(AMD, xgmi={(0, 1): 1, (1, 2): 1, (0, 2): 1}, far=[(0, 2)])
+
+    info = look(machine, extra=(_specs.KFD,)).detect()
+
+    assert set(links(info, "xgmi")) == {(AMD[0], AMD[1]), (AMD[1], AMD[2])}
+    assert [(p.a, p.b, p.via) for p in info.pairs] == [(AMD[0], AMD[2], "xgmi")]
+
+
 def test_nodes_that_a_container_hides_are_a_warning(machine, look):
     amd(machine).kfd(AMD)
     folder = machine.root / "sys/class/kfd/kfd/topology/nodes/2"
     (folder / "properties").write_text("")
 
-    info = look(machine, extra=(_kfd.SPEC,)).detect()
+    info = look(machine, extra=(_specs.KFD,)).detect()
 
     assert [d.index for d in info.accelerators] == [0, 1, None]
     assert any("1 nodes are unreadable" in w for w in info.warnings)
@@ -101,7 +110,7 @@ def test_rocr_and_hip_choose_by_uuid_and_index(machine, look):
     amd(machine).kfd(AMD)
     environ = {"ROCR_VISIBLE_DEVICES": f"GPU-{1002:016x},0", "HIP_VISIBLE_DEVICES": "1"}
 
-    info = look(machine, extra=(_kfd.SPEC,), environ=environ).detect()
+    info = look(machine, extra=(_specs.KFD,), environ=environ).detect()
 
     assert [d.visible_index for d in info.accelerators] == [0, None, None]
 
@@ -133,7 +142,10 @@ class StubAmdSmi:
         return 0
 
     def amdsmi_topo_get_link_type(self, a, b):
-        return {"hops": 1, "type": 2} if b == a + 1 else {"hops": 2, "type": 1}
+        return {"hops": 1, "type": 2}
+
+    def amdsmi_topo_get_link_weight(self, a, b):
+        return 15 * (b - a)
 
     def amdsmi_get_minmax_bandwidth_between_processors(self, a, b):
         return {"min_bandwidth": 1, "max_bandwidth": 50000}
@@ -147,10 +159,10 @@ def test_amd_library_agrees_with_the_kernel_and_is_closed(machine, look):
     stub = StubAmdSmi(AMD)
     spec = DetectorSpec("amdsmi", 80, lambda: _amdsmi.AmdSmiDetector(lambda: stub), ("0x1002",))
 
-    both = look(machine, extra=(_kfd.SPEC, spec)).detect()
+    both = look(machine, extra=(_specs.KFD, spec)).detect()
 
     assert stub.open == 0
-    assert links(both, "xgmi") == links(look(machine, extra=(_kfd.SPEC,)).detect(), "xgmi")
+    assert links(both, "xgmi") == links(look(machine, extra=(_specs.KFD,)).detect(), "xgmi")
     assert {p.peer["read"] for p in both.pairs} == {"OK", "NS"}
     assert {d.model for d in both.accelerators} == {"AMD Drawn"}
     assert not [w for w in both.warnings if "believed" in w]
@@ -200,7 +212,7 @@ def nvidia(machine):
 def test_tools_run_only_when_allowed(machine, look):
     run = tool({"*": CommandResult(0, TOPO)})
 
-    look(nvidia(machine), extra=(_tools.NVIDIA_SMI,), run=run).detect()
+    look(nvidia(machine), extra=(_specs.NVIDIA_SMI,), run=run).detect()
 
     assert run.calls == []
 
@@ -209,7 +221,7 @@ def test_what_a_tool_prints_joins_the_devices_of_the_kernel(machine, look):
     query = CommandResult(0, f"0, 0000{A}, GPU-aa\n1, 0000{B}, GPU-bb\n")
     run = tool({"topo": CommandResult(0, TOPO), "--query-gpu=index,pci.bus_id,uuid": query})
 
-    info = look(nvidia(machine), extra=(_tools.NVIDIA_SMI,), run=run, allow_commands=True).detect()
+    info = look(nvidia(machine), extra=(_specs.NVIDIA_SMI,), run=run, allow_commands=True).detect()
 
     assert [(d.id, d.uuid, d.numa_nodes) for d in info.accelerators] == [
         (A, "GPU-aa", (0,)),
@@ -226,7 +238,7 @@ def test_a_driver_is_believed_before_its_tool(machine, look):
     stub = StubNvml([A, B], peers={A: [B, B], B: [A, A]})
 
     info = look(
-        nvidia(machine), nvml=stub, extra=(_tools.NVIDIA_SMI,), run=run, allow_commands=True
+        nvidia(machine), nvml=stub, extra=(_specs.NVIDIA_SMI,), run=run, allow_commands=True
     ).detect()
 
     assert links(info, "nvlink")[A, B][0] == 2
@@ -236,7 +248,7 @@ def test_a_driver_is_believed_before_its_tool(machine, look):
 def test_a_tool_without_addresses_is_joined_by_order_and_says_so(machine, look):
     run = tool({"topo": CommandResult(0, TOPO), "*": CommandResult(1, "", "not supported")})
 
-    info = look(nvidia(machine), extra=(_tools.NVIDIA_SMI,), run=run, allow_commands=True).detect()
+    info = look(nvidia(machine), extra=(_specs.NVIDIA_SMI,), run=run, allow_commands=True).detect()
 
     assert [(d.id, d.index) for d in info.accelerators] == [(A, 0), (B, 1)]
     assert any("in the order of addresses" in w for w in info.warnings)
@@ -255,7 +267,7 @@ def test_a_tool_without_addresses_is_joined_by_order_and_says_so(machine, look):
 )
 def test_tools_that_fail_are_a_warning(machine, look, answer, words):
     info = look(
-        nvidia(machine), extra=(_tools.NVIDIA_SMI,), run=tool({"*": answer}), allow_commands=True
+        nvidia(machine), extra=(_specs.NVIDIA_SMI,), run=tool({"*": answer}), allow_commands=True
     ).detect()
 
     told = [w for w in info.warnings if w.startswith("nvidia-smi")]
@@ -269,7 +281,7 @@ def test_a_tool_that_really_hangs_is_ended(tmp_path, machine, look, monkeypatch)
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=":")
-    manager = look(nvidia(machine), extra=(_tools.NVIDIA_SMI,), allow_commands=True)
+    manager = look(nvidia(machine), extra=(_specs.NVIDIA_SMI,), allow_commands=True)
 
     info = manager.detect(deadline_s=0.4)
 
@@ -288,7 +300,7 @@ def test_a_named_file_is_believed_before_all_others(machine, look):
     (machine.root / "etc").mkdir()
     (machine.root / "etc/topo.xml").write_text(XML)
 
-    manager = look(machine, extra=(_topo_file.SPEC,), environ={"NCCL_TOPO_FILE": "/etc/topo.xml"})
+    manager = look(machine, extra=(_specs.TOPO_FILE,), environ={"NCCL_TOPO_FILE": "/etc/topo.xml"})
 
     assert manager.path(A, B).kind == "PIX"
     assert manager.detect().find(A).numa_nodes == (1,)
@@ -301,7 +313,7 @@ def test_the_file_of_a_virtual_machine_is_found_by_its_place(machine, look):
     folder.mkdir(parents=True)
     (folder / "virtualTopology.xml").write_text(XML)
 
-    assert look(machine, extra=(_topo_file.SPEC,)).path(A, B).kind == "PIX"
+    assert look(machine, extra=(_specs.TOPO_FILE,)).path(A, B).kind == "PIX"
 
 
 @pytest.mark.parametrize(
@@ -312,7 +324,7 @@ def test_a_bad_file_is_a_warning(machine, look, content):
         (machine.root / "topo.xml").write_text(content)
 
     info = look(
-        nvidia(machine), extra=(_topo_file.SPEC,), environ={"NCCL_TOPO_FILE": "/topo.xml"}
+        nvidia(machine), extra=(_specs.TOPO_FILE,), environ={"NCCL_TOPO_FILE": "/topo.xml"}
     ).detect()
 
     assert info.num_devices == 2
@@ -322,6 +334,7 @@ def test_a_bad_file_is_a_warning(machine, look, content):
 def test_a_pipe_in_place_of_a_file_does_not_hang(machine, look):
     os.mkfifo(machine.root / "topo.xml")
 
-    info = look(machine, extra=(_topo_file.SPEC,), environ={"NCCL_TOPO_FILE": "/topo.xml"}).detect()
+    environ = {"NCCL_TOPO_FILE": "/topo.xml"}
+    info = look(machine, extra=(_specs.TOPO_FILE,), environ=environ).detect()
 
     assert any("no regular file" in w for w in info.warnings)

@@ -195,8 +195,8 @@ def test_an_empty_root_gives_warnings_and_no_devices(tmp_path, look):
 @pytest.mark.parametrize(
     ("pci_class", "vendor", "kind"),
     [
-        (0x030000, 0x1A03, None),  # display of a management chip
-        (0x030000, 0x8086, None),  # the processor's own display
+        (0x030000, 0x1A03, "display"),  # display of a management chip
+        (0x030000, 0x8086, "display"),  # the processor's own display
         (0x120000, 0x19E5, "npu"),
         (0x120000, 0x1002, "gpu"),
         (0x120000, 0xABCD, "npu"),
@@ -220,7 +220,9 @@ def test_virtual_functions_stand_behind_their_card(machine, look):
     machine.pci("0000:01:00.1", "pci0000:00", NIC, vendor=0x15B3)
     (machine.folder("0000:01:00.1") / "physfn").symlink_to("../0000:01:00.0")
 
-    assert [d.id for d in look(machine).detect().devices if d.kind == "nic"] == ["0000:01:00.0"]
+    (nic,) = [d for d in look(machine).detect().devices if d.kind == "nic"]
+    assert nic.id == "0000:01:00.0"
+    assert nic.attrs["virtual_functions"] == "0000:01:00.1"
 
 
 def test_numa_node_without_cpus_is_marked_and_never_pinned_to(machine, look):

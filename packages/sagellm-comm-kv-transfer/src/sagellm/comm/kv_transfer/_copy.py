@@ -45,6 +45,8 @@ def pair(sources: MemoryRuns, targets: MemoryRuns, cuts: Ints) -> Paired:
 
     """
     a, b = _joined(sources), _joined(targets)
+    if len(a.lengths) == len(b.lengths) == 1 and not len(cuts):  # a small transfer
+        return Paired(a, b.addresses, a.lengths)
     a_ends, b_ends = np.cumsum(a.lengths), np.cumsum(b.lengths)
     ends = np.unique(np.concatenate((a_ends, b_ends, cuts)))
     starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))

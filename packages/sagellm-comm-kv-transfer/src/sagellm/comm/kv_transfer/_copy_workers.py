@@ -145,7 +145,7 @@ class _Worker:
                 [sys.executable, "-P", program, *arguments],
                 pass_fds=(theirs.fileno(), fd),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's interrupt is for us, who end it
+                process_group=0,  # a terminal's interrupt is for us, who end it
             )
         except BaseException:
             self._sock.close()

@@ -93,16 +93,26 @@ class Receive:
 
     def expect(self) -> None:
         """What its senders bring, and what nobody brings yet."""
-        self.open_groups = {
-            name
-            for name, part in self.wanted.items()
-            if coverage_gap(part, [p for s in self.sources if (p := s.parts.get(name)) is not None])
-        }
+        self.open_groups = self._gaps(self.sources)
         self.handle.expect(
             sum(s.inflow.total_bytes for s in self.sources),
             sum(s.inflow.total_units for s in self.sources),
             max((s.inflow.extent.layers for s in self.sources), default=0),
         )
+
+    def leave(self, source: Source) -> None:
+        """Do without a sender; readers look at both, and must not see a layer without its gap."""
+        rest = [s for s in self.sources if s is not source]
+        self.open_groups = self._gaps(rest)
+        self.sources = rest
+        self.expect()
+
+    def _gaps(self, sources: Sequence[Source]) -> set[str]:
+        return {
+            name
+            for name, part in self.wanted.items()
+            if coverage_gap(part, [p for s in sources if (p := s.parts.get(name)) is not None])
+        }
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Report those of these layers that are in place and verified."""

@@ -357,8 +357,7 @@ class Receiving:
             if s.link is link and s.awaited:
                 s.inflow.stop()
                 self._drop(s)
-                r.sources.remove(s)
-                r.expect()
+                r.leave(s)
                 return
 
     def _join(self, r: Receive, link: Link, offer: wire.Offer) -> None:

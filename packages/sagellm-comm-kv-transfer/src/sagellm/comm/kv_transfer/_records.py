@@ -67,9 +67,9 @@ def key_failure(key: TransferKey, error: CommError) -> wire.KeyFail:
 
 def _told(error: CommError) -> tuple[str, str, str]:
     if not isinstance(error, LayoutMismatchError):
-        return str(error), "", ""
+        return str(error)[:MAX_MESSAGE], "", ""
     bare = str(error).removesuffix(f"; ours: {error.ours}; theirs: {error.theirs}")
-    return bare, error.ours, error.theirs
+    return bare[:MAX_MESSAGE], error.ours[:MAX_MESSAGE], error.theirs[:MAX_MESSAGE]
 
 
 def error_of(message: wire.Fail | wire.KeyFail) -> CommError:

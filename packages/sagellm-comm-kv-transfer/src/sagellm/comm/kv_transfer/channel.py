@@ -173,10 +173,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- pools and peers --------------------------------------------------------------------
 
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
-        """Make KV memory known; one pool per channel at a time.
-
-        Tensors that lie in a pool which `allocate` made in this process are shared like it.
-        """
+        """Make KV memory known, one pool per channel; what `allocate` made stays shared."""
         pool = RegisteredPool(layout, tensors)
         self._engine.loop.run(lambda: self._use(pool))
         return pool

@@ -13,17 +13,18 @@ from typing import Any
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     Device,
     Link,
+    LinkKind,
     Pair,
     TopologyFragment,
 )
 
 from ._sysfs import normal_bdf
 
-__all__ = ["SPEC", "AmdSmiDetector"]
+__all__ = ["AmdSmiDetector"]
 
+_ONE_HOP = 15  # weight of one physical link
 _XGMI = 2  # of AmdSmiIoLinkType and of AmdSmiLinkType
 
 # Any: amdsmi ships no types, and its handles are opaque.
@@ -61,10 +62,6 @@ class AmdSmiDetector:
             library.amdsmi_shut_down()
 
 
-SPEC = DetectorSpec("amdsmi", 80, AmdSmiDetector, vendors=("0x1002",))
-"""The detector as its entry point offers it."""
-
-
 class _Session:
     def __init__(self, library: _Library, ctx: DetectionContext) -> None:
         self._smi = library
@@ -86,16 +83,20 @@ class _Session:
                 self._warnings.append("deadline reached before the links of all pairs")
                 break
             way = self._ask("amdsmi_topo_get_link_type", handles[a], handles[b]) or {}
-            if int(way.get("type", 0)) == _XGMI and way.get("hops", 1) == 1:
+            weight = self._ask("amdsmi_topo_get_link_weight", handles[a], handles[b])
+            far = isinstance(weight, int) and weight > _ONE_HOP
+            access = self._ask("amdsmi_is_P2P_accessible", handles[a], handles[b])
+            peer = {} if access is None else {"read": "OK" if access else "NS"}
+            is_xgmi = int(way.get("type", 0)) == _XGMI
+            if peer or (is_xgmi and far):
+                via: LinkKind | None = "xgmi" if is_xgmi and far else None
+                pairs.append(Pair(a, b, via=via, peer=peer, source="amdsmi"))
+            if is_xgmi and not far:
                 speeds = self._ask(
                     "amdsmi_get_minmax_bandwidth_between_processors", handles[a], handles[b]
                 )
                 speed = float((speeds or {}).get("max_bandwidth") or 0) * 1e6
                 links.append(Link(a, b, "xgmi", 1, speed or None, source="amdsmi"))
-            access = self._ask("amdsmi_is_P2P_accessible", handles[a], handles[b])
-            if access is not None:
-                word = "OK" if access else "NS"
-                pairs.append(Pair(a, b, peer={"read": word}, source="amdsmi"))
         return TopologyFragment(
             "amdsmi",
             tuple(devices),

@@ -6,7 +6,9 @@ Vertices are coloured by what they are, then again and again by the colours arou
 
 from __future__ import annotations
 
-import hashlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 from sagellm.core.protocols import Device, TopologyInfo
 
@@ -57,4 +59,11 @@ def _label(d: Device) -> str:
 
 
 def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return str(_blake2b()(text.encode(), digest_size=8).hexdigest())
+
+
+@functools.cache
+def _blake2b() -> Callable[..., Any]:  # Any: the hash object's own type is private
+    from hashlib import blake2b  # brings a cryptography library: not at import
+
+    return blake2b

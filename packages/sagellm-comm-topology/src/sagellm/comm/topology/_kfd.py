@@ -10,18 +10,19 @@ from collections.abc import Mapping
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     Device,
     Link,
+    Pair,
     TopologyFragment,
 )
 
 from ._sysfs import Tree
 
-__all__ = ["SPEC", "KfdDetector"]
+__all__ = ["KfdDetector"]
 
 _NODES = "/sys/class/kfd/kfd/topology/nodes"
 _XGMI = 11  # CRAT link type; 2 is PCIe
+_ONE_HOP = 15  # weight of one physical link; what is reached through others weighs a multiple
 _MOST_LINKS = 256
 _HEAP_FRAME_BUFFERS = (1, 2)
 
@@ -45,19 +46,23 @@ class KfdDetector:
         # Processors are NUMA nodes in the kernel's order: a conclusion, so their links say so.
         hosts = [n for n, f in facts.items() if f.get("cpu_cores_count") and n not in gpus]
         links: dict[tuple[str, str], Link] = {}
+        pairs: dict[tuple[str, str], Pair] = {}
         for n, gpu in gpus.items():
             if ctx.clock() > ctx.deadline_s:
                 warnings.append(f"deadline reached before the links of {gpu.id}")
                 break
-            for link in _links(tree, n, gpus, hosts):
-                links.setdefault((link.a, link.b), link)
+            wires, reached = _links(tree, n, gpus, hosts)
+            for wire in wires:
+                links.setdefault((wire.a, wire.b), wire)
+            for pair in reached:
+                pairs.setdefault((pair.a, pair.b), pair)
         return TopologyFragment(
-            "kfd", tuple(gpus.values()), tuple(links.values()), warnings=tuple(warnings)
+            "kfd",
+            tuple(gpus.values()),
+            tuple(links.values()),
+            warnings=tuple(warnings),
+            pairs=tuple(pairs.values()),
         )
-
-
-SPEC = DetectorSpec("kfd", 60, KfdDetector, vendors=("0x1002",))
-"""The compute driver's detector as its entry point offers it."""
 
 
 def _properties(text: str | None) -> dict[str, int]:
@@ -95,8 +100,12 @@ def _gpu(tree: Tree, node: int, f: Mapping[str, int], index: int) -> Device:
     )
 
 
-def _links(tree: Tree, node: int, gpus: Mapping[int, Device], hosts: list[int]) -> list[Link]:
+def _links(
+    tree: Tree, node: int, gpus: Mapping[int, Device], hosts: list[int]
+) -> tuple[list[Link], list[Pair]]:
+    """Wires of a GPU, and peers that it reaches through others."""
     found: list[Link] = []
+    reached: list[Pair] = []
     for table in ("io_links", "p2p_links"):
         folder = f"{_NODES}/{node}/{table}"
         for name in (tree.names(folder) or ())[:_MOST_LINKS]:
@@ -107,10 +116,13 @@ def _links(tree: Tree, node: int, gpus: Mapping[int, Device], hosts: list[int]) 
             speed = f.get("max_bandwidth", 0) * 1e6 or None
             if other in gpus:
                 a, b = sorted((gpus[node].id, gpus[other].id))
+                if f.get("weight", 0) > _ONE_HOP:
+                    reached.append(Pair(a, b, via="xgmi", source="kfd"))
+                    continue
                 found.append(Link(a, b, "xgmi", 1, speed, source="kfd"))
             elif other in hosts:
                 numa = f"numa:{hosts.index(other)}"
                 found.append(
                     Link(gpus[node].id, numa, "xgmi", 1, speed, source="kfd", confidence="inferred")
                 )
-    return found
+    return found, reached

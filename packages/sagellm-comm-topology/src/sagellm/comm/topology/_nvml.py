@@ -15,7 +15,6 @@ from typing import Any
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     Device,
     Link,
     Pair,
@@ -26,7 +25,7 @@ from sagellm.core.protocols import (
 
 from ._sysfs import normal_bdf
 
-__all__ = ["SPEC", "NvmlDetector"]
+__all__ = ["NvmlDetector"]
 
 _SWITCHED = "nvlink-switch"
 _NODE_MASK_WORDS = 16  # 1024 NUMA nodes
@@ -73,10 +72,6 @@ class NvmlDetector:
             return _Session(library, ctx).read()
         finally:
             library.nvmlShutdown()
-
-
-SPEC = DetectorSpec("nvml", 80, NvmlDetector, vendors=("0x10de",))
-"""The NVML detector as its entry point offers it."""
 
 
 def _nothing(warning: str) -> TopologyFragment:

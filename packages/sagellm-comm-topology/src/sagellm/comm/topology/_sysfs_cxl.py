@@ -6,7 +6,6 @@ import re
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     Device,
     Link,
     TopologyFragment,
@@ -14,7 +13,7 @@ from sagellm.core.protocols import (
 
 from ._sysfs import Tree, normal_bdf
 
-__all__ = ["SPEC", "CxlDetector"]
+__all__ = ["CxlDetector"]
 
 _CXL = "/sys/bus/cxl/devices"
 _DAX = "/sys/bus/dax/devices"
@@ -43,10 +42,6 @@ class CxlDetector:
         return TopologyFragment(
             "sysfs-cxl", tuple(devices.values()), tuple(links.values()), warnings=tuple(warnings)
         )
-
-
-SPEC = DetectorSpec("sysfs-cxl", 60, CxlDetector)
-"""The CXL detector as its entry point offers it."""
 
 
 def _memory(tree: Tree, name: str, warnings: list[str]) -> Device:

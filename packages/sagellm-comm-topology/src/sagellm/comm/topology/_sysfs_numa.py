@@ -15,10 +15,25 @@ from sagellm.core.protocols import (
 
 from ._sysfs import Tree
 
-__all__ = ["SPEC", "NumaDetector", "cpu_count"]
+__all__ = ["SPEC", "NumaDetector", "cpu_count", "cpu_numbers"]
 
 _NODES = "/sys/devices/system/node"
+_MOST_CPUS = 1 << 16
 _NODE = re.compile(r"^node(\d+)$")
+
+
+def cpu_numbers(cpulist: str | None) -> list[int]:
+    """CPUs of a Linux list in its order; parts that are no numbers are passed over.
+
+    >>> cpu_numbers("0-3,8"), cpu_numbers(None)
+    ([0, 1, 2, 3, 8], [])
+    """
+    found: list[int] = []
+    for part in (cpulist or "").split(","):
+        match = re.match(r"^\s*(\d{1,7})(?:-(\d{1,7}))?\s*$", part)
+        if match:
+            found += range(int(match[1]), min(int(match[2] or match[1]), _MOST_CPUS) + 1)
+    return found
 
 
 def cpu_count(cpulist: str | None) -> int:
@@ -27,12 +42,7 @@ def cpu_count(cpulist: str | None) -> int:
     >>> cpu_count("0-3,8"), cpu_count(None)
     (5, 0)
     """
-    total = 0
-    for part in (cpulist or "").split(","):
-        match = re.match(r"^\s*(\d+)(?:-(\d+))?\s*$", part)
-        if match:
-            total += int(match[2] or match[1]) - int(match[1]) + 1
-    return total
+    return len(cpu_numbers(cpulist))
 
 
 class NumaDetector:

@@ -87,6 +87,7 @@ class _Builder:
         self._tree = tree
         self._functions = functions
         self._bandwidth: dict[str, float | None] = {}
+        self._virtual: dict[str, list[str]] = {}
         self._root_numa: dict[str, set[int]] = {}
         self._root_vendors: dict[str, set[str]] = {}
         self.devices: dict[str, Device] = {}
@@ -123,14 +124,17 @@ class _Builder:
         if f.class_code is None:
             return None
         kind = role(f.class_code, f.vendor, on_root_bus=not f.above)
-        if kind == "nic" and self._is_virtual_function(f):
+        owner = self._physical_function(f) if kind == "nic" else None
+        if owner is not None:
+            self._virtual.setdefault(owner, []).append(f.bdf)
             return None
         return kind
 
-    def _is_virtual_function(self, f: _Function) -> bool:
-        """Whether its physical function is here too and stands for it."""
-        owner = self._tree.target(f"{f.folder}/physfn")
-        return owner is not None and normal_bdf(owner.rpartition("/")[2]) in self._functions
+    def _physical_function(self, f: _Function) -> str | None:
+        """The function that a virtual one belongs to, if it is here to stand for it."""
+        link = self._tree.target(f"{f.folder}/physfn")
+        owner = normal_bdf(link.rpartition("/")[2]) if link else None
+        return owner if owner in self._functions else None
 
     def _add_endpoint(self, f: _Function, kind: DeviceKind, shared: Counter[str]) -> None:
         numa = self._tree.read(f"{f.folder}/numa_node")
@@ -144,6 +148,7 @@ class _Builder:
             "driver": f.driver,
             "max_link_speed": self._tree.read(f"{f.folder}/max_link_speed"),
             "max_link_width": self._tree.read(f"{f.folder}/max_link_width"),
+            "virtual_functions": ",".join(sorted(self._virtual.get(f.bdf, ()))),
         }
         self.devices[f.bdf] = Device(
             f.bdf,

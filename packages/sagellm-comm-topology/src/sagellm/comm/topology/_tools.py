@@ -13,17 +13,14 @@ from dataclasses import dataclass, replace
 
 from sagellm.core.protocols import (
     DetectionContext,
-    Detector,
-    DetectorSpec,
     IntegrityError,
     TopologyFragment,
 )
 
 from ._sysfs import normal_bdf
 
-__all__ = ["CNMON", "HY_SMI", "IXSMI", "NVIDIA_SMI", "ROCM_SMI", "Tool", "ToolDetector"]
+__all__ = ["TOOLS", "Tool", "ToolDetector"]
 
-_PRECEDENCE = 40
 _LONGEST_S = 10.0
 _QUERY = ("--query-gpu=index,pci.bus_id,uuid", "--format=csv,noheader")
 _CSV = re.compile(r"^\s*(\d+)\s*,\s*([0-9A-Fa-f:.]+)\s*(?:,\s*([\w\-]+))?\s*$")
@@ -151,17 +148,14 @@ def _first(*texts: str) -> str:
     return repr(lines[0][:120]) if lines else "nothing"
 
 
-def _spec(tool: Tool, vendors: tuple[str, ...]) -> DetectorSpec:
-    def load() -> Detector:
-        return ToolDetector(tool)
-
-    return DetectorSpec(tool.name, _PRECEDENCE, load, vendors)
-
-
-NVIDIA_SMI = _spec(
-    Tool("nvidia-smi", "nvidia", (("topo", "-m"), ("topo", "-p2p", "r")), _QUERY), ("0x10de",)
-)
-ROCM_SMI = _spec(Tool("rocm-smi", "amd", (("--showtopo",),), ("--showbus",)), ("0x1002",))
-HY_SMI = _spec(Tool("hy-smi", "hygon", (("--showtopo",),), ("--showbus",)), ("0x1d94",))
-IXSMI = _spec(Tool("ixsmi", "iluvatar", (("topo", "-m"),), _QUERY), ("0x1e3e",))
-CNMON = _spec(Tool("cnmon", "cambricon", (("topo", "-m"),)), ("0xcabc",))
+TOOLS = {
+    tool.name: tool
+    for tool in (
+        Tool("nvidia-smi", "nvidia", (("topo", "-m"), ("topo", "-p2p", "r")), _QUERY),
+        Tool("rocm-smi", "amd", (("--showtopo",),), ("--showbus",)),
+        Tool("hy-smi", "hygon", (("--showtopo",),), ("--showbus",)),
+        Tool("ixsmi", "iluvatar", (("topo", "-m"),), _QUERY),
+        Tool("cnmon", "cambricon", (("topo", "-m"),)),
+    )
+}
+"""Tools by name."""

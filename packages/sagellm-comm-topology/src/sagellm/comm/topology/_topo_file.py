@@ -10,12 +10,11 @@ import stat
 
 from sagellm.core.protocols import (
     DetectionContext,
-    DetectorSpec,
     IntegrityError,
     TopologyFragment,
 )
 
-__all__ = ["SPEC", "TopoFileDetector"]
+__all__ = ["TopoFileDetector"]
 
 _DEFAULT = "/var/run/nvidia-topologyd/virtualTopology.xml"
 _MAX_BYTES = 64 << 20
@@ -40,10 +39,6 @@ class TopoFileDetector:
             return read_fragment(data, source="topo-file")
         except IntegrityError as e:
             return _nothing(f"{named or _DEFAULT}: {e}")
-
-
-SPEC = DetectorSpec("topo-file", 100, TopoFileDetector)
-"""The detector as its entry point offers it."""
 
 
 def _nothing(warning: str) -> TopologyFragment:

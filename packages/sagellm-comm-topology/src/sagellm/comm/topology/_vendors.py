@@ -69,10 +69,10 @@ def role(class_code: int, vendor: str | None, *, on_root_bus: bool) -> DeviceKin
     if base == 0x03:
         # Displays of management chips and hypervisors compute nothing.
         if name == "intel" and on_root_bus:
-            return None
+            return "display"
         if name in _GPU_VENDORS:
             return "gpu"
-        return "npu" if name in _NPU_VENDORS else None
+        return "npu" if name in _NPU_VENDORS else "display"
     if sub == 0x0680 and name == "nvidia":
         return "fabric_switch"
     if sub == 0x0502:

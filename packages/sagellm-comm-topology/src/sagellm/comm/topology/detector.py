@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import (
     CommandResult,
@@ -20,20 +22,12 @@ from sagellm.core.protocols import (
     DetectorSpec,
     TopologyFragment,
 )
-from sagellm.core.protocols.registry import Registry
 
-from . import (
-    _amdsmi,
-    _kfd,
-    _nvml,
-    _sysfs_cxl,
-    _sysfs_net,
-    _sysfs_numa,
-    _sysfs_pci,
-    _tools,
-    _topo_file,
-)
+from . import _specs, _sysfs_net, _sysfs_numa, _sysfs_pci
 from ._sysfs import Tree
+
+if TYPE_CHECKING:
+    from sagellm.core.protocols.registry import Registry
 
 __all__ = ["BUILT_IN", "GROUP", "Detection", "installed_detectors", "make_context", "run_detectors"]
 
@@ -42,25 +36,21 @@ GROUP = "sagellm.comm.topology.detectors"
 _HEAD_START_S = 0.05
 
 BUILT_IN = (
-    _topo_file.SPEC,
+    _specs.TOPO_FILE,
     _sysfs_pci.SPEC,
     _sysfs_numa.SPEC,
     _sysfs_net.SPEC,
-    _sysfs_cxl.SPEC,
-    _nvml.SPEC,
-    _amdsmi.SPEC,
-    _kfd.SPEC,
-    _tools.NVIDIA_SMI,
-    _tools.ROCM_SMI,
-    _tools.HY_SMI,
-    _tools.IXSMI,
-    _tools.CNMON,
+    _specs.CXL,
+    _specs.NVML,
+    _specs.AMDSMI,
+    _specs.KFD,
+    _specs.NVIDIA_SMI,
+    _specs.ROCM_SMI,
+    _specs.HY_SMI,
+    _specs.IXSMI,
+    _specs.CNMON,
 )
 """The detectors of this package."""
-
-_registry: Registry[DetectorSpec] = Registry(GROUP)
-for _spec in BUILT_IN:
-    _registry.add(_spec.name, _spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +69,18 @@ class Detection:
 
 def installed_detectors() -> tuple[DetectorSpec, ...]:
     """The detectors of this environment, ours and plug-ins, by name."""
-    return tuple(spec for _, spec in sorted(_registry.load_all().items()))
+    return tuple(spec for _, spec in sorted(_registry().load_all().items()))
+
+
+@cache
+def _registry() -> Registry[DetectorSpec]:
+    # Looking for plug-ins costs a quarter of what importing this package does.
+    from sagellm.core.protocols.registry import Registry
+
+    registry: Registry[DetectorSpec] = Registry(GROUP)
+    for spec in BUILT_IN:
+        registry.add(spec.name, spec)
+    return registry
 
 
 def make_context(

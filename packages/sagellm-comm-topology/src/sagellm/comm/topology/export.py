@@ -27,7 +27,7 @@ _LANE_NAMES = {
     "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XL", "c2c": "C2C",
 }  # fmt: skip
 _COUNTED = ("nvlink", "mtlink", "mlulink")
-_VIA_NAMES = {"pcie": "PCIE", "ethernet": "ETH"}
+_VIA_NAMES = {"pcie": "PCIE", "ethernet": "ETH", "xgmi": "XGMI"}
 _MAX_JSON_BYTES = 256 << 20
 
 

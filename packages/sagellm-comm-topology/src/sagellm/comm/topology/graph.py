@@ -8,7 +8,6 @@ in by a near one.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 
 from sagellm.core.protocols import (
@@ -96,6 +95,8 @@ class TopologyGraph:
         """
         found = self._devices.get(device_id)
         if found is None:
+            import difflib  # only an error needs it, and it costs milliseconds
+
             near = difflib.get_close_matches(device_id, self._devices, n=3, cutoff=0.4)
             known = near or [d.id for d in self.info.devices[:4]]
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -234,7 +234,7 @@ class TopologyManager(TopologyManagerProtocol):
 
     def _hostname(self) -> str:
         if self._root == FilePath("/"):
-            return socket.gethostname()
+            return os.uname().nodename
         return Tree(self._root).read("/proc/sys/kernel/hostname") or ""
 
     def _widest_graph(self) -> TopologyGraph:

@@ -21,6 +21,7 @@ from sagellm.core.protocols import (
 
 from ._fingerprint import fingerprint
 from ._same_device import merge_devices
+from ._sysfs_numa import cpu_numbers
 from .graph import TopologyGraph
 
 __all__ = ["merge"]
@@ -45,6 +46,7 @@ def merge(
     for _, fragment in ordered:
         notes += [f"{fragment.source}: {w}" for w in fragment.warnings]
     devices, names = merge_devices([f for _, f in ordered], notes)
+    _place_by_cpus(devices)
     links = _merge_links([f for _, f in ordered], devices, names, notes)
     domains = _merge_domains([f for _, f in ordered], devices, names, notes)
     pairs = _merge_pairs([f for _, f in ordered], devices, names, notes)
@@ -73,6 +75,25 @@ def _order(device: Device) -> tuple[bool, bool, int, str]:
     if device.bdf is None:  # mlx5_2 before mlx5_10
         name = re.sub(r"\d+", lambda m: m[0].zfill(8), name)
     return not accelerator, index is None, index or 0, name
+
+
+def _place_by_cpus(devices: dict[str, Device]) -> None:
+    """Give a device the one NUMA node that holds all the CPUs it is said to be local to.
+
+    Some tools print CPUs and no node. CPUs of several nodes are no knowledge.
+    """
+    nodes = {
+        d.numa_nodes[0]: set(numbers)
+        for d in devices.values()
+        if d.kind == "numa" and d.numa_nodes and (numbers := cpu_numbers(d.cpulist))
+    }
+    for device in list(devices.values()):
+        if device.numa_nodes or device.kind == "numa" or len(nodes) < 2:
+            continue
+        mine = set(cpu_numbers(device.cpulist))
+        homes = [node for node, cpus in nodes.items() if mine and mine <= cpus]
+        if len(homes) == 1:
+            devices[device.id] = replace(device, numa_nodes=(homes[0],))
 
 
 def _merge_links(

@@ -101,6 +101,8 @@ def _take(
     while arguments.transfers is None or live.transfers < arguments.transfers:
         while len(waiting) < _WAITING:
             waiting.append(channel.receive(None, deadline_s=_FOREVER_S))
+        if arguments.interrupted:
+            raise KeyboardInterrupt
         select.select([channel.fileno()], [], [], _TICK_S)
         channel.poll()
         for handle in [h for h in waiting if h.done()]:

@@ -89,11 +89,12 @@ class Region:
 
 
 def fill(blocks: Blocks, seed: int) -> None:
-    """Random bytes, block by block."""
-    rng = np.random.default_rng(seed)
+    """Bytes that look random, other ones in every block."""
     words = blocks.view(np.uint64)
-    for row in words:
-        row[:] = rng.integers(0, 1 << 63, len(row), np.uint64)
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 1 << 63, words.shape[1], np.uint64)
+    for row, salt in zip(words, rng.integers(1, 1 << 63, len(words), np.uint64), strict=True):
+        np.bitwise_xor(noise, salt, out=row)
 
 
 def sums(blocks: Blocks, ids: Ids) -> list[int]:

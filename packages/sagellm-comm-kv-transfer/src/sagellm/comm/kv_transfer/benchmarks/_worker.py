@@ -12,6 +12,7 @@ import time
 from abc import ABC
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,13 @@ def work(
 
 
 def _die_with_parent() -> None:
-    """Also while stopped: the fork server ends with the process that measures."""
+    """Also while stopped: the fork server ends with the process that measures.
+
+    It would wait for whoever holds the end of a pipe that each of its children is given.
+    """
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined,unused-ignore]  # private
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 

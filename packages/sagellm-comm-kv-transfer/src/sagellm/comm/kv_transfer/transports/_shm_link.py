@@ -42,6 +42,9 @@ from ._socket import SocketConnection
 
 __all__ = ["Meeting", "ShmConnection"]
 
+_FRAME_BYTES = 31 << 20
+"""Less than 500 blocks of 64 KiB: beyond that numpy lets go of the GIL in every operation, which
+costs a switch interval each beside a thread that computes in Python."""
 _REFERRING_BUFFER_BYTES = 16 << 10
 """Kernel buffer where only references cross: more would queue frames before small transfers."""
 _AHEAD_BYTES = 1 << 14
@@ -55,7 +58,6 @@ class Meeting(NamedTuple):
     theirs: View
     peek: Peek | None
     readable: bool
-    frame_bytes: int
 
 
 class ShmConnection(SocketConnection, OneSidedConnection):
@@ -90,7 +92,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
     @property
     def frame_bytes(self) -> int:
         """Enough to make the cost of a frame vanish, little enough to overlap sums and copies."""
-        return self._meeting.frame_bytes
+        return _FRAME_BYTES
 
     # -- what we send -----------------------------------------------------------------------
 

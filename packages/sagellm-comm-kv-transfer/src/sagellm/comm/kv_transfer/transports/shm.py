@@ -21,7 +21,7 @@ import numpy as np
 
 from sagellm.comm.kv_transfer._board import BOARD_BYTES, Board
 from sagellm.comm.kv_transfer._peek import Peek
-from sagellm.comm.kv_transfer._segment import View, have_workers, shared_segments
+from sagellm.comm.kv_transfer._segment import View, shared_segments
 from sagellm.core.protocols import (
     AuthenticationError,
     BackendUnavailableError,
@@ -45,9 +45,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CREDENTIALS = struct.Struct("3i")
 _GREETING = struct.Struct("<4sHHQ16s")
 _MAGIC = b"sKVm"
-_HAS_SEGMENTS, _HAS_WORKERS = 1, 2
-_FRAME_BYTES, _WORKERS_FRAME_BYTES = 32 << 20, 128 << 20
-"""Copy workers get more at once: beside a busy GIL every frame costs switch intervals."""
+_HAS_SEGMENTS = 1
 _NONCE_BYTES = 16
 _BUFFER_BYTES = 1 << 18
 
@@ -160,8 +158,6 @@ class ShmTransport(KVTransport):
             undo.callback(board.close)
             nonce = np.frombuffer(secrets.token_bytes(_NONCE_BYTES), dtype=np.uint8).copy()
             mine = _HAS_SEGMENTS if shared_segments() else 0
-            if have_workers():
-                mine |= _HAS_WORKERS
             greeting = _GREETING.pack(_MAGIC, 1, mine, nonce.ctypes.data, nonce.tobytes())
             try:
                 sock.settimeout(max(0.001, end - time.monotonic()))
@@ -189,9 +185,7 @@ class ShmTransport(KVTransport):
                     f"memory that is no allocated pool cannot be read across processes ({reason}); "
                     "`channel.allocate` makes pools that can"
                 )
-            large = theirs[0] & _HAS_WORKERS
-            frame_bytes = _WORKERS_FRAME_BYTES if large else _FRAME_BYTES
-            meeting = Meeting(board, view, peek, readable, frame_bytes)
+            meeting = Meeting(board, view, peek, readable)
             connection = ShmConnection(sock, peer, meeting, self._buffer_bytes)
             undo.pop_all()
         return connection

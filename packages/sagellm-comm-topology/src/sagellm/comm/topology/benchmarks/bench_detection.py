@@ -3,12 +3,14 @@
 The drawn server's driver is a stand-in that takes 10 us a call. Contenders are what a program
 would otherwise do: run `lspci`, `lstopo` or `nvidia-smi topo -m`, or read the same files with
 pathlib, one after the other. The clock is inside the process, after imports; `import` cases time a
-fresh interpreter, less what an empty one takes.
+fresh interpreter, less what an empty one takes. Two figures are shares and not times: how much of
+what `lstopo` and `lspci` list here is found, and how many recorded machines are read without error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,9 @@ from typing import Any
 
 from sagellm.comm.topology import TopologyManager, _nvml
 from sagellm.comm.topology.benchmarks.fake_machine import StubNvml, draw_hgx
+from sagellm.comm.topology.benchmarks.recorded import case_files, mismatches
 from sagellm.comm.topology.detector import installed_detectors
+from sagellm.comm.topology.importers import import_topology
 from sagellm.core.protocols import DetectorSpec
 from sagellm.core.protocols.bench import Benchmark, Missing, Ratio, Row
 
@@ -79,6 +83,48 @@ def read_plainly(root: Path) -> int:
     return total
 
 
+def share_of_lstopo() -> float | None:
+    """How much of what hwloc lists on this host is found; None without hwloc."""
+    name = "lstopo-no-graphics"
+    if shutil.which(name) is None:
+        return None
+    done = subprocess.run((name, "--of", "xml"), capture_output=True, timeout=60, check=True)
+    theirs, ours = import_topology(done.stdout), TopologyManager().detect(refresh=True)
+    kinds = ("gpu", "npu", "nic", "display", "fabric_switch", "numa")
+    listed = {d.id for d in theirs.devices if d.kind in kinds}
+    listed |= {f"net {n}" for d in theirs.devices for n in names(d.attrs, "netdev")}
+    found = {d.id for d in ours.devices}
+    found |= {bdf for d in ours.devices for bdf in names(d.attrs, "virtual_functions")}
+    found |= {f"net {n}" for d in ours.devices for n in names(d.attrs, "netdev")}
+    return len(listed & found) / len(listed) if listed else 1.0
+
+
+def share_of_lspci() -> float | None:
+    """How many displays, accelerators and network functions of lspci are found; None without it."""
+    if shutil.which("lspci") is None:
+        return None
+    done = subprocess.run(("lspci", "-D", "-nn"), capture_output=True, timeout=60, check=True)
+    listed = {
+        line.split()[0]
+        for line in done.stdout.decode("utf-8", "replace").splitlines()
+        if re.search(r"\[(?:02|03|12)[0-9a-f]{2}\]:", line)
+    }
+    devices = TopologyManager().detect(refresh=True).devices
+    found = {d.bdf for d in devices}
+    found |= {bdf for d in devices for bdf in names(d.attrs, "virtual_functions")}
+    return len(listed & found) / len(listed) if listed else 1.0
+
+
+def share_of_recorded() -> float | None:
+    """How many recorded machines are read without a single error; None without them."""
+    cases = case_files()
+    return sum(not mismatches(c) for c in cases) / len(cases) if cases else None
+
+
+def names(attrs: Mapping[str, str], key: str) -> list[str]:
+    return [n for n in attrs.get(key, "").split(",") if n]
+
+
 def timed(call: Callable[[], object]) -> float:
     start_s = time.perf_counter()
     call()
@@ -119,6 +165,12 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
         found.append(
             Ratio(f"{budget * 1e3:g} ms/p95 of detect", where, budget / p95(detect.samples), 1.0)
         )
+        if where["machine"] == "this host":
+            found += [
+                Ratio("found/listed by lstopo", where, share_of_lstopo(), 1.0),
+                Ratio("found/listed by lspci", where, share_of_lspci(), 1.0),
+                Ratio("read right/recorded machines", {}, share_of_recorded(), 1.0),
+            ]
         for name, row in same.items():
             if name != "detect" and detect.median:
                 value = row.median / detect.median if row.median else None

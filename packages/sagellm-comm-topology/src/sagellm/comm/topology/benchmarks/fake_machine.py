@@ -143,9 +143,11 @@ class FakeMachine:
         cpus: int = 1,
         xgmi: Mapping[tuple[int, int], int] | None = None,
         memory: int = 192 << 30,
+        far: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Add AMD's compute driver: processors, GPUs, and xGMI links between GPUs (or to the
-        processor of a negative number, -1 being the first), with megabytes per second.
+        processor of a negative number, -1 being the first), with megabytes per second. Those
+        that are `far` lead through a third GPU.
         """
         nodes = self.root / "sys/class/kfd/kfd/topology/nodes"
         for n in range(cpus):
@@ -168,7 +170,8 @@ class FakeMachine:
             folder.mkdir(parents=True)
             to = cpus + b if b >= 0 else -1 - b
             (folder / "properties").write_text(
-                f"type 11\nnode_from {cpus + a}\nnode_to {to}\nweight 15\n"
+                f"type 11\nnode_from {cpus + a}\nnode_to {to}\n"
+                f"weight {30 if (a, b) in far else 15}\n"
                 f"min_bandwidth {speed}\nmax_bandwidth {speed}\n"
             )
 

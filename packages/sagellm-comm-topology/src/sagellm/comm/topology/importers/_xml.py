@@ -10,7 +10,7 @@ from sagellm.core.protocols import IntegrityError
 __all__ = ["Element", "parse_xml"]
 
 _MAX_BYTES = 32 << 20
-_MAX_ELEMENTS = 500_000
+_MAX_ELEMENTS = 200_000
 _MAX_DEPTH = 200
 
 

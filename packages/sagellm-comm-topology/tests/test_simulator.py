@@ -339,3 +339,26 @@ def test_renaming_and_reordering_devices_changes_no_simulated_time():
         here = simulate(Network(TopologyGraph(info), group), phases)
         there = simulate(Network(TopologyGraph(renamed), [names[d] for d in group]), phases)
         assert here.time_us == pytest.approx(there.time_us)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Message(0, 0, 1), Message(0, 2, 1), Message(-1, 0, 1), Message(0, 1, -1),
+     Message(0, 1, math.nan)],
+)  # fmt: skip
+def test_an_impossible_message_is_refused(message):
+    with pytest.raises(ConfigError, match="Message"):
+        simulate(star(10, 10), [Phase((message,))])
+
+
+def test_a_message_of_nothing_takes_its_latency():
+    network = star(10, 10, settings=SimSettings(message_us=2, hop_us={}, other_hop_us=0))
+
+    assert simulate(network, [Phase((Message(0, 1, 0),))]).time_us == pytest.approx(2)
+
+
+def test_two_ranks_on_one_device_are_refused():
+    graph = TopologyGraph(TopologyInfo(devices=(Device("a", "gpu"),)))
+
+    with pytest.raises(ConfigError, match="twice"):
+        Network(graph, ["a", "a"])

@@ -3,7 +3,8 @@
     harness = Harness(model, windows, prefix_tokens=1536)
     print(harness.evaluate(Compressor("quant", step=0.25)))
 
-Needs `transformers` 4.56 or later; the model is any of its causal language models with a plain KV cache.
+Needs `transformers` 4.56 or later; the model is any of its causal language models with a plain
+KV cache.
 """
 
 from __future__ import annotations

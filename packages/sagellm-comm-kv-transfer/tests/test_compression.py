@@ -4,17 +4,21 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sagellm.comm.kv_transfer import KVTransferChannel, create_codec
+from sagellm.comm.kv_transfer import KVTransferChannel, KVTransferSettings, create_codec
 from sagellm.comm.kv_transfer.compression import codec_names
 from sagellm.core.protocols import ConfigError, IntegrityError
 
-NAMES = ("lz4", "none", "zstd")
+NAMES = ("lossless", "lossless-fast", "lz4", "lz4-planes", "none", "zstd", "zstd-planes")
 
 
 def test_the_codecs_are_found_by_entry_point():
     assert set(NAMES) <= set(codec_names())
     with pytest.raises(ConfigError, match="did you mean 'zstd'"):
         create_codec("zst")
+    with pytest.raises(ConfigError, match="needs a tensor's layout"):
+        create_codec("quant")
+    with pytest.raises(ConfigError, match="needs a tensor's layout"):
+        KVTransferChannel(codec="int4")
     with pytest.raises(ConfigError, match=r"installed: .*lz4"):
         KVTransferChannel(codec="snappy")
 
@@ -72,7 +76,8 @@ def test_a_bomb_does_not_grow_memory(name):
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 def test_what_does_not_shrink_is_sent_as_it_is(pair, codec):
-    out, a, into, _ = pair(sender={"codec": codec})
+    settings = KVTransferSettings(codec=codec, transport="tcp")  # others move blocks as they are
+    out, a, into, _ = pair(sender={"settings": settings})
     for tensor in a.values():
         noise = torch.randint(0, 256, (*tensor[0].shape, 4), dtype=torch.uint8)
         tensor[1] = noise.view(torch.float32).squeeze(-1)

@@ -317,5 +317,7 @@ def _sound(head: Header, table: memoryview) -> bool:
 
 def _wrong(found: list[int], sums: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> list[int]:
     """Positions of blocks that are not what they were."""
+    if len(found) == 1:
+        return [] if found[0] == sums[0] else [0]
     wrong: list[int] = np.flatnonzero(np.array(found, dtype="<u8") != sums).tolist()
     return wrong

@@ -129,9 +129,10 @@ class Sending:
         size = self._prepare(p, link)
         # our caller must not wait for a peer that does not read: all that was sent before has come
         here = size <= _HERE_BYTES and link.confirmed_before(p.flow.tid)
+        link.writer.add(p.flow, here=here)
+        # only now: the loop would take the GIL from the call that sends
         if not self.engine.loop.call(lambda: self._register(p, link)):
             raise PeerLostError("the channel is closed")
-        link.writer.add(p.flow, here=here)
         return True
 
     def _register(self, p: Push, link: Link) -> None:

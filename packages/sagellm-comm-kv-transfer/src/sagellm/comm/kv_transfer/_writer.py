@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections import deque
@@ -266,15 +267,16 @@ class DataWriter:
         layer, first, count = chunk
         raw = extent.span_bytes(layer, first, count)
         verify_s = codec_s = 0.0
-        sums = np.zeros(count, dtype="<u8")
+        table = bytes(8 * count)
         units: list[Views] = []
         if self.checksum or lane.codec is not None:
             units = extent.unit_views(layer, first, count)
         if self.checksum:
             start = time.perf_counter()
-            sums = np.array(block_sums(units, layer, first), dtype="<u8")
+            sums = block_sums(units, layer, first)
+            table = struct.pack(f"<{count}Q", *sums)
             verify_s = time.perf_counter() - start
-        table, flags = sums.tobytes(), 0
+        flags = 0
         reference = self._refer(lane, flow, extent, chunk)
         if reference is not None:
             (payload, runs), flags = reference, REF

@@ -277,7 +277,7 @@ class DataWriter:
             table = struct.pack(f"<{count}Q", *sums)
             verify_s = time.perf_counter() - start
         flags = 0
-        reference = self._refer(lane, flow, extent, chunk)
+        reference = self._refer(lane, flow, extent, chunk, raw)
         if reference is not None:
             (payload, runs), flags = reference, REF
         elif lane.codec is None:
@@ -308,10 +308,12 @@ class DataWriter:
 
     @staticmethod
     def _refer(
-        lane: _Lane, flow: Outflow, extent: Extent, chunk: Chunk
+        lane: _Lane, flow: Outflow, extent: Extent, chunk: Chunk, raw: int
     ) -> tuple[Views, int] | None:
         """A reference to a chunk and its number of runs; None where the bytes must be sent."""
-        if lane.one_sided is None or (pledge := flow.pledge(lane.one_sided)) is None:
+        if lane.one_sided is None or raw < lane.one_sided.least_bytes:
+            return None
+        if (pledge := flow.pledge(lane.one_sided)) is None:
             return None
         memory = extent.runs(*chunk)
         reference = lane.one_sided.refer(memory, pledge)

@@ -126,7 +126,7 @@ class Outflow(Flow):
 
         """
         with self.lock:
-            if self.stopped or self.extent is None:
+            if self.stopped or self.extent is None or not self._pending:
                 return None
             for _ in range(len(self._pending)):
                 span = self._pending[0]

@@ -352,6 +352,9 @@ def _table(
 
 
 def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> Ints:
+    if type(blocks) is list and len(blocks) == 1 and type(blocks[0]) is int:
+        if 0 <= blocks[0] < limit:
+            return np.array(blocks, dtype=np.int64)
     raw: NDArray[np.generic] = np.asarray(blocks)
     if raw.size == 0:
         return np.zeros(0, dtype=np.int64)
@@ -361,8 +364,6 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
             f"not {raw.dtype} of shape {list(raw.shape)}"
         )
     ids = raw.astype(np.int64)
-    if len(ids) == 1 and 0 <= int(ids[0]) < limit:
-        return ids
     if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= limit:
         bad = low if low < 0 else high
         raise ConfigError(f"{what}: block {bad} of group {name!r} is not in 0..{limit - 1}")

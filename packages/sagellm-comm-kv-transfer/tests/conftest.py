@@ -6,8 +6,10 @@ import gc
 import os
 import socket
 import struct
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from sagellm.core.protocols.testing.pytest_plugin import (
     rank_pool as rank_pool,
     rank_pools as rank_pools,
 )
+
+sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,17 @@ from sagellm.comm.kv_transfer import KVTransferChannel, KVTransferSettings, crea
 from sagellm.comm.kv_transfer.compression import codec_names
 from sagellm.core.protocols import ConfigError, IntegrityError
 
-NAMES = ("lz4", "none", "zstd")
+NAMES = ("lossless", "lossless-fast", "lz4", "lz4-planes", "none", "zstd", "zstd-planes")
 
 
 def test_the_codecs_are_found_by_entry_point():
     assert set(NAMES) <= set(codec_names())
     with pytest.raises(ConfigError, match="did you mean 'zstd'"):
         create_codec("zst")
+    with pytest.raises(ConfigError, match="needs a tensor's layout"):
+        create_codec("quant")
+    with pytest.raises(ConfigError, match="needs a tensor's layout"):
+        KVTransferChannel(codec="int4")
     with pytest.raises(ConfigError, match=r"installed: .*lz4"):
         KVTransferChannel(codec="snappy")
 

@@ -228,3 +228,30 @@ def test_commands_run_with_a_timeout_and_a_plain_locale():
         run([sys.executable, "-c", "import time; time.sleep(30)"], 0.2)
     with pytest.raises(FileNotFoundError):
         run(["no-such-tool-of-any-vendor"], 1.0)
+
+
+def test_detectors_share_a_thread_until_one_is_slow(tmp_path):
+    release = threading.Event()
+    threads = {}
+
+    def spec(name, act):
+        class Recorder:
+            def detect(self, ctx):
+                threads[name] = threading.get_ident()
+                act()
+                return TopologyFragment(name)
+
+        return DetectorSpec(name, 60, Recorder)
+
+    specs = [
+        spec("a", lambda: None),
+        spec("b", lambda: None),
+        spec("c", lambda: release.wait(30)),
+        spec("d", release.set),
+        spec("e", lambda: None),
+    ]
+
+    found = run_detectors(specs, make_context(root=tmp_path, environ={}, deadline_s=20))
+
+    assert [f.source for _, f in found.fragments] == ["a", "b", "c", "d", "e"]
+    assert threads["a"] == threads["b"] == threads["c"] != threads["d"]

@@ -1,6 +1,7 @@
 """One topology for all ranks: agreement, equal hosts, missing ranks, spoiled bodies."""
 
 import threading
+import time
 
 import pytest
 
@@ -292,3 +293,15 @@ def test_a_clique_shows_in_the_fingerprint():
     joined, apart = (join_hosts([tray("c/1"), tray(c)]) for c in ("c/1", "c/2"))
 
     assert joined.fingerprint != apart.fingerprint
+
+
+def test_five_hundred_equal_hosts_are_joined_and_sent_in_a_moment(hgx):
+    started = time.process_time()
+
+    joined = join_hosts([hgx.detect()] * 500)
+    text = encode_info(joined)
+
+    assert joined.num_devices == 4000
+    assert len(text) < 2 << 20
+    assert decode_info(text.encode()) == joined
+    assert time.process_time() - started < 20

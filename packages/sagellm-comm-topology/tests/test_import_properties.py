@@ -23,7 +23,7 @@ from sagellm.comm.topology.benchmarks.fake_tools import (
 from sagellm.comm.topology.export import pair_label, to_matrix, to_nccl_xml
 from sagellm.comm.topology.importers import import_topology
 from sagellm.comm.topology.merge import merge
-from sagellm.core.protocols import Device, Link, TopologyFragment
+from sagellm.core.protocols import Device, IntegrityError, Link, TopologyFragment
 
 NVLINKS = tuple(f"NV{n}" for n in (1, 2, 4, 12, 18))
 once = settings(deadline=None, max_examples=40)
@@ -347,3 +347,21 @@ def test_spoiled_text_never_raises_and_never_invents_devices(data):
 
 def rows(lines):
     return any(line.strip().startswith("GPU") and "\t" in line.strip() for line in lines[1:])
+
+
+@settings(deadline=None, max_examples=100)
+@given(trees(), st.data())
+def test_spoiled_xml_is_read_or_refused_in_words(info, data):
+    text = bytearray(to_nccl_xml(info).encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = min(len(text), start + data.draw(st.integers(0, 40)))
+        text[start:end] = data.draw(st.sampled_from([b"", b"-1", b"<pci ", b'"', b"\xff", b"&x;"]))
+
+    try:
+        again = import_topology(bytes(text), form="nccl-xml")
+    except IntegrityError:
+        return
+
+    assert to_matrix(again)
+    import_topology(to_nccl_xml(again).encode())

@@ -242,7 +242,12 @@ OUTSIDE = '<!DOCTYPE system [<!ENTITY x SYSTEM "file:///etc/hostname">]><system>
 UNDECLARED = '<!DOCTYPE system SYSTEM "x.dtd"><system><cpu numaid="0">&secret;</cpu></system>'
 
 
-@pytest.mark.parametrize("text", [BOMB, OUTSIDE, UNDECLARED, "<system>" * 300, "<a/>", "<"])
+NO_CODE = '<?xml version="1.0" encoding="UTF-99"?><system version="1"/>'
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, OUTSIDE, UNDECLARED, NO_CODE, "<system>" * 300, "<a/>", "<"]
+)
 def test_hostile_xml_is_refused(text):
     with pytest.raises(IntegrityError):
         read(text)

@@ -6,7 +6,6 @@ import tarfile
 
 import pytest
 
-
 READ = re.compile(
     r"(^|/)(sys/bus/(pci|cxl|dax)|sys/class/(net|infiniband|kfd)|sys/devices/pci|sys/devices/system/node/node\d+/"
     r"(cpulist|distance|meminfo)$|proc/cpuinfo)"

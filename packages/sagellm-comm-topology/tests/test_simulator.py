@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -302,3 +303,62 @@ def test_plan_refuses_sizes_and_shapes_that_are_none(capsys):
     assert "write 4096" in capsys.readouterr().err
     assert main(["plan", "--nodes", "0"]) == 2
     assert "0 nodes" in capsys.readouterr().err
+
+
+def test_ranks_that_take_no_part_do_not_hold_up_the_skipping():
+    network = star(*[10] * 8)
+
+    (phase,) = schedule("all_gather", "ring", 4000, [list(range(4))])
+    played = simulate(network, [Phase(phase.messages, 1000)])
+
+    assert played.skipped_repeats > 900
+    assert played.time_us == pytest.approx(1000 * 1000 / 10)
+
+
+def test_the_first_hosts_of_a_large_cluster_are_as_fast_as_a_small_one():
+    small, large = (make_cluster(ClusterShape(nodes=n, rack_nodes=4)) for n in (4, 8))
+
+    apart, part = (plan(info, "all_reduce", 1 << 26, counts=[4]).rows for info in (small, large))
+
+    for a, b in zip(apart, part, strict=True):
+        assert a.time_us == pytest.approx(b.time_us)
+
+
+def test_renaming_and_reordering_devices_changes_no_simulated_time():
+    info = random_topology(11)
+    names = {d.id: f"x{i * 7919 % 1000}" for i, d in enumerate(info.devices)}
+    renamed = TopologyInfo(
+        devices=tuple(replace(d, id=names[d.id]) for d in reversed(info.devices)),
+        links=tuple(replace(x, a=names[x.b], b=names[x.a]) for x in reversed(info.links)),
+        num_nodes=info.num_nodes,
+    )
+    group = [d.id for d in info.accelerators]
+
+    for algorithm in SCHEDULES["all_reduce"]:
+        phases = schedule("all_reduce", algorithm, 1 << 24, [list(range(len(group)))])
+        here = simulate(Network(TopologyGraph(info), group), phases)
+        there = simulate(Network(TopologyGraph(renamed), [names[d] for d in group]), phases)
+        assert here.time_us == pytest.approx(there.time_us)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Message(0, 0, 1), Message(0, 2, 1), Message(-1, 0, 1), Message(0, 1, -1),
+     Message(0, 1, math.nan)],
+)  # fmt: skip
+def test_an_impossible_message_is_refused(message):
+    with pytest.raises(ConfigError, match="Message"):
+        simulate(star(10, 10), [Phase((message,))])
+
+
+def test_a_message_of_nothing_takes_its_latency():
+    network = star(10, 10, settings=SimSettings(message_us=2, hop_us={}, other_hop_us=0))
+
+    assert simulate(network, [Phase((Message(0, 1, 0),))]).time_us == pytest.approx(2)
+
+
+def test_two_ranks_on_one_device_are_refused():
+    graph = TopologyGraph(TopologyInfo(devices=(Device("a", "gpu"),)))
+
+    with pytest.raises(ConfigError, match="twice"):
+        Network(graph, ["a", "a"])

@@ -254,7 +254,8 @@ class CodecSpec:
         name: `none`, `lz4`, `zstd`, ….
         lossless: Whether decoding gives the same bits.
         probe: Cheap, without side effects.
-        load: Returns the class or factory of the codec.
+        load: Returns the class or factory of the codec: a `KVCodec`, or one that codes tensors
+            whose layout it is told, as `sagellm.comm.kv_transfer.compression` has them.
         compresses: Whether frames of data that can shrink are smaller; False only for a codec
             that copies.
 
@@ -263,6 +264,6 @@ class CodecSpec:
     name: str
     lossless: bool
     probe: Callable[[], Probe]
-    load: Callable[[], Callable[..., KVCodec]]
+    load: Callable[[], Callable[..., object]]
     install_hint: str = ""
     compresses: bool = True

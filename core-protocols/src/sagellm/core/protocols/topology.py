@@ -38,8 +38,9 @@ DeviceKind = Literal[
     "gpu", "npu", "nic", "numa", "pci_root", "pci_switch", "fabric_switch", "cxl_mem", "display",
 ]  # fmt: skip
 """What a vertex of the graph is. A `display` computes nothing (a management chip's, a
-hypervisor's, the processor's own) and is no accelerator. `numa` stands for the CPUs and memory of one NUMA node,
-`pci_root` for one host bridge, `fabric_switch` for accelerator fabrics and networks."""
+hypervisor's, the processor's own) and is no accelerator. `numa` stands for the CPUs and memory of
+one NUMA node, `pci_root` for one host bridge, `fabric_switch` for accelerator fabrics and
+networks."""
 
 LinkKind = Literal[
     "nvlink", "xgmi", "hccs", "sio", "ub", "mlulink", "metaxlink", "mtlink", "ixlink", "xpulink",

@@ -1,8 +1,8 @@
 """Runs the detectors that are installed and collects what each of them says.
 
 Detectors are plug-ins of entry-point group `sagellm.comm.topology.detectors`; this package ships
-its own through the same door. Each runs in a daemon thread of its own, so that one that hangs is
-left behind at the deadline; one that raises becomes a warning.
+its own through the same door. They run in a daemon thread, so that one that hangs is left behind
+at the deadline; one that raises becomes a warning.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -161,13 +162,14 @@ def _run_together(
     specs: Sequence[DetectorSpec], ctx: DetectionContext
 ) -> tuple[list[tuple[int, TopologyFragment]], list[str]]:
     runs = [_Run(spec, threading.Event()) for spec in specs]
+    # Reads of small files fight over the interpreter's lock when they run side by side, so one
+    # thread does all, and another goes on with the rest when a detector is plainly slow.
+    pending = deque(runs)
+    stuck = True
     for run in runs:
-        threading.Thread(
-            target=_work, args=(run, ctx), name=f"topology-{run.spec.name}", daemon=True
-        ).start()
-        # Reads of small files fight over the interpreter's lock when they run side by side, so
-        # the next one starts when this one is done, or is plainly slow.
-        run.done.wait(min(_HEAD_START_S, max(0.0, ctx.deadline_s - ctx.clock())))
+        if stuck and pending:
+            threading.Thread(target=_work, args=(pending, ctx), daemon=True).start()
+        stuck = not run.done.wait(min(_HEAD_START_S, max(0.0, ctx.deadline_s - ctx.clock())))
     fragments: list[tuple[int, TopologyFragment]] = []
     warnings: list[str] = []
     for run in runs:
@@ -177,10 +179,21 @@ def _run_together(
             fragments.append((run.spec.precedence, run.fragment))
         else:
             warnings.append(f"{run.spec.name} failed: {run.failure}")
+    pending.clear()
     return fragments, warnings
 
 
-def _work(run: _Run, ctx: DetectionContext) -> None:
+def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
+    while pending:
+        try:
+            run = pending.popleft()
+        except IndexError:  # another thread was faster
+            return
+        threading.current_thread().name = f"topology-{run.spec.name}"
+        _detect(run, ctx)
+
+
+def _detect(run: _Run, ctx: DetectionContext) -> None:
     started_s = ctx.clock()
     try:
         fragment = run.spec.load().detect(ctx)

@@ -84,6 +84,9 @@ class Network:
         group: Device of each rank.
         settings: What the topology does not say.
 
+    Raises:
+        ConfigError: A device is unknown or comes twice.
+
     Attributes:
         size: Ranks.
         capacity: Bytes per microsecond of each directed link met so far.
@@ -100,6 +103,8 @@ class Network:
         self.assumed: set[LinkKind] = set()
         self._graph = graph
         self._group = tuple(graph.device(name).id for name in group)
+        if len(set(self._group)) != self.size:
+            raise ConfigError(f"a device comes twice in the group: {', '.join(self._group)}")
         self._numbers: dict[tuple[int, str], int] = {}
         self._routes: dict[tuple[int, int], tuple[tuple[int, ...], float]] = {}
 
@@ -163,7 +168,7 @@ def simulate(network: Network, phases: Sequence[Phase]) -> Simulation:
     """Play the phases on the network; deterministic.
 
     Raises:
-        ConfigError: Two ranks that talk are not known to be joined.
+        ConfigError: Two ranks that talk are not known to be joined, or a message is impossible.
         ResourceError: It takes more than `max_events`.
 
     """
@@ -199,8 +204,13 @@ class _Play:
         for phase in phases:
             mine: dict[int, list[int]] = {}
             for m, message in enumerate(phase.messages):
-                mine.setdefault(message.src, []).append(m)
-                mine.setdefault(message.dst, []).append(m)
+                src, dst = message.src, message.dst
+                if not (0 <= src < network.size and 0 <= dst < network.size and src != dst):
+                    raise ConfigError(f"{message}: ranks are two of 0..{network.size - 1}")
+                if not 0 <= message.nbytes < float("inf"):
+                    raise ConfigError(f"{message}: bytes are at least 0, and finite")
+                mine.setdefault(src, []).append(m)
+                mine.setdefault(dst, []).append(m)
             self._mine.append(mine)
         self._now = 0.0
         self._offset = 0.0  # time of repeats that were skipped

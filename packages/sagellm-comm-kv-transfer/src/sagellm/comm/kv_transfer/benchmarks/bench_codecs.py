@@ -17,7 +17,7 @@ from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Ratio, Row
 
 __all__ = ["main"]
 
-NAMES = ("none", "lz4", "zstd")
+NAMES = ("none", "lz4", "lz4-planes", "zstd", "zstd-planes", "lossless", "lossless-fast")
 TOKENS, HEADS, DIM = 16, 8, 128
 
 

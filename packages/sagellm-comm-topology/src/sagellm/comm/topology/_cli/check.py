@@ -11,7 +11,8 @@ from pathlib import Path
 from sagellm.comm.topology._diff import differences
 from sagellm.comm.topology._doctor import Finding, Visit, examine
 from sagellm.comm.topology.detector import installed_detectors, make_context, run_detectors
-from sagellm.comm.topology.manager import TopologyManager
+from sagellm.comm.topology.merge import merge
+from sagellm.comm.topology.visibility import apply_visibility
 
 from ._source import Commands, named_topology
 
@@ -73,7 +74,8 @@ def _diff(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     context = make_context(root=args.root, deadline_s=20.0, allow_commands=args.tools)
     detection = run_detectors(installed_detectors(), context)
-    info = TopologyManager(root=args.root, allow_commands=args.tools).detect(deadline_s=20.0)
+    info = merge(detection.fragments, warnings=detection.warnings)
+    info = apply_visibility(info, context.environ)
     visits = [Visit.of(f) for _, f in detection.fragments]
     findings = examine(info, detection)
     if args.json:

@@ -55,6 +55,8 @@ def parse_xml(data: bytes, warnings: list[str]) -> Element:
         if reader.root is None:
             raise IntegrityError(f"no XML: {e}") from None
         warnings.append(f"the XML is broken, what comes before is read: {e}")
+    except (LookupError, ValueError) as e:  # of the encoding that it declares
+        raise IntegrityError(f"XML that cannot be decoded: {e}") from None
     if reader.root is None:
         raise IntegrityError("no XML: no element")
     return reader.root

@@ -1,8 +1,4 @@
-"""Codecs for blocks on the wire: none, LZ4 and Zstandard, found by entry point.
-
-A block that a codec does not make smaller is sent as it is. Decoding writes into the block;
-sizes are checked before anything is allocated, because frames come from the network.
-"""
+"""`lz4` and `zstd`: general-purpose compressors over bytes."""
 
 from __future__ import annotations
 
@@ -10,48 +6,16 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import cast
 
-from sagellm.core.protocols import (
-    BackendUnavailableError,
-    CodecSpec,
-    ConfigError,
-    IntegrityError,
-    KVCodec,
-    Probe,
-)
-from sagellm.core.protocols.registry import Registry
+from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError, Probe
 
-__all__ = [
-    "CODEC_GROUP",
-    "LZ4",
-    "NONE",
-    "ZSTD",
-    "Lz4Codec",
-    "NoneCodec",
-    "ZstdCodec",
-    "codec_names",
-    "create_codec",
-    "load_codec_spec",
-]
+from .codec import ByteCodec
 
-CODEC_GROUP = "sagellm.comm.kv_transfer.codecs"
+__all__ = ["LZ4", "ZSTD", "Lz4Codec", "ZstdCodec", "importable"]
+
 _ZSTD_WINDOW_BYTES = 1 << 23
 
 
-class NoneCodec(KVCodec):
-    """Sends blocks as they are."""
-
-    def encode(self, block: memoryview, *, dtype: str) -> memoryview:
-        """The block itself."""
-        return block
-
-    def decode(self, frame: memoryview, out: memoryview, *, dtype: str) -> None:
-        """Copy the frame into `out`."""
-        if len(frame) != len(out):
-            raise IntegrityError(f"a frame of {len(frame)} bytes for a block of {len(out)}")
-        out[:] = frame
-
-
-class Lz4Codec(KVCodec):
+class Lz4Codec(ByteCodec):
     """LZ4 block format: fast, and small gains on floating-point caches.
 
     Args:
@@ -62,6 +26,8 @@ class Lz4Codec(KVCodec):
     def __init__(self, acceleration: int = 1) -> None:
         import lz4.block  # type: ignore[import-untyped]  # lz4 ships no types
 
+        if not 1 <= acceleration <= 65537:
+            raise ConfigError(f"acceleration {acceleration} is not in 1..65537")
         self._lz4 = lz4.block
         self._acceleration = acceleration
 
@@ -85,7 +51,7 @@ class Lz4Codec(KVCodec):
         out[:] = raw
 
 
-class ZstdCodec(KVCodec):
+class ZstdCodec(ByteCodec):
     """Zstandard: smaller than LZ4, and slower.
 
     Args:
@@ -96,6 +62,8 @@ class ZstdCodec(KVCodec):
     def __init__(self, level: int = 1) -> None:
         import zstandard
 
+        if not -100 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
+            raise ConfigError(f"level {level} is not in -100..{zstandard.MAX_COMPRESSION_LEVEL}")
         self._zstd = zstandard
         self._compressor = zstandard.ZstdCompressor(level=level)
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
@@ -119,7 +87,9 @@ class ZstdCodec(KVCodec):
             raise IntegrityError(f"a zstd frame does not hold the {len(out)} bytes of its block")
 
 
-def _importable(module: str, hint: str) -> Callable[[], Probe]:
+def importable(module: str, hint: str) -> Callable[[], Probe]:
+    """A probe that looks for a module without importing it."""
+
     def probe() -> Probe:
         if find_spec(module) is not None:
             return Probe(True, f"{module} is installed")
@@ -128,52 +98,13 @@ def _importable(module: str, hint: str) -> Callable[[], Probe]:
     return probe
 
 
-NONE = CodecSpec(
-    "none", True, lambda: Probe(True, "needs nothing"), lambda: NoneCodec, compresses=False
-)
 LZ4 = CodecSpec(
-    "lz4", True, _importable("lz4", "pip install lz4"), lambda: Lz4Codec, "pip install lz4"
+    "lz4", True, importable("lz4", "pip install lz4"), lambda: Lz4Codec, "pip install lz4"
 )
 ZSTD = CodecSpec(
     "zstd",
     True,
-    _importable("zstandard", "pip install zstandard"),
+    importable("zstandard", "pip install zstandard"),
     lambda: ZstdCodec,
     "pip install zstandard",
 )
-
-_registry: Registry[CodecSpec] = Registry(CODEC_GROUP)
-
-
-def codec_names() -> tuple[str, ...]:
-    """Names of the installed codecs, sorted."""
-    return _registry.names()
-
-
-def load_codec_spec(name: str) -> CodecSpec:
-    """The codec of that name, checked to be usable here.
-
-    Raises:
-        ConfigError: No such codec; the message lists the installed ones.
-        BackendUnavailableError: What it needs is missing.
-
-    """
-    spec = _registry.load(name)
-    probe = spec.probe()
-    if not probe.available:
-        raise BackendUnavailableError(f"codec {name!r}: {probe.reason}")
-    return spec
-
-
-def create_codec(name: str) -> KVCodec:
-    """A codec object, for one thread.
-
-    Raises:
-        ConfigError: No such codec.
-        BackendUnavailableError: What it needs is missing.
-
-    """
-    codec = load_codec_spec(name).load()()
-    if not isinstance(codec, KVCodec):
-        raise ConfigError(f"codec {name!r} gave {type(codec).__name__}, which is no KVCodec")
-    return codec

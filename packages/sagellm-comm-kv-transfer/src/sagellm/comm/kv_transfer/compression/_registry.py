@@ -1,0 +1,88 @@
+"""Codecs found by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sagellm.core.protocols import BackendUnavailableError, CodecSpec, ConfigError, KVCodec
+from sagellm.core.protocols.registry import Registry
+
+from .codec import SectionCodec
+from .frame import Option
+
+__all__ = [
+    "CODEC_GROUP",
+    "codec_names",
+    "create_codec",
+    "create_section_codec",
+    "load_codec_spec",
+    "section_codec_spec",
+]
+
+CODEC_GROUP = "sagellm.comm.kv_transfer.codecs"
+
+_registry: Registry[CodecSpec] = Registry(CODEC_GROUP)
+
+
+def codec_names() -> tuple[str, ...]:
+    """Names of the installed codecs, sorted."""
+    return _registry.names()
+
+
+def section_codec_spec(name: str) -> CodecSpec:
+    """The codec of that name, checked to be usable here.
+
+    Raises:
+        ConfigError: No such codec; the message lists the installed ones.
+        BackendUnavailableError: What it needs is missing.
+
+    """
+    spec = _registry.load(name)
+    probe = spec.probe()
+    if not probe.available:
+        raise BackendUnavailableError(f"codec {name!r}: {probe.reason}")
+    return spec
+
+
+def load_codec_spec(name: str) -> CodecSpec:
+    """The codec of that name, checked to be usable here for blocks of bytes.
+
+    Raises:
+        ConfigError: No such codec, or it needs to know what the values mean.
+        BackendUnavailableError: What it needs is missing.
+
+    """
+    spec = section_codec_spec(name)
+    make = spec.load()
+    if isinstance(make, type) and not issubclass(make, KVCodec):
+        raise ConfigError(
+            f"codec {name!r} ({make.__name__}) does not code blocks of bytes: it needs a "
+            f"tensor's layout, as `Compressor({name!r})` gets"
+        )
+    return spec
+
+
+def create_codec(name: str) -> KVCodec:
+    """A codec of blocks of bytes, for one thread; raises as `load_codec_spec`."""
+    codec = load_codec_spec(name).load()()
+    if not isinstance(codec, KVCodec):
+        raise ConfigError(f"codec {name!r} gave {type(codec).__name__}, which is no KVCodec")
+    return codec
+
+
+def create_section_codec(name: str, options: Mapping[str, Option]) -> SectionCodec:
+    """A codec of sections, for one thread.
+
+    Raises:
+        ConfigError: No such codec, options that it does not have, or it only codes bytes.
+        BackendUnavailableError: What it needs is missing.
+
+    """
+    make = section_codec_spec(name).load()
+    try:
+        codec = make(**options)
+    except TypeError as e:
+        raise ConfigError(f"codec {name!r} with options {dict(options)}: {e}") from None
+    if not isinstance(codec, SectionCodec):
+        raise ConfigError(f"codec {name!r} gave {type(codec).__name__}, which is no SectionCodec")
+    return codec

@@ -1,0 +1,98 @@
+"""What a codec is to a frame: it turns one section's values into bytes and back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from sagellm.comm.kv_transfer.memory import bytes_of
+from sagellm.core.protocols import KVCodec
+
+from .frame import Payload
+from .layout import Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["ByteCodec", "Scratch", "SectionCodec", "dtype_name"]
+
+
+class SectionCodec(ABC):
+    """Codes sections. One object serves one thread: it reuses its buffers.
+
+    Values are [tokens, heads, head_dim]; the constructor takes the codec's options by keyword
+    and raises `ConfigError` for those that cannot work.
+
+    Attributes:
+        undoes_rope: Whether it gains by a layout that says how keys were rotated.
+
+    """
+
+    undoes_rope: ClassVar[bool] = False
+
+    @abstractmethod
+    def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
+        """The coded values; valid until the next call.
+
+        Args:
+            x_THD: On the CPU, any strides; left as it is.
+            section: What the values are.
+
+        Returns:
+            None when this codec cannot code these values (NaN, infinities, another dtype): a
+            frame then falls back to the next codec.
+
+        """
+
+    @abstractmethod
+    def unpack(self, payload: memoryview, out_THD: Tensor, section: Section) -> None:
+        """Decode into `out_THD`, which may have any strides.
+
+        Raises:
+            IntegrityError: The payload cannot be one of this section.
+
+        """
+
+
+class ByteCodec(KVCodec, SectionCodec):
+    """A codec of plain bytes is a codec of sections, whatever they mean."""
+
+    def pack(self, x_THD: Tensor, section: Section) -> Payload:
+        """The section's bytes, encoded."""
+        return self.encode(bytes_of(x_THD.contiguous()), dtype=dtype_name(x_THD.dtype))
+
+    def unpack(self, payload: memoryview, out_THD: Tensor, section: Section) -> None:
+        """Decode, in place where `out_THD` is contiguous."""
+        import torch
+
+        into = out_THD
+        if not out_THD.is_contiguous():
+            into = torch.empty(out_THD.shape, dtype=out_THD.dtype)
+        self.decode(payload, bytes_of(into), dtype=dtype_name(out_THD.dtype))
+        if into is not out_THD:
+            out_THD.copy_(into)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass
+class Scratch:
+    """Buffers of one thread, kept from call to call and grown when a call needs more."""
+
+    _held: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffer of that name as a tensor of that shape, contents undefined."""
+        import torch
+
+        count = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.dtype != dtype or held.numel() < count:
+            held = self._held[name] = torch.empty(count, dtype=dtype)
+        return held[:count].view(shape)

@@ -1,0 +1,156 @@
+"""`quant`: its bound, its rates, and RoPE."""
+
+import math
+
+import pytest
+import torch
+from codec_data import cache, half, layout, rotated
+
+from sagellm.comm.kv_transfer.compression import Compressor, RopeSpec
+from sagellm.comm.kv_transfer.compression.frame import split
+from sagellm.comm.kv_transfer.compression.quant import QuantCodec
+from sagellm.core.protocols import ConfigError
+
+STEPS = (1 / 32, 1 / 16, 1 / 4, 1.0, 2.0)
+
+
+def round_trip(x, step=0.25, **fields):
+    with Compressor("quant", workers=1, step=step) as compressor:
+        frame = compressor.encode(x, layout(**fields))
+        return frame, compressor.decode(frame)
+
+
+def codings(frame):
+    header, sections = split(memoryview(frame))
+    return {header.codings[e.coding].name for e, _ in sections}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("tokens", [7, 256, 700])
+def test_no_value_moves_by_more_than_half_a_step(step, tokens):
+    x = cache(2, tokens, 2, 16, dtype=torch.float32)
+
+    frame, out = round_trip(x, step)
+
+    assert codings(frame) == {"quant"}
+    for first in range(0, tokens, 256):
+        chunk, got = (t[:, :, first : first + 256] for t in (x, out))
+        sigma = chunk.std(2, correction=0, keepdim=True)
+        k = 0.7 * step * sigma[:, 0]
+        v = 1.4 * step * sigma[:, 1].square().mean(-1, keepdim=True).sqrt()
+        # scales are sent in eighths of an octave, means in bfloat16
+        for bound, kv in ((k, 0), (v, 1)):
+            off = (got - chunk)[:, kv].abs()
+            assert bool((off <= bound / 2 * 2 ** (1 / 16) + 1e-4).all())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_smaller_steps_cost_bits_and_gain_quality(step):
+    x = cache(1, 512, 4, 64)
+
+    frame, out = round_trip(x, step)
+    other, worse = round_trip(x, step * 1.5)
+
+    assert len(other) < len(frame)
+    assert (worse - x).float().norm() > (out - x).float().norm()
+
+
+def test_steps_below_a_sixteenth_use_escapes_and_keep_the_bound():
+    x = cache(1, 256, 4, 16, dtype=torch.float32)
+    x[0, 0, 5] *= 30
+
+    frame, out = round_trip(x, 1 / 32)
+
+    assert codings(frame) == {"quant"}
+    sigma = x.std(2, correction=0, keepdim=True)
+    assert bool(((out - x)[0, 0].abs() <= 0.7 / 32 * sigma[0, 0] * 0.53).all())
+
+
+def test_outliers_of_one_channel_cost_the_others_nothing():
+    x = cache(1, 512, 2, 32, dtype=torch.float32)
+    frame, out = round_trip(x)
+    wild = x.clone()
+    wild[:, 0, ..., 3] *= 128
+
+    other, got = round_trip(wild)
+
+    assert abs(len(other) - len(frame)) < 0.01 * len(frame)
+    quiet = [i for i in range(32) if i != 3]
+    assert torch.equal(got[:, 0, ..., quiet], out[:, 0, ..., quiet])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        half(32),
+        half(32, interleaved=True),
+        RopeSpec.of(16),
+        RopeSpec(tuple(f / 4 for f in half(32).inv_freq)),
+    ],
+    ids=["half-split", "interleaved", "partial", "scaled"],
+)
+@pytest.mark.parametrize("position", [0, 100_003])
+def test_rope_is_undone_and_redone(rope, position):
+    x = cache(2, 600, 2, 32, rope=rope, position=position, dtype=torch.float32)
+
+    frame, out = round_trip(x, rope=rope, first_position=position)
+    plain, _ = round_trip(x)
+
+    # before RoPE the channels' means take most of the energy
+    assert codings(frame) == {"quant"}
+    keys, got = x[:, 0], out[:, 0]
+    unroped = torch.stack([rotated(k, _back(rope), position) for k in keys])
+    sigma = unroped.std(1, correction=0, keepdim=True)
+    assert float((got - keys).norm() / (sigma.expand_as(keys)).norm()) < 0.7 * 0.25 / math.sqrt(11)
+    assert len(frame) <= len(plain) * 1.01
+
+
+def _back(rope):
+    return RopeSpec(tuple(-f for f in rope.inv_freq), rope.interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_wrong_rope_convention_is_noticed(interleaved):
+    right = half(32, interleaved=interleaved)
+    x = cache(4, 300, 2, 32, rope=right)
+
+    round_trip(x, rope=right)
+    for wrong in (
+        half(32, interleaved=not interleaved),
+        half(32, theta=3.0, interleaved=interleaved),
+    ):
+        with pytest.raises(ConfigError, match="keys contradict the layout's RoPE"):
+            round_trip(x, rope=wrong)
+    with pytest.raises(ConfigError, match=r"none -?0"):
+        round_trip(cache(4, 300, 2, 32, seed=3), rope=right)
+
+
+def test_a_wrong_order_of_axes_is_noticed():
+    rope = half(32)
+    x = cache(2, 300, 80, 32, rope=rope).transpose(2, 3).contiguous()
+
+    with pytest.raises(ConfigError, match="seem to be in the wrong order"):
+        round_trip(x, rope=rope)
+    with pytest.raises(ConfigError, match="seem to be in the wrong order"):
+        round_trip(x[:, :, :2], rope=rope)
+    round_trip(x.transpose(2, 3), rope=rope)
+
+
+def test_noise_and_short_keys_pass_the_check():
+    rope = half(32)
+    noise = torch.randn(4, 2, 300, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    round_trip(noise, rope=rope)
+    round_trip(cache(1, 5, 2, 32), rope=rope)
+
+
+def test_one_object_takes_sections_of_any_size_in_turn():
+    x = cache(1, 700, 4, 64)
+    codec = QuantCodec()
+    with Compressor("quant", workers=1) as compressor:
+        for tokens in (700, 3, 256, 511):
+            part = x[:, :, :tokens]
+            encoder = compressor.encoder(part, layout())
+            section = encoder.header.geometry.section(0)
+            alone = bytes(QuantCodec().pack(part[0, 0], section))
+            assert bytes(codec.pack(part[0, 0], section)) == alone

@@ -216,6 +216,17 @@ def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
     assert "has ended the link: for lunch" in str(link.error)
 
 
+def test_a_side_that_gives_a_link_up_tells_the_other_why(pair, eventually):
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+    (ours,), (theirs,) = out._engine.links, into._engine.links
+
+    out._engine.loop.run(lambda: ours.lose(PeerLostError("nonsense was said")))
+
+    eventually(lambda: theirs.error is not None)
+    assert str(theirs.error) == "node 0 has ended the link: nonsense was said"
+
+
 def test_lanes_are_added_while_much_flows(pair, eventually):
     """Either side may ask for them: the one that sends, whichever it is."""
     out, a, into, b = pair(sender=TCP_ONLY, receiver=TCP_ONLY)

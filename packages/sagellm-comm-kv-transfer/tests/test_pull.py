@@ -191,3 +191,62 @@ def test_only_blocks_of_a_pool_are_offered_once(pair):
 
     with pytest.raises(ConfigError, match="stands already"):
         out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=10)
+
+
+def sharded_offers(channel, layout, tensors, key, size=2):
+    """Two prefill ranks that offer blocks 1 and 2, and the heads of both together."""
+    whole = tensors(layout(4))
+    nodes = []
+    for rank in range(size):
+        c = channel()
+        heads = slice(rank * 4 // size, (rank + 1) * 4 // size)
+        part = {n: t[:, :, heads].contiguous() for n, t in whole.items()}
+        c.register(layout(4, size, rank), part)
+        nodes.append((c, c.offer(key, [1, 2], num_tokens=8, ttl_s=30)))
+    return whole, nodes
+
+
+def test_a_fetch_that_would_fill_only_a_part_of_its_blocks_is_refused(channel, layout, tensors):
+    _, nodes = sharded_offers(channel, layout, tensors, TransferKey("o"))
+    into = channel()
+    into.register(layout(4), b := tensors(layout(4)))
+    before = {n: t.clone() for n, t in b.items()}
+
+    f = into.fetch(TransferKey("o"), nodes[0][0].node_id, [3, 4])
+
+    with pytest.raises(KVTransferError, match=r"hold head 0\.\.3.*every node that holds a part"):
+        f.wait(10)
+    assert all(torch.equal(b[n], before[n]) for n in b)
+    assert into._engine.pool.leases == 0
+    assert not nodes[0][1].done()
+
+
+def test_one_fetch_joins_the_parts_of_several_nodes(channel, layout, tensors):
+    whole, nodes = sharded_offers(channel, layout, tensors, TransferKey("o"))
+    into = channel()
+    into.register(layout(4), b := tensors(layout(4)))
+
+    f = into.fetch(TransferKey("o"), [c.node_id for c, _ in nodes], [3, 4])
+    f.wait_layer(2, 10)
+    f.wait(10)
+
+    assert all(torch.equal(whole[n][[1, 2]], b[n][[3, 4]]) for n in b)
+    for _, o in nodes:
+        o.wait(10)
+
+
+def test_one_of_several_nodes_that_fails_fails_the_fetch(channel, layout, tensors):
+    _, nodes = sharded_offers(channel, layout, tensors, TransferKey("o"))
+    into = channel()
+    into.register(layout(4), tensors(layout(4)))
+    nodes[1][1].cancel()
+    with pytest.raises(KVTransferError):
+        nodes[1][1].wait(10)
+
+    f = into.fetch(TransferKey("o"), [c.node_id for c, _ in nodes], [3, 4], deadline_s=0.5)
+
+    with pytest.raises(KVTransferError, match=r"within 0\.5 s"):
+        f.wait(10)
+    assert f.exception().invalid_blocks == (3, 4)
+    with pytest.raises(ConfigError, match="no node to fetch from"):
+        into.fetch(TransferKey("o"), [], [3, 4])

@@ -313,7 +313,7 @@ class KVTransferChannelProtocol(ABC):
     def fetch(
         self,
         key: TransferKey,
-        peer: int,
+        peer: int | Sequence[int],
         blocks: BlockIds | Mapping[str, BlockIds],
         *,
         src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
@@ -325,7 +325,8 @@ class KVTransferChannelProtocol(ABC):
         Args:
             key: Which offer, by its id; the attempt is this fetch's own, so that one standing
                 offer serves many fetches.
-            peer: Node that offers it.
+            peer: Node that offers it, or all nodes that offer it, each of which holds a part of
+                the sharded axis. What they have must cover everything the blocks hold.
             blocks: Destination ids.
             src_blocks: Which of the offered ids, in the order of `blocks`; None takes the
                 offered ones in their order. An offer of a whole pool plus `src_blocks` is a

@@ -322,14 +322,17 @@ class KVTransferChannel(KVTransferChannelProtocol):
     def fetch(
         self,
         key: TransferKey,
-        peer: int,
+        peer: int | Sequence[int],
         blocks: BlockIds | Mapping[str, BlockIds],
         *,
         src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         layers: Sequence[int] | None = None,
         deadline_s: float = 30.0,
     ) -> TransferHandle:
-        """Pull offered blocks into ours."""
+        """Pull offered blocks into ours, from one node or from several that each hold a part.
+
+        Nothing is fetched unless their parts cover everything the blocks hold.
+        """
         check_deadline(deadline_s)
         engine, pool = self._engine, self._pool()
         table = as_block_table(pool, blocks, unique=True)
@@ -341,7 +344,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
         r = Receive(handle, table, None, pool=pool)
         handle.owner = r
 
-        engine.loop.run(lambda: fetch(engine, r, peer, src_blocks=wanted, layers=layers))
+        peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))
+        if not peers:
+            raise ConfigError("no node to fetch from: give the nodes that offer the blocks")
+        engine.loop.run(lambda: fetch(engine, r, peers, src_blocks=wanted, layers=layers))
         return handle
 
     # -- ends -------------------------------------------------------------------------------

@@ -266,7 +266,8 @@ class KVTransferChannelProtocol(ABC):
             target_node: Node id.
             key: Name of the transfer; None makes a fresh one, which the receiver gets with
                 `receive(None)`. Repeating a key that has landed does nothing.
-            dst_blocks: Destination ids when known; None waits for the receiver's grant.
+            dst_blocks: Destination ids when known, for a receiver that gives the same ones or
+                adopts them; None waits for the receiver's grant.
             deadline_s: The whole transfer must have landed by then.
 
         """
@@ -278,6 +279,7 @@ class KVTransferChannelProtocol(ABC):
         blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         *,
         source_node: int | Sequence[int] | None = None,
+        adopt: bool = False,
         deadline_s: float = 30.0,
     ) -> Transfer:
         """Accept a push.
@@ -290,6 +292,9 @@ class KVTransferChannelProtocol(ABC):
                 sharded axis; losing a named one fails the transfer even before its push has
                 begun. None takes any. Named or not, the transfer has landed once the parts
                 that came cover everything the blocks hold.
+            adopt: Whether a sender that knows our blocks may name those it writes, by its
+                `dst_blocks`; never blocks that another transfer reads or writes. Without it a
+                sender that names other destinations than `blocks` is refused.
             deadline_s: It must have landed by then.
 
         """

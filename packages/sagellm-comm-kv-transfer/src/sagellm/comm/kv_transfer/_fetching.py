@@ -40,7 +40,7 @@ def fetch(
     assert r.pool is not None, "fetch was given blocks of a pool"
     engine.receiving.check_room()
     links = [engine.links.to(peer, r.handle.deadline) for peer in peers]
-    r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", r.blocks)
+    r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", written=r.blocks)
     r.fetch_from, r.fetch_layers = tuple(peers), layers
     engine.receiving.watch(r)
     absent = len(links)

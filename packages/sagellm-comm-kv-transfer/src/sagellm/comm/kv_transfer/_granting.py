@@ -52,6 +52,11 @@ class Granter:
                 raise ConfigError(f"node {link.peer} sends blocks and has no pool registered")
             check_layouts(ours, link.layout)
             if offer.dst_blocks is not None:
+                if not r.adopts:
+                    raise ConfigError(
+                        f"node {link.peer} names destination blocks, and this receive has not "
+                        "said that it may: receive(key, blocks) or receive(key, adopt=True)"
+                    )
                 self._adopt(r, offer.dst_blocks)
             else:
                 made = bounce_for_layout(ours, offer.counts, self._room())
@@ -117,7 +122,7 @@ class Granter:
         if pool is None:
             raise ConfigError("destination blocks were named, and no pool is registered")
         blocks = as_block_table(pool, block_ids(raw), unique=True, what="dst_blocks")
-        pool.lease(r, f"{r.key.id}/{r.key.attempt}", blocks)
+        pool.lease(r, f"{r.key.id}/{r.key.attempt}", written=blocks, sole=True)
         r.pool, r.blocks = pool, blocks
 
     def _room(self) -> tuple[int, int]:

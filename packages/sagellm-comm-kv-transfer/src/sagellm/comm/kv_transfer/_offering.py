@@ -68,7 +68,7 @@ class Offering:
             raise ConfigError(f"an offer {name!r} stands already")
         if len(self.offers) >= limit:
             raise ResourceError(f"{limit} offers stand already, which is max_in_flight")
-        o.pool.lease(o, name)
+        o.pool.lease(o, name, read=o.blocks)
         self.offers[name] = o
         o.watch = Watch(self._engine.loop, o.handle, 0.0, lambda: self._expire(o), lambda: None)
         o.watch.follow()

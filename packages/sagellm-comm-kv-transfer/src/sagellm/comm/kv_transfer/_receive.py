@@ -61,6 +61,7 @@ class Receive:
         blocks: Destinations in the pool; None leaves them to the sender, or to bounce buffers.
         senders: The nodes it comes from; None takes any.
         named: Whether the caller gave the key.
+        adopts: Whether a sender may name the destinations.
 
     """
 
@@ -72,12 +73,14 @@ class Receive:
         *,
         pool: RegisteredPool | None,
         named: bool = True,
+        adopts: bool = False,
     ) -> None:
         self.handle = handle
         self.blocks = blocks
         self.senders = senders
         self.pool = pool
         self.named = named
+        self.adopts = adopts
         self.fetch_from: tuple[int, ...] | None = None
         self.fetch_layers: Sequence[int] | None = None
         self.sources: list[Source] = []

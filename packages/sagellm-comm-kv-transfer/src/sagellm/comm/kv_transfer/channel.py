@@ -243,7 +243,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         dst_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         deadline_s: float = 30.0,
     ) -> TransferHandle:
-        """Push blocks to a node. `dst_blocks` are used when its `receive` names none."""
+        """Push blocks to a node. `dst_blocks` are used when its `receive` names none and adopts."""
         push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
         push.flow.queue(push.all_spans())
         return self._engine.sending.push(push).handle
@@ -270,13 +270,18 @@ class KVTransferChannel(KVTransferChannelProtocol):
         blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         *,
         source_node: int | Sequence[int] | None = None,
+        adopt: bool = False,
         deadline_s: float = 30.0,
     ) -> TransferHandle:
         """Accept a push, from one node or from several that each hold a part.
 
-        It lands once the parts that came cover everything the blocks hold.
+        It lands once the parts that came cover everything the blocks hold. A sender that names
+        its destinations is refused unless they are `blocks`, or there are none and `adopt` is set;
+        then it may name any that no transfer reads or writes.
         """
         check_deadline(deadline_s)
+        if adopt and blocks is not None:
+            raise ConfigError("`adopt` is for a receive that names no blocks")
         pool = self._engine.pool
         table = None
         if blocks is not None:
@@ -288,7 +293,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
         name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
-        r = Receive(handle, table, senders, pool=leased, named=key is not None)
+        r = Receive(
+            handle, table, senders, pool=leased, named=key is not None, adopts=adopt
+        )
         handle.owner = r
         return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
 

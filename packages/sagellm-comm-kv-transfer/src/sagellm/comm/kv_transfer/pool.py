@@ -73,7 +73,7 @@ class RegisteredPool:
         self._storages = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
         self._slabs: dict[tuple[int, Part], Slab] = {}
         self._lock = threading.Lock()
-        self._leases: dict[object, tuple[str, BlockTable | None]] = {}
+        self._leases: dict[object, tuple[str, BlockTable, BlockTable]] = {}
         self._written = {n: np.zeros(c, dtype=bool) for n, c in self._num_blocks.items()}
 
     @classmethod
@@ -143,36 +143,63 @@ class RegisteredPool:
     def lease_holders(self) -> list[str]:
         """Names of those transfers."""
         with self._lock:
-            return sorted(name for name, _ in self._leases.values())
+            return sorted(name for name, *_ in self._leases.values())
 
     def group_of(self, layer: int) -> CacheGroup:
         """The group of a layer of the layout."""
         return self._where[layer][0]
 
-    def lease(self, holder: object, name: str, written: BlockTable | None = None) -> None:
-        """Note that a transfer reads the pool, or writes these blocks of it.
+    def lease(
+        self,
+        holder: object,
+        name: str,
+        *,
+        written: BlockTable | None = None,
+        read: BlockTable | None = None,
+        sole: bool = False,
+    ) -> None:
+        """Note that a transfer writes, or reads, these blocks.
+
+        Args:
+            holder: The transfer.
+            name: What it is called in messages.
+            written: Blocks that nobody else may write meanwhile.
+            read: Blocks that it reads.
+            sole: Whether nobody may read what is written, either: a peer has chosen it.
 
         Raises:
-            ConfigError: Another transfer in flight writes one of them.
+            ConfigError: Another transfer in flight stands against it.
 
         """
+        written, read = written or {}, read or {}
         with self._lock:
-            for group, ids in (written or {}).items():
+            for group, ids in written.items():
                 if self._written[group][ids].any():
                     taken = ids[self._written[group][ids]][:8].tolist()
                     raise ConfigError(
                         f"{name}: blocks {taken} of group {group!r} are already the destination "
                         "of another transfer in flight"
                     )
-            for group, ids in (written or {}).items():
+            if sole:
+                self._check_unread(name, written)
+            for group, ids in written.items():
                 self._written[group][ids] = True
-            self._leases[holder] = (name, written)
+            self._leases[holder] = (name, written, read)
+
+    def _check_unread(self, name: str, written: BlockTable) -> None:
+        for reader, _, read in self._leases.values():
+            for group, ids in read.items():
+                if (taken := np.intersect1d(ids, written[group])).size:
+                    raise ConfigError(
+                        f"{name}: blocks {taken[:8].tolist()} of group {group!r} were named as "
+                        f"destination by the sender, while {reader} reads them"
+                    )
 
     def release(self, holder: object) -> None:
         """End a transfer's lease. Idempotent."""
         with self._lock:
-            _, written = self._leases.pop(holder, ("", None))
-            for group, ids in (written or {}).items():
+            _, written, _ = self._leases.pop(holder, ("", {}, {}))
+            for group, ids in written.items():
                 self._written[group][ids] = False
 
     def as_foreign_table(self, blocks: BlockIds | Mapping[str, BlockIds]) -> BlockTable:

@@ -293,9 +293,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
-        r = Receive(
-            handle, table, senders, pool=leased, named=key is not None, adopts=adopt
-        )
+        r = Receive(handle, table, senders, pool=leased, named=key is not None, adopts=adopt)
         handle.owner = r
         return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
 

@@ -46,7 +46,7 @@ class RegisteredPool:
         segment: Shared memory that they lie in, to be given back by `close`.
 
     Raises:
-        ConfigError: Names, shapes, dtypes or strides do not fit the layout.
+        ConfigError: Names, shapes, dtypes or strides do not fit the layout, or memory is shared.
         UnsupportedOperationError: The tensors are not in host memory.
 
     """
@@ -67,6 +67,7 @@ class RegisteredPool:
         self._segment = segment
         self._tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
         self._num_blocks = {g.name: _check_group(g, tensors) for g in layout.groups}
+        _check_apart(tensors)
         self._where = [(g, i) for g in layout.groups for i in range(len(g.layers))]
         self.group_names = tuple(g.name for g, _ in self._where)
         """Group of each layer of the layout."""
@@ -442,3 +443,32 @@ def _overlaps(dims: Iterable[tuple[int, int]]) -> bool:
                 return True
             reach += (length - 1) * stride
     return False
+
+
+def _check_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Check that no two tensors have an element in common; they may be interleaved."""
+    near: list[tuple[int, str]] = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if not tensor.numel():
+            continue
+        start = tensor.data_ptr()
+        near = [(end, other) for end, other in near if end > start]
+        for _, other in near:
+            if _share(tensors[other], tensor):
+                raise ConfigError(
+                    f"{other!r} and {name!r} share memory: a block of one would overwrite the other"
+                )
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((length - 1) * stride for length, stride in dims)
+        near.append((start + (last + 1) * tensor.element_size(), name))
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    a, b = (t.detach().view(integers[t.element_size()]).numpy() for t in (one, other))
+    try:
+        return np.shares_memory(a, b, max_work=1_000_000)
+    except RuntimeError:  # too hard to tell, which no sound layout is
+        return True

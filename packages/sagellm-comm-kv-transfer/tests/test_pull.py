@@ -29,7 +29,26 @@ def test_either_of_offer_and_fetch_may_come_first(pair, offer_first, eventually)
 
     assert all(torch.equal(a[n][[1, 2]], b[n][[5, 6]]) for n in a)
     assert o.state is TransferState.RELEASED
+    assert f.num_tokens == o.num_tokens == 8
+    assert [c.num_tokens for c in (*into.poll(), *out.poll())] == [8, 8]
     assert out._engine.pool.leases == 0
+
+
+def test_a_fetch_does_not_land_before_it_is_told_how_many_tokens_came(pair, eventually):
+    out, _, into, _ = pair()
+    out.connect(into.node_id, timeout_s=5)
+    into.connect(out.node_id, timeout_s=5)
+    sealed, on_sealed = [], into._engine.receiving.on_sealed
+    into._engine.receiving.on_sealed = lambda *args: sealed.append(args)
+    out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+    f = into.fetch(TransferKey("o"), 0, [5, 6])
+    eventually(lambda: sealed and f.progress.blocks_done == 6)
+
+    assert not f.done()
+    into._engine.loop.call(lambda: on_sealed(*sealed[0]))
+    f.wait(10)
+
+    assert f.num_tokens == 8
 
 
 def test_one_standing_offer_serves_chosen_blocks_and_layers(pair):
@@ -230,6 +249,7 @@ def test_one_fetch_joins_the_parts_of_several_nodes(channel, layout, tensors):
     f.wait_layer(2, 10)
     f.wait(10)
 
+    assert f.num_tokens == 8
     assert all(torch.equal(whole[n][[1, 2]], b[n][[3, 4]]) for n in b)
     for _, o in nodes:
         o.wait(10)

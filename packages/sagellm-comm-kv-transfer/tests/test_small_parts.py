@@ -242,7 +242,7 @@ def test_layers_share_no_element_and_may_be_interleaved(layout, dtype):
         (slices[2:], slices[:10]),
         (shifted[..., :8], shifted[..., 4:12]),
     ):
-        with pytest.raises(ConfigError, match="'layer[01]' and 'layer[01]' share memory"):
+        with pytest.raises(ConfigError, match=r"'layer[01]' and 'layer[01]' share memory"):
             RegisteredPool(made, {"layer0": a, "layer1": b})
     RegisteredPool(made, {"layer0": rows[:, 0], "layer1": rows[:, 1]})
     RegisteredPool(made, {"layer0": columns[..., 0], "layer1": columns[..., 1]})

@@ -96,6 +96,11 @@ class Transfer(Awaitable["Transfer"], Protocol):
         ...
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the blocks hold, once it has landed, as `seal` or `offer` has said; else 0."""
+        ...
+
+    @property
     def blocks(self) -> Sequence[KVBlock]:
         """Received bounce buffers of a `receive` without destinations; empty otherwise."""
         ...
@@ -310,6 +315,8 @@ class KVTransferChannelProtocol(ABC):
         after: ReadyEvent | None = None,
     ) -> Transfer:
         """Let peers fetch blocks for `ttl_s` seconds; lands when one has fetched them.
+
+        `num_tokens` is what the blocks hold; it is told to everybody who fetches.
 
         `Transfer.renew` extends the lease. When it ends first, the cause is `lease_expired`.
         """

@@ -77,7 +77,7 @@ def _request(
         parts = r.missing(r.pool.layout, link.layout)
         extent = r.destination.extent_for(parts)
         inflow = Inflow(r.handle, link.new_tid(), extent, r.fetch_layers)
-        engine.receiving.enter(r, Source(link, inflow, parts, sealed=True))
+        engine.receiving.enter(r, Source(link, inflow, parts, sealed=False, whole=True))
     for name in sorted(r.open_groups):
         if r.blocks[name].size:
             held = {s.link.peer: s.parts[name][1:] for s in r.sources if name in s.parts}

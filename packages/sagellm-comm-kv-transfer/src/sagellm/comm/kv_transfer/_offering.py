@@ -116,6 +116,7 @@ class Offering:
         wanted = None if fetch.layers is None else set(fetch.layers)
         p.flow.queue(s for s in p.all_spans(o.after) if wanted is None or s.layer in wanted)
         o.handle.take(Event.ACCEPT)
+        link.send(wire.Sealed(fetch.tid, o.num_tokens))
         self._sending.serve(p, link)
 
     def served(self, p: Push, o: Offered) -> None:

@@ -36,13 +36,14 @@ class Source:
         parts: Mapping[str, Part],
         *,
         sealed: bool,
+        whole: bool | None = None,
         invited: bool = False,
     ) -> None:
         self.link = link
         self.inflow = inflow
         self.parts = parts
         self.sealed = sealed
-        self.whole = sealed
+        self.whole = sealed if whole is None else whole
         """Whether its sender never waits for a layer: it is no stream."""
         self.invited = invited
         self.released = False

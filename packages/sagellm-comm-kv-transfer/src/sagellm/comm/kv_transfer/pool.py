@@ -466,8 +466,8 @@ def _check_apart(tensors: Mapping[str, Tensor]) -> None:
 def _share(one: Tensor, other: Tensor) -> bool:
     import torch
 
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    a, b = (t.detach().view(integers[t.element_size()]).numpy() for t in (one, other))
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    a, b = (t.detach().view(kinds[t.element_size()]).numpy() for t in (one, other))
     try:
         return np.shares_memory(a, b, max_work=1_000_000)
     except RuntimeError:  # too hard to tell, which no sound layout is

@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sagellm.comm.kv_transfer import KVTransferSettings
 from sagellm.core.protocols import (
+    CacheGroup,
     CommTimeoutError,
     ConfigError,
     KVBlock,
+    KVLayout,
     KVTransferError,
     ResourceError,
     TransferKey,
@@ -335,3 +337,82 @@ def test_bounce_memory_is_bounded_and_waits_for_room(channel):
     got = [other.receive(None) for _ in fitting]
 
     assert [r.wait(10).blocks[0].tensor[0].item() for r in got] == list(range(6))
+
+
+def test_a_landed_key_that_is_repeated_is_reported_again(pair):
+    out, _, into, b = pair()
+    key = TransferKey("k")
+    r = into.receive(key, [4])
+    out.transfer([1], into.node_id, key=key).wait(10)
+    r.wait(10)
+    assert [c.status for c in (*out.poll(), *into.poll())] == ["landed", "landed"]
+    b["layer0"][4] = 7
+
+    t = out.transfer([1], into.node_id, key=key)
+    r = into.receive(key, [4])
+
+    assert t.done()
+    assert r.done()
+    assert [(c.key, c.status, c.direction) for c in out.poll()] == [(key, "landed", "send")]
+    assert [(c.key, c.status, c.direction) for c in into.poll()] == [(key, "landed", "receive")]
+    assert (b["layer0"][4] == 7).all(), "it was done once more"
+    with pytest.raises(ConfigError, match="in other blocks"):
+        into.receive(key, [5])
+
+
+def test_a_receive_that_landed_in_buffers_gives_them_again_while_they_live(channel):
+    out, into = channel(), channel()
+    key = TransferKey("k")
+    t = out.transfer([torch.arange(5)], into.node_id, key=key)
+    r = into.receive(key).wait(10)
+    t.wait(10)
+
+    again = into.receive(key)
+
+    assert again is r
+    assert torch.equal(again.wait(0).blocks[0].tensor, torch.arange(5))
+    ends = into._engine.receiving._ended
+    ends[key] = ends.get(key)._replace(handle=lambda: None)  # a reference that is dead
+    with pytest.raises(ConfigError, match="dropped with its handle"):
+        into.receive(key)
+
+
+def test_one_key_under_way_stands_for_one_thing(pair):
+    out, _, into, _ = pair()
+    ones, key = torch.ones(4), TransferKey("tensors")
+    t = out.transfer([ones], into.node_id, key=key)
+    strided = torch.arange(12).reshape(3, 4).T
+    s = out.transfer([strided], into.node_id, key=TransferKey("strided"))
+    d = out.transfer([1], into.node_id, key=TransferKey("blocks"), dst_blocks=[2])
+
+    assert out.transfer([ones], into.node_id, key=key) is t
+    assert out.transfer([strided], into.node_id, key=TransferKey("strided")) is s
+    assert out.transfer([1], into.node_id, key=TransferKey("blocks"), dst_blocks=[2]) is d
+    for blocks, name, named in (
+        ([torch.zeros(4)], "tensors", None),
+        ([torch.ones(5)], "tensors", None),
+        ([ones, ones], "tensors", None),
+        ([strided.T], "strided", None),
+        ([1], "blocks", [3]),
+        ([1], "blocks", None),
+        ([2], "blocks", [2]),
+    ):
+        with pytest.raises(ConfigError, match="other blocks or destinations"):
+            out.transfer(blocks, into.node_id, key=TransferKey(name), dst_blocks=named)
+
+
+def test_blocks_that_must_not_be_read_are_told_by_group(channel):
+    groups = [
+        CacheGroup(n, "kv", (f"{n}0",), ("block", "dim"), (8,), "float32") for n in ("kv", "state")
+    ]
+    into = channel()
+    tensors = {"kv0": torch.zeros(4, 8), "state0": torch.zeros(4, 8)}
+    into.register(KVLayout(tuple(groups)), tensors)
+
+    r = into.receive(TransferKey("k"), {"kv": [2, 1], "state": [3, 2]}, deadline_s=0.1)
+    with pytest.raises(KVTransferError) as caught:
+        r.wait(10)
+
+    for told in (caught.value, into.poll()[0]):
+        assert told.invalid_blocks == (1, 2, 3)
+        assert told.invalid_by_group == {"kv": (1, 2), "state": (2, 3)}

@@ -198,6 +198,7 @@ class Engine:
                 cause=error.cause,
                 message=str(error),
                 invalid_blocks=error.invalid_blocks,
+                invalid_by_group=error.invalid_by_group,
             )
         )
 

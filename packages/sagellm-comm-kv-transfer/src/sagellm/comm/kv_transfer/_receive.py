@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from sagellm.core.protocols import CommError, ConfigError, KVLayout, KVTransferError, TransferKey
@@ -24,6 +25,15 @@ class End(NamedTuple):
 
     error: CommError | None
     fingerprint: int | None
+    handle: Callable[[], TransferHandle | None] = lambda: None
+    """Its handle, for as long as somebody has it: it may own what came."""
+    num_tokens: int = 0
+
+    @classmethod
+    def landed(cls, r: Receive) -> End:
+        """How this one did."""
+        handle = r.handle
+        return cls(None, r.fingerprint(), weakref.ref(handle), handle.num_tokens)
 
 
 class Source:
@@ -204,15 +214,10 @@ class Receive:
         assert self.error is not None, "only failed receives have one"
         nodes = sorted(self.came | (self.senders or frozenset()))
         who = f"from node {', '.join(map(str, nodes))}" if nodes else "from any node"
-        return transfer_error(self.key, who, self.error, self.destination_ids())
+        return transfer_error(self.key, who, self.error, self.blocks or {})
 
     def fingerprint(self) -> int | None:
         """Tells destinations apart; None when there are none."""
         if self.blocks is None:
             return None
         return hash(tuple((n, ids.tobytes()) for n, ids in sorted(self.blocks.items())))
-
-    def destination_ids(self) -> tuple[int, ...]:
-        """Blocks of our pool that it writes."""
-        tables = self.blocks or {}
-        return tuple(sorted({i for ids in tables.values() for i in ids.tolist()}))

@@ -130,9 +130,19 @@ class Receiving:
             r.handle.take(ending(end.error))
             r.error = end.error
             self._quiet(r)
-        elif end.fingerprint is not None and end.fingerprint == r.fingerprint():
+        elif r.blocks is None and (earlier := end.handle()) is not None:
+            return earlier
+        elif r.blocks is None:
+            raise ConfigError(
+                f"{r.key.id}/{r.key.attempt} has landed here before, and what it brought was "
+                "dropped with its handle; another try needs another attempt number"
+            )
+        elif end.fingerprint == r.fingerprint():
+            r.handle.num_tokens = end.num_tokens
             r.handle.take(Event.ACCEPT)
-            r.handle.take(Event.COMPLETE)
+            r.handle.take(Event.COMPLETE, first=lambda: self._engine.report(r.handle, None))
+            r.handle.take(Event.RELEASE)
+            self._engine.completed(r.handle, None)
         else:
             raise ConfigError(
                 f"{r.key.id}/{r.key.attempt} has landed here before, in other blocks; "
@@ -439,7 +449,7 @@ class Receiving:
         """Keep the books of a receive that has landed, and tell its senders."""
         self._free(r)
         if r.fetch_from is None:
-            self._ended[r.key] = End(None, r.fingerprint())
+            self._ended[r.key] = End.landed(r)
         for s in r.sources:
             s.link.send(wire.Done(s.inflow.tid))
         self._follow(r)

@@ -79,7 +79,8 @@ class Sending:
                 if not same.sends_what(p):
                     raise ConfigError(
                         f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way "
-                        "already, with other blocks; another try needs another attempt number"
+                        "already, with other blocks or destinations; another try needs another "
+                        "attempt number"
                     )
                 return same
             known = self._landed.get(name) or self._failed.get(p.key) is not None
@@ -113,8 +114,9 @@ class Sending:
     def _repeat(self, p: Push) -> None:
         """End a push as its key has ended before."""
         if (error := self._failed.get(p.key)) is None:
-            for event in (Event.ACCEPT, Event.DONE, Event.IDLE):
+            for event in (Event.ACCEPT, Event.DONE):
                 p.handle.take(event)
+            self._quiet(p)
             return
         p.handle.take(ending(error))
         p.error = error

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from sagellm.core.protocols import (
     CommError,
@@ -22,6 +24,7 @@ from sagellm.core.protocols import (
 )
 
 from ._arguments import check_deadline
+from .memory import Ints
 from .state import RULES, TABLE, Event, Phase, Role, Step
 
 __all__ = ["TransferHandle", "transfer_error"]
@@ -361,9 +364,11 @@ class _Meter:
 
 
 def transfer_error(
-    key: TransferKey, what: str, cause: BaseException, invalid: Sequence[int] = ()
+    key: TransferKey, what: str, cause: BaseException, invalid: Mapping[str, Ints] | None = None
 ) -> KVTransferError:
     """The error a handle ends with, from what went wrong beneath."""
+    by_group = {name: np.unique(ids) for name, ids in (invalid or {}).items() if len(ids)}
+    every: list[int] = np.unique(np.concatenate([*by_group.values()])).tolist() if by_group else []
     if isinstance(cause, KVTransferError):
         code = cause.cause
     else:
@@ -372,7 +377,8 @@ def transfer_error(
         f"transfer {key.id}/{key.attempt} {what}: {cause}",
         key=(key.id, key.attempt),
         cause=code,
-        invalid_blocks=invalid,
+        invalid_blocks=every,
+        invalid_by_group={name: tuple(ids.tolist()) for name, ids in by_group.items()},
     )
     error.__cause__ = cause
     return error
@@ -381,7 +387,11 @@ def transfer_error(
 def _fresh(error: KVTransferError) -> KVTransferError:
     """A copy to raise, so that threads do not share one traceback."""
     copy = KVTransferError(
-        str(error), key=error.key, cause=error.cause, invalid_blocks=error.invalid_blocks
+        str(error),
+        key=error.key,
+        cause=error.cause,
+        invalid_blocks=error.invalid_blocks,
+        invalid_by_group=error.invalid_by_group,
     )
     copy.__cause__ = error.__cause__
     return copy

@@ -83,12 +83,12 @@ def test_what_was_invited_lands_while_both_event_loops_are_busy(met, eventually)
 
 
 def test_nobody_joins_a_receive_that_has_landed(met, eventually):
-    out, a, into, b, link, _ = met()
+    out, _, into, _, link, _ = met()
     key = TransferKey("k")
-    receiving = into._engine.receiving
+    arrivals = into._engine.receiving.arrivals
     r = into.receive(key, [4], source_node=0)
     eventually(lambda: len(link.invitations) == 1)
-    books, receiving._landed = receiving._landed, lambda r: None  # as if the loop came late
+    books, arrivals._landed = arrivals._landed, lambda r: None  # as if the loop came late
     t = out.transfer([1], 1, key=key)
     r.wait(10)
 
@@ -98,7 +98,7 @@ def test_nobody_joins_a_receive_that_has_landed(met, eventually):
     eventually(lambda: out._engine.ignored["done"] == 1)
 
     assert 99 not in theirs.inflows
-    into._engine.loop.run(lambda: books(r))
+    into._engine.loop.run(lambda: books(r.owner))
     t.wait(10)
 
 

@@ -254,7 +254,7 @@ def test_a_wait_that_gives_up_leaves_nothing_behind(pair):
     _, _, into, _ = pair()
     r = into.receive(TransferKey("k"), [2])
 
-    with pytest.raises(CommTimeoutError, match="has not landed after 0.01 s"):
+    with pytest.raises(CommTimeoutError, match="it has not landed"):
         r.wait(0.01)
     with pytest.raises(CommTimeoutError, match="layer 1 is not there"):
         r.wait_layer(1, 0.01)

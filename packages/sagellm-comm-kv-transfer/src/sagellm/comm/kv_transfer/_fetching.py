@@ -41,7 +41,7 @@ def fetch(
     link = engine.links.to(peer, r.handle.deadline)
     r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", r.blocks)
     r.fetch_from, r.fetch_layers = peer, layers
-    engine.receiving.watch(r)
+    engine.receiving.arrivals.watch(r)
 
     def up(error: CommError | None) -> None:
         if r.error is not None:
@@ -51,7 +51,7 @@ def fetch(
                 raise error
             _request(engine, r, link, src_blocks)
         except CommError as e:
-            engine.receiving.fail(r, e)
+            engine.receiving.arrivals.fail(r, e)
 
     link.when_up(up)
 
@@ -67,7 +67,7 @@ def _request(engine: Engine, r: Receive, link: Link, src_blocks: BlockTable | No
     parts = shared_parts(r.pool.layout, link.layout)
     inflow = Inflow(r.handle, link.new_tid(), PoolExtent(r.pool, r.blocks, parts), r.fetch_layers)
     r.wanted = parts
-    engine.receiving.enter(r, Source(link, inflow, parts, sealed=True))
+    engine.receiving.arrivals.enter(r, Source(link, inflow, parts, sealed=True))
     link.send(
         wire.Fetch(
             inflow.tid,
@@ -81,4 +81,4 @@ def _request(engine: Engine, r: Receive, link: Link, src_blocks: BlockTable | No
         )
     )
     r.handle.take(Event.ACCEPT)
-    engine.receiving.maybe_land(r)
+    engine.receiving.arrivals.maybe_land(r)

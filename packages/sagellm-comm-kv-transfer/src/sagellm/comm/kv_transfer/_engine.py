@@ -150,8 +150,8 @@ class Engine:
             case wire.Unknown():
                 self.ignore("unknown")
             case wire.Bye():
-                why = message.message[:MAX_MESSAGE]
-                text = f"node {link.peer} has closed its channel {why}".strip()
+                why = message.message[:MAX_MESSAGE] or "it closes"
+                text = f"node {link.peer} has ended the link: {why}"
                 link.lose(PeerLostError(text, rank=link.peer))
 
     def ignore(self, what: str) -> None:

@@ -68,6 +68,7 @@ class SocketConnection(KVConnection):
         last = time.monotonic()
         for start in range(0, len(views), IOV_MAX):
             batch = list(views[start : start + IOV_MAX])
+            left = sum(map(len, batch))
             while batch:
                 try:
                     moved = call(batch)
@@ -83,13 +84,14 @@ class SocketConnection(KVConnection):
                     raise
                 except OSError as e:
                     raise PeerLostError(f"the connection to {self._peer} broke: {e}") from e
-                if moved == 0 and any(map(len, batch)):
+                if moved == 0 and left:
                     raise PeerLostError(f"{self._peer} closed the connection")
                 calls += 1
                 if partly:
                     return calls
                 last = time.monotonic()
-                batch = _rest(batch, moved)
+                left -= moved
+                batch = _rest(batch, moved) if left else []
         return calls
 
     def abort(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 
@@ -88,11 +89,16 @@ class TcpConnection(SocketConnection):
     def __init__(self, sock: socket.socket, peer: str, buffer_bytes: int = 0) -> None:
         super().__init__(sock, peer)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._here = sock.getpeername()[0] == sock.getsockname()[0]
         if not buffer_bytes:
-            here = sock.getpeername()[0] == sock.getsockname()[0]
-            buffer_bytes = _BUFFER_BYTES_HERE if here else _BUFFER_BYTES
+            buffer_bytes = _BUFFER_BYTES_HERE if self._here else _BUFFER_BYTES
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+
+    @property
+    def most_lanes(self) -> int | None:
+        """Within a host one for each CPU, where both ends take turns; else the transport's."""
+        return os.cpu_count() if self._here else None
 
 
 class TcpTransport(KVTransport):

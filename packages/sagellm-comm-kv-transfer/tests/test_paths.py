@@ -287,6 +287,18 @@ def test_within_a_host_no_more_lanes_are_used_than_there_are_cpus(pair, monkeypa
     assert max(lanes) == cpus
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="the system has one only")
+def test_nothing_paces_what_stays_within_a_host(pair):
+    tcp = {"settings": KVTransferSettings(transport="tcp")}
+    out, _, into, _ = pair(sender=tcp, receiver=tcp)
+    out.connect(into.node_id)
+
+    (link,) = out._engine.links
+    for conn in link.lanes:
+        name = conn._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert name.rstrip(b"\0") == b"reno"
+
+
 def test_the_tuner_never_changes_what_was_fixed():
     tuner = LaneTuner(3, 3, fixed=True)
     tuner.enough(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -29,6 +30,8 @@ _BUFFER_BYTES = 1 << 20
 _BUFFER_BYTES_HERE = 1 << 18
 """On one host small buffers stay in the cache: 128 MiB in 64 KiB blocks over 2 connections cost
 0.47 CPU seconds per GB with 256 KiB, 0.67 with 1 MiB (2 CPUs, Linux 6, loopback)."""
+_CONGESTION_HERE = b"reno"
+"""Nothing is lost and nothing has to be paced within a host: BBR takes a sixth more time there."""
 ANY_HOST = ("0.0.0.0", "::", "")
 """Hosts that stand for every address of this machine."""
 
@@ -92,6 +95,9 @@ class TcpConnection(SocketConnection):
         self._here = sock.getpeername()[0] == sock.getsockname()[0]
         if not buffer_bytes:
             buffer_bytes = _BUFFER_BYTES_HERE if self._here else _BUFFER_BYTES
+        if self._here and hasattr(socket, "TCP_CONGESTION"):
+            with contextlib.suppress(OSError):  # a kernel that allows no choice
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _CONGESTION_HERE)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
 

@@ -53,11 +53,15 @@ def started():
         child.communicate()
 
 
-def run(*arguments, timeout=60):
-    done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def run(capsys):
+    """Runs a command here, because a process would take seconds to import torch."""
+
+    def call(*arguments):
+        code = main(arguments)
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def read_documents(text):
@@ -79,7 +83,7 @@ def address_of(server):
             assert server.poll() is None, server.stderr.read()
 
 
-def test_a_file_arrives_whole_and_both_ends_say_what_it_took(tmp_path, key_file, started):
+def test_a_file_arrives_whole_and_both_ends_say_what_it_took(tmp_path, key_file, started, run):
     source, folder = tmp_path / "big.bin", tmp_path / "out"
     source.write_bytes(os.urandom(20_000_001))
     folder.mkdir()
@@ -93,7 +97,7 @@ def test_a_file_arrives_whole_and_both_ends_say_what_it_took(tmp_path, key_file,
     assert (code, err, json.loads(out)["bytes"]) == (0, "", 48 << 14)
 
     code, out, err = run("send", address, "--json", "--key-file", key_file, "--file", str(source))
-    served, complaints = server.communicate(timeout=30)
+    served, complaints = server.communicate(timeout=60)
 
     assert (code, err) == (0, "")
     sent = json.loads(out)
@@ -197,7 +201,7 @@ def test_bad_arguments_are_named_and_end_in_2(arguments, says, key_file, capsys)
     assert says in err
 
 
-def test_nobody_there_is_a_failure_with_a_reason(key_file):
+def test_nobody_there_is_a_failure_with_a_reason(key_file, run):
     code, out, err = run(
         "probe", "127.0.0.1:1", "--key-file", key_file, "--timeout-s", "0.3", "--json"
     )

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import select
 import socket
 import sys
 import threading
@@ -209,12 +208,24 @@ def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
     def both():  # on the loop, as when the thread of a lane is faster than the control socket
         (theirs,) = out._engine.links
         out._engine.loop.run(lambda: theirs.send(wire.Bye("for lunch")))
-        assert select.select([link._sock], [], [], 10)[0]
+        while out._engine.loop.run(lambda: theirs.unread_bytes):
+            pass  # it goes at the end of a turn
         link._lane_lost(PeerLostError("the lane is closed"))
 
     into._engine.loop.run(both)
 
-    assert "has closed its channel for lunch" in str(link.error)
+    assert "has ended the link: for lunch" in str(link.error)
+
+
+def test_a_side_that_gives_a_link_up_tells_the_other_why(pair, eventually):
+    out, a, into, b = pair()
+    assert moves(out, a, into, b)
+    (ours,), (theirs,) = out._engine.links, into._engine.links
+
+    out._engine.loop.run(lambda: ours.lose(PeerLostError("nonsense was said")))
+
+    eventually(lambda: theirs.error is not None)
+    assert str(theirs.error) == "node 0 has ended the link: nonsense was said"
 
 
 def test_lanes_are_added_while_much_flows(pair, eventually):

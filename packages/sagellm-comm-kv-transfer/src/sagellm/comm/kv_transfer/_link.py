@@ -37,6 +37,7 @@ __all__ = ["Link"]
 logger = logging.getLogger(__name__)
 
 _BATCH_BYTES = 1 << 18
+_MAX_REASON = 1024
 
 
 class Link:
@@ -202,12 +203,14 @@ class Link:
             self._loop.at_end_of_turn(self._flush)
 
     def lose(self, error: CommError) -> None:
-        """End the link; everything on it fails. Idempotent."""
+        """End the link and tell the peer why; everything on it fails. Idempotent."""
         if self.error is not None:
             return
-        if self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._write(self._sock)  # what was said before, such as why
+        if self._sock is not None and self._control is not None:
+            bye = self._control.seal(wire.Bye(str(error)[:_MAX_REASON]))
+            self._out.append(memoryview(bye))
+            with contextlib.suppress(OSError):  # it may be gone
+                self._write(self._sock)
         self.error, self.up = error, False
         if self.dialler is not None:
             self.dialler.stop()

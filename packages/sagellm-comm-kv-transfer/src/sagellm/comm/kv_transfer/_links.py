@@ -403,7 +403,6 @@ class Links:
     def lose_all(self, error: CommError) -> None:
         """Take leave of every peer."""
         for link in self:
-            link.send(wire.Bye())
             link.lose(error)
 
     def release(self, timeout_s: float) -> None:

@@ -281,7 +281,7 @@ class Answer(_Message, frozen=True, tag="answer"):
 
 
 class Bye(_Message, frozen=True, tag="bye"):
-    """Either way: this channel closes."""
+    """Either way: this link ends, and why; the last message."""
 
     message: str = ""
 

@@ -65,11 +65,10 @@ class SocketConnection(KVConnection):
     ) -> int:
         """Call until all is moved, or anything if `partly`; returns the number of calls."""
         calls = 0
-        last = time.monotonic()
         for start in range(0, len(views), IOV_MAX):
             batch = list(views[start : start + IOV_MAX])
-            left = sum(map(len, batch))
-            while batch:
+            left, last = sum(map(len, batch)), time.monotonic()
+            while True:
                 try:
                     moved = call(batch)
                 except (BlockingIOError, InterruptedError):  # the kernel's tick: look around
@@ -89,9 +88,10 @@ class SocketConnection(KVConnection):
                 calls += 1
                 if partly:
                     return calls
-                last = time.monotonic()
                 left -= moved
-                batch = _rest(batch, moved) if left else []
+                if not left:
+                    break
+                batch, last = _rest(batch, moved), time.monotonic()
         return calls
 
     def abort(self) -> None:

@@ -49,7 +49,11 @@ def leakless(eventually):
     before = held_by_this_process()
     yield
     gc.collect()
-    eventually(lambda: held_by_this_process() == before)
+    try:
+        eventually(lambda: held_by_this_process() == before, 20)
+    except AssertionError:
+        threads = [t.name for t in threading.enumerate()]
+        pytest.fail(f"before {before}, after {held_by_this_process()}, threads {threads}")
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def attempt(out, a, into, b, number, deadline_s=0.4):
             ended.append(True)
         except KVTransferError:
             ended.append(False)
-    assert time.monotonic() - started < deadline_s + 2
+    assert time.monotonic() - started < deadline_s + 5
     if ended[1]:
         assert all(torch.equal(a[n][SOURCE], b[n][TARGET]) for n in b)
     others = [i for i in range(10) if i not in TARGET]
@@ -124,7 +124,9 @@ def heal(out, a, into, b, after, gates):
     assert all(torch.equal(b[n], after[n]) for n in b)
     assert out._engine.pool.leases == into._engine.pool.leases == 0
     # the first may still go by a link of which one side has not heard yet that it is lost
-    assert any(attempt(out, a, into, b, n, deadline_s=2.0)[0] == [True, True] for n in (11, 12))
+    assert any(
+        attempt(out, a, into, b, n, s)[0] == [True, True] for n, s in ((11, 2.0), (12, 10.0))
+    )
 
 
 @pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
@@ -132,21 +134,24 @@ def heal(out, a, into, b, after, gates):
 def test_a_control_message_is_right_or_ends_the_link(leakless, between, kind, back):
     """Every message of a transfer in turn, the handshake's included."""
     for which in range(6):
-        out, a, into, b, control, data = between()
-        cutter = Cutter(message_length, damage(kind, which, random.Random(which)))
-        if back:
-            control.flip_back = cutter
-        else:
-            control.flip = cutter
+        for deadline_s in (0.4, 10.0):  # the longer one where a busy machine did not get that far
+            out, a, into, b, control, data = between()
+            cutter = Cutter(message_length, damage(kind, which, random.Random(which)))
+            if back:
+                control.flip_back = cutter
+            else:
+                control.flip = cutter
 
-        ended, after = attempt(out, a, into, b, 0)
+            ended, after = attempt(out, a, into, b, 0, deadline_s)
 
+            heal(out, a, into, b, after, [control, data])
+            out.close()
+            into.close()
+            if cutter.count > which or ended == [True, True]:
+                break
         if cutter.count <= which:  # there were no more messages
             assert ended == [True, True]
             break
-        heal(out, a, into, b, after, [control, data])
-        out.close()
-        into.close()
 
 
 @pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
@@ -156,8 +161,10 @@ def test_a_data_frame_is_right_or_not_taken(leakless, between, kind):
         out, a, into, b, control, data = between()
         cutter = Cutter(frame_length, damage(kind, which, random.Random(which)), TOKEN_BYTES)
         data.flip = cutter
+        out.connect(1, timeout_s=10)
 
-        ended, after = attempt(out, a, into, b, 0)
+        stuck = kind == "drop" or (kind == "swap" and which == 2)  # nothing comes behind the last
+        ended, after = attempt(out, a, into, b, 0, 1.0 if stuck else 10.0)
 
         assert cutter.count > which
         if kind == "swap" and which < 2:
@@ -188,7 +195,9 @@ def test_any_bit_of_the_data_stream_may_flip(leakless, between):
             return chunk
 
         data.flip = flip
-        ended, after = attempt(out, a, into, b, 0)
+        if at >= TOKEN_BYTES:
+            out.connect(1, timeout_s=10)
+        ended, after = attempt(out, a, into, b, 0, 5.0)
 
         assert flipped
         landed += ended == [True, True]

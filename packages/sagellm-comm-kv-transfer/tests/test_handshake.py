@@ -142,6 +142,8 @@ def test_proofs_are_bound_to_role_and_transcript():
             auth.verify(KEY, digest, mac, initiator=initiator)
     session = auth.session_key(KEY, one)
     assert auth.data_token(session, 0) != auth.data_token(session, 1)
+    # or frames could be sent back to who has sent them
+    assert auth.frame_key(session, initiator=True) != auth.frame_key(session, initiator=False)
 
 
 def test_unknown_fields_are_ignored_and_versions_must_meet(channel, monkeypatch, strangers):

@@ -113,6 +113,11 @@ class OneSidedConnection(KVConnection):
     def frame_bytes(self) -> int:
         """Bytes that one reference should cover, about."""
 
+    @property
+    def least_bytes(self) -> int:
+        """Payload of a frame from which a reference costs less than sending the bytes; 0: any."""
+        return 0
+
     @abstractmethod
     def pledge(self) -> Pledge | None:
         """A pledge for references to come; None when too many are out, so send the bytes."""

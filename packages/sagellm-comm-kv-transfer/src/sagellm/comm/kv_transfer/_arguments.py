@@ -23,13 +23,13 @@ def checked_key(key: TransferKey) -> TransferKey:
         or not isinstance(key[1], int)
         or not 0 < len(key[0]) <= MAX_ID_CHARACTERS
         or not 0 <= key[1] < 1 << 63
-        or not _is_text(key[0])
+        or not (key[0].isascii() or _is_text(key[0]))
     ):
         raise ConfigError(
             f"{key!r} is no TransferKey(id, attempt) with an id of 1..512 characters "
             "and an attempt from 0"
         )
-    return TransferKey(*key)
+    return key if type(key) is TransferKey else TransferKey(*key)
 
 
 def _is_text(text: str) -> bool:

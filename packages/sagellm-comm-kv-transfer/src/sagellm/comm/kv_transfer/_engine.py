@@ -32,7 +32,6 @@ from ._sending import Sending
 from .discovery import Discovery
 from .pool import RegisteredPool
 from .settings import KVTransferSettings
-from .state import RULES
 from .tls import Tls
 from .transfer import TransferHandle
 from .transports.tcp import listen
@@ -183,8 +182,24 @@ class Engine:
                 link.compare(self.layout)
                 self.receiving.layout_changed(link)
 
+    def report(self, handle: TransferHandle, error: KVTransferError | None) -> None:
+        """Queue the completion of a transfer whose blocks are safe; from any thread."""
+        if error is None:
+            self.completions.put(Completion(handle.key, "landed", handle.direction))
+            return
+        self.completions.put(
+            Completion(
+                key=handle.key,
+                status="cancelled" if error.cause == CANCELLED else "failed",
+                direction=handle.direction,
+                cause=error.cause,
+                message=str(error),
+                invalid_blocks=error.invalid_blocks,
+            )
+        )
+
     def completed(self, handle: TransferHandle, error: KVTransferError | None) -> None:
-        """Count an end and queue its completion."""
+        """Count an end."""
         status = "landed"
         if error is not None:
             status = "cancelled" if error.cause == CANCELLED else "failed"
@@ -192,17 +207,6 @@ class Engine:
                 self._causes[error.cause] += 1
         self._ends[status] += 1
         self.meters.ended(handle, status, "" if error is None else error.cause)
-        self.completions.put(
-            Completion(
-                key=handle.key,
-                status=status,  # type: ignore[arg-type]  # one of the three literals
-                direction=handle.direction,
-                cause="" if error is None else error.cause,
-                message="" if error is None else str(error),
-                invalid_blocks=() if error is None else error.invalid_blocks,
-                blocks_safe=RULES[handle.phase].safe,
-            )
-        )
 
     def end(self, owner: object, error: CommError) -> None:
         """Give a transfer up."""

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-
 from sagellm.core.protocols import IntegrityError, OneSidedConnection, Pledge, ReadyEvent
 
 from .frames import MAX_UNITS, Header
@@ -22,7 +20,7 @@ from .transfer import TransferHandle
 
 __all__ = ["Chunk", "Flow", "Inflow", "Outflow", "Span"]
 
-_MISSING, _COMING, _LANDED = np.uint8(0), np.uint8(1), np.uint8(2)
+_MISSING, _COMING, _LANDED = 0, 1, 2
 
 
 class Span(NamedTuple):
@@ -128,7 +126,7 @@ class Outflow(Flow):
 
         """
         with self.lock:
-            if self.stopped or self.extent is None:
+            if self.stopped or self.extent is None or not self._pending:
                 return None
             for _ in range(len(self._pending)):
                 span = self._pending[0]
@@ -196,8 +194,8 @@ class Inflow(Flow):
         self.extent = extent
         self.begun = False
         wanted = range(extent.layers) if layers is None else set(layers)
-        self._units = [
-            np.full(extent.units(i) if i in wanted else 0, _MISSING) for i in range(extent.layers)
+        self._units = [  # one byte each
+            bytearray(extent.units(i) if i in wanted else 0) for i in range(extent.layers)
         ]
         self._left = [len(u) for u in self._units]
         self._retried: set[tuple[int, int]] = set()
@@ -229,10 +227,10 @@ class Inflow(Flow):
                     f"the peer sent blocks {head.first}..{head.first + head.count - 1} of layer "
                     f"{head.layer}, which were not granted"
                 )
-            span = self._units[head.layer][head.first : head.first + head.count]
-            if (span != _MISSING).any():
+            units, stop = self._units[head.layer], head.first + head.count
+            if units.count(_MISSING, head.first, stop) != head.count:
                 raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
-            span[:] = _COMING
+            units[head.first : stop] = bytes((_COMING,)) * head.count
             self._pieces += 1
             self.begun = True
             return True
@@ -240,10 +238,13 @@ class Inflow(Flow):
     def landed(self, head: Header, bad: list[int]) -> tuple[list[int], list[int]]:
         """Note a frame's outcome: (damaged for the first time, damaged again)."""
         with self.lock:
-            span = self._units[head.layer][head.first : head.first + head.count]
-            span[:] = _LANDED
-            span[bad] = _MISSING
+            units = self._units[head.layer]
+            units[head.first : head.first + head.count] = bytes((_LANDED,)) * head.count
             self._left[head.layer] -= head.count - len(bad)
+            if not bad:
+                return bad, bad
+            for i in bad:
+                units[head.first + i] = _MISSING
             again = [i for i in bad if (head.layer, head.first + i) in self._retried]
             fresh = [i for i in bad if (head.layer, head.first + i) not in self._retried]
             self._retried.update((head.layer, head.first + i) for i in fresh)

@@ -73,9 +73,19 @@ class EventLoop:
                 return False
             first = not self._calls
             self._calls.append(callback)
-        if first and threading.current_thread() is not self._thread:
+        if first and threading.get_ident() != self._thread.ident:
             self._wake()
         return True
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Queue it like `call`, and leave it to `rouse`, which has to follow, to wake the loop."""
+        with self._lock:
+            if not self._stopping:
+                self._calls.append(callback)
+
+    def rouse(self) -> None:
+        """Have the loop look at what was posted."""
+        self._wake()
 
     def run(self, function: Callable[[], T], timeout_s: float = 10.0) -> T:
         """Run it on the loop and give its result; from another thread.

@@ -174,7 +174,7 @@ class Offering:
         if o.error is not None:
             error = transfer_error(o.handle.key, "offered", o.error)
         o.pool.release(o)
-        o.handle.take(Event.IDLE, error=error)
+        o.handle.take(Event.IDLE, error=error, first=lambda: self._engine.report(o.handle, error))
         self._engine.completed(o.handle, error)
 
 

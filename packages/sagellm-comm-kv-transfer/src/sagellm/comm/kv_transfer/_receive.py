@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,8 @@ class Receive:
         self.open_groups: set[str] = set()
         self.destination: Destination | None = None
         self.error: CommError | None = None
+        self.lock = threading.RLock()
+        """Held while senders join or leave, and while it lands: no sender joins what has."""
         self.watch: Watch | None = None
 
     @property

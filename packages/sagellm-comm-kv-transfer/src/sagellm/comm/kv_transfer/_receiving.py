@@ -249,11 +249,10 @@ class Receiving:
             spans = [(head.layer, head.first + i, 1) for i in fresh]
             loop.call(lambda: link.send(wire.Nack(flow.tid, spans)))
         if flow.layer_complete(head.layer):
-            r.check_layers((head.layer,))
             if not source.whole:
                 loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
-            if flow.complete:
-                loop.call(lambda: self.maybe_land(r))
+            if not (flow.complete and self.maybe_land(r)):
+                r.check_layers((head.layer,))
 
     def layout_changed(self, link: Link) -> None:
         """Fail what waits for a node whose layout does not fit, and invite it anew if it does."""
@@ -353,15 +352,23 @@ class Receiving:
 
     def _withdraw(self, r: Receive, link: Link) -> None:
         """Forget an invitation that its sender has not taken and will not take."""
-        for s in r.sources:
-            if s.link is link and s.awaited:
-                s.inflow.stop()
-                self._drop(s)
-                r.leave(s)
-                return
+        with r.lock:
+            for s in r.sources:
+                if s.link is link and s.awaited:
+                    s.inflow.stop()
+                    self._drop(s)
+                    r.leave(s)
+                    return
 
     def _join(self, r: Receive, link: Link, offer: wire.Offer) -> None:
         """Let a sender contribute to a receive."""
+        with r.lock:
+            if RULES[r.handle.phase].safe:  # it has landed meanwhile
+                link.send(wire.Done(offer.tid))
+            else:
+                self._let_join(r, link, offer)
+
+    def _let_join(self, r: Receive, link: Link, offer: wire.Offer) -> None:
         self._withdraw(r, link)
         if r.senders is not None and link.peer not in r.senders:
             refused = f"node {self._engine.node_id} takes it from {sorted(r.senders)} only"
@@ -404,23 +411,37 @@ class Receiving:
         link.inflows[inflow.tid] = inflow
         r.check_layers(range(inflow.extent.layers))
 
-    def maybe_land(self, r: Receive) -> None:
-        """End a receive in success, if everything is there."""
-        if not r.complete or RULES[r.handle.phase].safe or r.error is not None:
-            return
-        blocks: Sequence[KVBlock] = ()
-        if r.destination is not None:
-            blocks = r.destination.blocks()
-        for s in r.sources:
-            s.inflow.stop()
+    def maybe_land(self, r: Receive) -> bool:
+        """End a receive in success, if everything is there; from any thread.
+
+        Its caller is told at once, on this thread; the books and the senders follow.
+        """
+        engine = self._engine
+
+        def first() -> None:
+            if r.pool is not None:
+                r.pool.release(r)
+            engine.report(r.handle, None)
+            engine.loop.post(lambda: self._landed(r))  # before what the caller does next
+
+        with r.lock:
+            if r.error is not None or not r.complete:
+                return False
+            for s in r.sources:
+                s.inflow.stop()
+            blocks = () if r.destination is None else r.destination.blocks()
+            if r.handle.take(Event.COMPLETE, blocks=blocks, first=first) is None:
+                return False
+        engine.loop.rouse()
+        return True
+
+    def _landed(self, r: Receive) -> None:
+        """Keep the books of a receive that has landed, and tell its senders."""
         self._free(r)
-        step = r.handle.take(Event.COMPLETE, blocks=blocks)
-        assert step is not None, "only what was accepted is complete"
         if r.fetch_from is None:
             self._ended[r.key] = End(None, r.fingerprint())
-        if step.tells:
-            for s in r.sources:
-                s.link.send(wire.Done(s.inflow.tid))
+        for s in r.sources:
+            s.link.send(wire.Done(s.inflow.tid))
         self._follow(r)
         self._engine.completed(r.handle, None)
 
@@ -456,7 +477,8 @@ class Receiving:
         error = r.failure()
         if r in self.live:
             self._free(r)
-        if r.handle.take(Event.IDLE, error=error) is not None:
+        report = self._engine.report
+        if r.handle.take(Event.IDLE, error=error, first=lambda: report(r.handle, error)):
             self._follow(r)
             self._engine.completed(r.handle, error)
 

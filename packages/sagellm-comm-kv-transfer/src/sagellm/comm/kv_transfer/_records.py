@@ -12,6 +12,7 @@ from sagellm.core.protocols import (
     Completion,
     KVTransferError,
     LayoutMismatchError,
+    PeerLostError,
     TransferKey,
     error_from_code,
 )
@@ -114,14 +115,14 @@ class CompletionQueue:
     def __init__(self, limit: int) -> None:
         self._items: deque[Completion] = deque(maxlen=limit)
         self._lock = threading.Lock()
-        self._read_fd, self._write_fd = os.pipe()
+        self._pipe: tuple[int, int] | None = None
         self._closed = False
 
     def put(self, completion: Completion) -> None:
         """Add one."""
         with self._lock:
-            if not self._items and not self._closed:
-                os.write(self._write_fd, b"x")
+            if not self._items and self._pipe is not None:
+                os.write(self._pipe[1], b"x")
             self._items.append(completion)
 
     def take(self, max_n: int | None) -> list[Completion]:
@@ -129,18 +130,30 @@ class CompletionQueue:
         with self._lock:
             count = len(self._items) if max_n is None else min(max_n, len(self._items))
             taken = [self._items.popleft() for _ in range(count)]
-            if taken and not self._items and not self._closed:
-                os.read(self._read_fd, 1)
+            if taken and not self._items and self._pipe is not None:
+                os.read(self._pipe[0], 1)
             return taken
 
     def fileno(self) -> int:
-        """Readable while there is something to take."""
-        return self._read_fd
+        """Readable while there is something to take; made when it is first asked for.
+
+        Raises:
+            PeerLostError: It is closed.
+
+        """
+        with self._lock:
+            if self._closed:
+                raise PeerLostError("the channel is closed")
+            if self._pipe is None:
+                self._pipe = os.pipe()
+                if self._items:
+                    os.write(self._pipe[1], b"x")
+            return self._pipe[0]
 
     def close(self) -> None:
         """Release the descriptor; what is queued can still be taken. Idempotent."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.close(self._read_fd)
-                os.close(self._write_fd)
+            self._closed = True
+            pipe, self._pipe = self._pipe, None
+        for fd in pipe or ():
+            os.close(fd)

@@ -129,9 +129,10 @@ class Sending:
         size = self._prepare(p, link)
         # our caller must not wait for a peer that does not read: all that was sent before has come
         here = size <= _HERE_BYTES and link.confirmed_before(p.flow.tid)
+        link.writer.add(p.flow, here=here)
+        # only now: the loop would take the GIL from the call that sends
         if not self.engine.loop.call(lambda: self._register(p, link)):
             raise PeerLostError("the channel is closed")
-        link.writer.add(p.flow, here=here)
         return True
 
     def _register(self, p: Push, link: Link) -> None:
@@ -397,7 +398,15 @@ class Sending:
             error = transfer_error(p.key, f"to node {p.target}", p.error)
         if p.pool is not None:
             p.pool.release(p)
-        if p.handle.take(Event.IDLE, error=error) is None:
+
+
+        def ended() -> None:
+            if p.offered is None:
+                if error is None:
+                    self._landed[p.target, p.key] = True
+                self.engine.report(p.handle, error)
+
+        if p.handle.take(Event.IDLE, error=error, first=ended) is None:
             return
         if p.watch is not None:
             p.watch.follow()
@@ -407,8 +416,6 @@ class Sending:
         if p.offered is not None:
             self.offering.served(p, p.offered)
             return
-        if error is None:
-            self._landed[p.target, p.key] = True
         self.engine.completed(p.handle, error)
 
     def _break_off(self, p: Push) -> None:

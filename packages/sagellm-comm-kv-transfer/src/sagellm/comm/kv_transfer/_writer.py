@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections import deque
@@ -266,16 +267,17 @@ class DataWriter:
         layer, first, count = chunk
         raw = extent.span_bytes(layer, first, count)
         verify_s = codec_s = 0.0
-        sums = np.zeros(count, dtype="<u8")
+        table = bytes(8 * count)
         units: list[Views] = []
         if self.checksum or lane.codec is not None:
             units = extent.unit_views(layer, first, count)
         if self.checksum:
             start = time.perf_counter()
-            sums = np.array(block_sums(units, layer, first), dtype="<u8")
+            sums = block_sums(units, layer, first)
+            table = struct.pack(f"<{count}Q", *sums)
             verify_s = time.perf_counter() - start
-        table, flags = sums.tobytes(), 0
-        reference = self._refer(lane, flow, extent, chunk)
+        flags = 0
+        reference = self._refer(lane, flow, extent, chunk, raw)
         if reference is not None:
             (payload, runs), flags = reference, REF
         elif lane.codec is None:
@@ -306,10 +308,12 @@ class DataWriter:
 
     @staticmethod
     def _refer(
-        lane: _Lane, flow: Outflow, extent: Extent, chunk: Chunk
+        lane: _Lane, flow: Outflow, extent: Extent, chunk: Chunk, raw: int
     ) -> tuple[Views, int] | None:
         """A reference to a chunk and its number of runs; None where the bytes must be sent."""
-        if lane.one_sided is None or (pledge := flow.pledge(lane.one_sided)) is None:
+        if lane.one_sided is None or raw < lane.one_sided.least_bytes:
+            return None
+        if (pledge := flow.pledge(lane.one_sided)) is None:
             return None
         memory = extent.runs(*chunk)
         reference = lane.one_sided.refer(memory, pledge)

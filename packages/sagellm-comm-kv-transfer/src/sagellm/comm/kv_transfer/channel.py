@@ -433,6 +433,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """Ids per group; None when `blocks` are plain tensors."""
         if isinstance(blocks, Mapping):
             return as_block_table(self._pool(), blocks, unique=False)
+        if type(blocks) is list and blocks and type(blocks[0]) is int:  # the most frequent
+            return as_block_table(self._pool(), blocks, unique=False)
         if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
             return None
         return as_block_table(self._pool(), blocks, unique=False)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
@@ -108,6 +108,8 @@ class Slab:
         offsets: Bytes, per run.
         lengths: Bytes, per run.
         steps: Bytes from one block to the next, per run.
+        unit_bytes: Bytes of one unit.
+        plain: Storage, offset and step of the only run; None when there are several.
 
     """
 
@@ -117,14 +119,21 @@ class Slab:
     offsets: Ints
     lengths: Ints
     steps: Ints
+    unit_bytes: int = field(init=False)
+    plain: tuple[memoryview, int, int] | None = field(init=False)
 
-    @property
-    def unit_bytes(self) -> int:
-        """Bytes of one unit."""
-        return int(self.lengths.sum())
+    def __post_init__(self) -> None:
+        """Note what is asked for with every small transfer: without numpy's cost per call."""
+        object.__setattr__(self, "unit_bytes", int(self.lengths.sum()))
+        plain = None
+        if len(self.lengths) == 1:
+            plain = (self.stores[int(self.store[0])], int(self.offsets[0]), int(self.steps[0]))
+        object.__setattr__(self, "plain", plain)
 
     def views(self, blocks: Ints) -> Views:
         """Memory of these blocks, runs that touch joined."""
+        if self.plain is not None and len(blocks) == 1:
+            return self._unit(self.plain, blocks[0])
         store, starts, lengths = self._joined(blocks)
         spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         if len(self.stores) == 1:
@@ -152,15 +161,17 @@ class Slab:
         last = np.append(first[1:], len(offsets)) - 1
         return store[first], offsets[first], ends[last] - offsets[first]
 
+    def _unit(self, plain: tuple[memoryview, int, int], block: int) -> Views:
+        memory, offset, step = plain
+        at = int(block) * step + offset
+        return [memory[at : at + self.unit_bytes]]
+
     def unit_views(self, blocks: Ints) -> list[Views]:
         """Memory of each of these blocks."""
+        if (plain := self.plain) is not None:
+            return [self._unit(plain, b) for b in blocks.tolist()]
         runs = list(zip(self.store.tolist(), self.offsets.tolist(), self.lengths.tolist(),
                         self.steps.tolist(), strict=True))  # fmt: skip
-        if len(runs) == 1:
-            s, offset, length, step = runs[0]
-            memory = self.stores[s]
-            starts = (blocks * step + offset).tolist()
-            return [[memory[a : a + length]] for a in starts]
         return [
             [
                 self.stores[s][(a := b * step + offset) : a + length]

@@ -68,6 +68,8 @@ class RegisteredPool:
         self._tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
         self._num_blocks = {g.name: _check_group(g, tensors) for g in layout.groups}
         self._where = [(g, i) for g in layout.groups for i in range(len(g.layers))]
+        self.group_names = tuple(g.name for g, _ in self._where)
+        """Group of each layer of the layout."""
         self._storages = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
         self._slabs: dict[tuple[int, Part], Slab] = {}
         self._lock = threading.Lock()
@@ -242,11 +244,14 @@ class PoolExtent:
         self._pool = pool
         self._blocks = blocks
         self._parts = dict(parts)
-        self._names = [g.name for g in pool.layout.groups for _ in g.layers]
+        self._names = pool.group_names
+        self._slabs: dict[int, Slab] = {}
         self.layers = len(self._names)
 
     def _slab(self, layer: int) -> Slab:
-        return self._pool.slab(layer, self._parts[self._names[layer]])
+        if (found := self._slabs.get(layer)) is None:
+            found = self._slabs[layer] = self._pool.slab(layer, self._parts[self._names[layer]])
+        return found
 
     def units(self, layer: int) -> int:
         """Blocks of the layer that move."""
@@ -347,6 +352,9 @@ def _table(
 
 
 def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> Ints:
+    if type(blocks) is list and len(blocks) == 1 and type(blocks[0]) is int:
+        if 0 <= blocks[0] < limit:
+            return np.array(blocks, dtype=np.int64)
     raw: NDArray[np.generic] = np.asarray(blocks)
     if raw.size == 0:
         return np.zeros(0, dtype=np.int64)

@@ -52,6 +52,8 @@ class Phase(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    __hash__ = str.__hash__  # looked up several times per transfer; that of enums is slow
+
 
 class Event(StrEnum):
     """What happens to a transfer on one side.
@@ -72,6 +74,8 @@ class Event(StrEnum):
     FAULT = "fault"
     CANCEL = "cancel"
     IDLE = "idle"
+
+    __hash__ = str.__hash__
 
 
 class Limit(StrEnum):

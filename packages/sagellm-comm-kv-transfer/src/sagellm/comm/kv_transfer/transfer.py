@@ -47,7 +47,9 @@ class TransferHandle:
         self.deadline = time.monotonic() + deadline_s
         self.deadline_s = deadline_s
         self._cancel = cancel
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._gates: list[tuple[int | None, threading.Lock]] = []
+        self._over = False
         self._steps = TABLE[role or Role(direction)]
         self._phase = Phase.OFFERED
         self._expired = False
@@ -82,7 +84,7 @@ class TransferHandle:
     @property
     def progress(self) -> Progress:
         """How much is in place and verified; on the sender, how much has been sent."""
-        with self._changed:
+        with self._lock:
             total, blocks, layers = self._totals
             return Progress(
                 min(self._bytes_done, total),
@@ -96,7 +98,7 @@ class TransferHandle:
     @property
     def metrics(self) -> TransferMetrics:
         """What it has cost so far."""
-        with self._changed:
+        with self._lock:
             m, first = self._meter, self._first
             return TransferMetrics(
                 bytes=self._bytes_done,
@@ -124,7 +126,7 @@ class TransferHandle:
             CommTimeoutError: Still in flight after `timeout_s`; the transfer goes on.
 
         """
-        self._wait_for(lambda: self._over, timeout_s, "it has not landed")
+        self._wait_for(None, timeout_s, "it has not landed")
         if self._error is not None:
             raise _fresh(self._error)
         return self
@@ -140,9 +142,7 @@ class TransferHandle:
         """
         if index < 0 or (self._totals[2] and index >= self._totals[2]):
             raise ConfigError(f"layer {index} is not in 0..{self._totals[2] - 1}")
-        self._wait_for(
-            lambda: self._over or index in self._layers, timeout_s, f"layer {index} is not there"
-        )
+        self._wait_for(index, timeout_s, f"layer {index} is not there")
         if self._error is not None:
             raise _fresh(self._error)
 
@@ -166,7 +166,7 @@ class TransferHandle:
         check_deadline(ttl_s)
         if self._steps is not TABLE[Role.OFFER]:
             raise UnsupportedOperationError(f"{self!r} has a deadline and no lease to renew")
-        with self._changed:
+        with self._lock:
             if self._expired or not RULES[self._phase].moves:
                 return False
             self.deadline = max(self.deadline, time.monotonic() + ttl_s)
@@ -200,23 +200,41 @@ class TransferHandle:
     def _landed(self) -> bool:
         return self._phase in (Phase.LANDED, Phase.RELEASED)
 
-    @property
-    def _over(self) -> bool:
-        return RULES[self._phase].safe
+    def _wait_for(self, layer: int | None, timeout_s: float | None, what: str) -> None:
+        """Wait until it is over, or a layer is there.
 
-    def _wait_for(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+        Each waiter has a gate of its own, so that nobody is woken for nothing.
+        """
+        if self._over:
+            return
         if timeout_s is None:
             timeout_s = self.left_s + _GRACE_S
-        with self._changed:
-            if self._changed.wait_for(ready, timeout_s):
+        gate = threading.Lock()
+        gate.acquire()
+        entry = (layer, gate)
+        with self._lock:
+            if self._over or layer in self._layers:
                 return
+            self._gates.append(entry)
+        opened = False
+        try:
+            opened = gate.acquire(timeout=max(0.0, timeout_s))
+        finally:
+            if not opened:
+                with self._lock:
+                    if entry in self._gates:
+                        self._gates.remove(entry)
+                    else:  # at the last moment
+                        opened = True
+        if opened:
+            return
         raise CommTimeoutError(
             f"transfer {self._key.id}/{self._key.attempt}: {what} after {timeout_s:.3g} s; "
             f"it is {self.state.value}, {self.progress}"
         )
 
     def _when_over(self, callback: Callable[[], object]) -> None:
-        with self._changed:
+        with self._lock:
             if not self._over:
                 self._callbacks.append(callback)
                 return
@@ -228,9 +246,8 @@ class TransferHandle:
 
     def expect(self, total_bytes: int, blocks: int, layers: int) -> None:
         """Set what progress is measured against."""
-        with self._changed:
+        with self._lock:
             self._totals = (total_bytes, blocks, layers)
-            self._changed.notify_all()
 
     @property
     def left_s(self) -> float:
@@ -239,12 +256,17 @@ class TransferHandle:
 
     def expire(self) -> bool:
         """Whether its deadline has passed; from then on it cannot be renewed."""
-        with self._changed:
+        with self._lock:
             self._expired = not self.left_s
             return self._expired
 
     def take(
-        self, event: Event, *, blocks: Sequence[KVBlock] = (), error: KVTransferError | None = None
+        self,
+        event: Event,
+        *,
+        blocks: Sequence[KVBlock] = (),
+        error: KVTransferError | None = None,
+        first: Callable[[], object] | None = None,
     ) -> Step | None:
         """Go where the table leads; None when it has no row for this, and nothing happens.
 
@@ -252,20 +274,28 @@ class TransferHandle:
             event: What has happened.
             blocks: What was received, when that ends it.
             error: What it fails with, when that ends it.
+            first: Called when that ends it, before anybody can see that; must not touch this
+                handle.
 
         """
-        callbacks: list[Callable[[], object]] = []
-        with self._changed:
-            step = self._steps.get(self._phase, {}).get(event)
+        with self._lock:
+            step = self._steps[self._phase].get(event) if self._phase in self._steps else None
             if step is None:
                 return None
-            before, self._phase = self._over, step.to
-            if self._over and not before:
-                self._error, self._blocks = error, tuple(blocks)
-                if self._landed:
-                    self._layers.update(range(self._totals[2]))
-                callbacks, self._callbacks = self._callbacks, []
-                self._changed.notify_all()
+            if self._over or not RULES[step.to].safe:
+                self._phase = step.to
+                return step
+            if first is not None:
+                first()
+            self._phase = step.to
+            self._error, self._blocks = error, tuple(blocks)
+            if self._landed:
+                self._layers.update(range(self._totals[2]))
+            self._over = True
+            callbacks, self._callbacks = self._callbacks, []
+            gates, self._gates = self._gates, []
+        for _, gate in gates:
+            gate.release()
         for callback in callbacks:
             callback()
         return step
@@ -283,8 +313,10 @@ class TransferHandle:
     ) -> None:
         """Count a frame."""
         now = time.monotonic()
-        with self._changed:
-            self.take(Event.FRAME)
+        with self._lock:
+            if self._phase is not Phase.MOVING and self._phase in self._steps:
+                step = self._steps[self._phase].get(Event.FRAME)
+                self._phase = self._phase if step is None else step.to
             self._first = self._first or now
             self._last = now
             self._bytes_done += done_bytes
@@ -306,9 +338,14 @@ class TransferHandle:
 
     def layers_done(self, indexes: Sequence[int]) -> None:
         """Wake who waits for these layers."""
-        with self._changed:
+        with self._lock:
             self._layers.update(indexes)
-            self._changed.notify_all()
+            if not self._gates:
+                return
+            opened = [g for g in self._gates if g[0] in self._layers]
+            self._gates = [g for g in self._gates if g[0] not in self._layers]
+        for _, gate in opened:
+            gate.release()
 
 
 class _Meter:

@@ -109,9 +109,9 @@ class Pair:
         """One turn: both sides start, and the data are compared afterwards."""
         return self._measure("run")
 
-    def run_posted(self) -> Cost:
-        """One turn whose receiver waits already; the time counts from the sender's start."""
-        return self._measure("finish")
+    def run_posted(self) -> float:
+        """Seconds of one turn whose receiver waits already, from the sender's start."""
+        return self._measure("finish").seconds
 
     def idle_share(self, seconds: float) -> float:
         """Processor seconds per second of the busier side while nothing is asked of it."""

@@ -86,7 +86,7 @@ def contenders(case: Case) -> Iterator[Contenders]:
     if case["work"] == "device":
         yield _device(case)
         return
-    posted: Callable[[Pair], float] = lambda pair: nbytes / pair.run_posted().seconds  # noqa: E731
+    posted: Callable[[Pair], float] = lambda pair: nbytes / pair.run_posted()  # noqa: E731
     both: Callable[[Pair], float] = lambda pair: nbytes / pair.run().seconds  # noqa: E731
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(regions(case))

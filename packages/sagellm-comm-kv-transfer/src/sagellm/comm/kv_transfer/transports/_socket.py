@@ -88,8 +88,8 @@ class SocketConnection(KVConnection):
                 calls += 1
                 if partly:
                     return calls
-                last = time.monotonic()
                 batch = _rest(batch, moved)
+                last = time.monotonic() if batch else last
         return calls
 
     def abort(self) -> None:

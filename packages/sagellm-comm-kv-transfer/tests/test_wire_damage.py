@@ -77,8 +77,10 @@ def damage(kind, which, rng):
 def between(channel, proxy, layout, tensors):
     """Two channels with a proxy on the control and on the data connection."""
 
-    def make():
-        s = KVTransferSettings(lanes=1, transport="tcp", quiesce_s=0.1, handshake_timeout_s=0.3)
+    def make(codec="none"):
+        s = KVTransferSettings(
+            lanes=1, transport="tcp", quiesce_s=0.1, handshake_timeout_s=0.3, codec=codec
+        )
         out = channel(node_id=0, peers={}, key=KEY, settings=s)
         into = channel(node_id=1, peers={}, key=KEY, settings=s)
         tcp = into._engine.paths["tcp"]
@@ -205,6 +207,34 @@ def test_any_bit_of_the_data_stream_may_flip(leakless, between):
         out.close()
         into.close()
     assert landed > 9
+
+
+def test_a_damaged_length_of_a_coded_block_is_mended(between):
+    """The table's digest tells; the length itself would say that the peer breaks the rules."""
+    out, a, into, b, _, data = between("lz4")
+    for tensor in a.values():
+        tensor.zero_()
+    heard, flipped = bytearray(), []
+
+    def flip(position, chunk):
+        heard.extend(chunk)
+        if len(heard) >= TOKEN_BYTES + HEADER_BYTES and not flipped:
+            (count,) = struct.unpack_from("<20xI", heard, TOKEN_BYTES)
+            at = TOKEN_BYTES + HEADER_BYTES + 8 * count - position
+            if 0 <= at < len(chunk):
+                chunk[at] ^= 4
+                flipped.append(at)
+        return chunk
+
+    data.flip = flip
+    out.connect(1, timeout_s=10)
+    ended, _ = attempt(out, a, into, b, 0, 10.0)
+
+    assert flipped
+    assert ended == [True, True]
+    (link,) = out._engine.links
+    assert link.error is None
+    assert out.poll()[0].status == "landed"
 
 
 def test_frames_recorded_on_another_connection_are_refused(leakless, between):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer.transports import _shm_link
 from sagellm.core.protocols import (
     ConfigError,
     KVTransferError,
@@ -24,6 +25,14 @@ from sagellm.core.protocols import (
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
 KEY = TransferKey("k")
+
+
+@pytest.fixture(autouse=True)
+def everything_is_referred(monkeypatch):
+    """Little blocks are enough for these tests; in earnest they are sent."""
+    monkeypatch.setattr(_shm_link, "_SENT_BYTES", 0)
+
+
 SHM = {"settings": KVTransferSettings(transport="shm")}
 UNCHECKED = {"settings": KVTransferSettings(transport="shm", checksum=False)}
 
@@ -45,6 +54,21 @@ def shared(channel, layout):
 
 def ints(*values):
     return np.array(values, dtype=np.int64)
+
+
+@pytest.mark.parametrize(("bytes_sent", "maps"), [(0, 1), (1 << 20, 0)])
+def test_what_is_small_is_sent_and_what_is_large_is_shown(shared, monkeypatch, bytes_sent, maps):
+    monkeypatch.setattr(_shm_link, "_SENT_BYTES", bytes_sent)
+    out, a, into, b = shared()
+
+    r = into.receive(KEY, [3, 4], source_node=0)
+    out.transfer([1, 2], 1, key=KEY).wait(10)
+    r.wait(10)
+
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+    (lane,) = next(iter(into._engine.links)).lanes
+    assert len(lane._views) == maps
+    assert (r.metrics.wire_bytes > r.metrics.bytes) == (not maps)
 
 
 # -- pools ----------------------------------------------------------------------------------

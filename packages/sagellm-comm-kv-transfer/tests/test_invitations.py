@@ -348,3 +348,22 @@ def test_a_bounded_sender_still_gets_everything_through(met):
 
     assert same(a, b, list(range(6)), list(range(6)))
     assert any(isinstance(m, wire.Offer) for m in said)
+
+
+def test_half_of_the_heads_does_not_fill_what_a_whole_sender_was_invited_to(
+    met, layout, tensors, eventually
+):
+    out, _, into, b, link, _ = met(layers=1)
+    r = into.receive(TransferKey("k"), [4, 5], source_node=0, deadline_s=0.7)
+    eventually(lambda: len(link.invitations) == 1)
+    before = {n: t.clone() for n, t in b.items()}
+    half = layout(tp=2, rank=0, layers=1)
+    out.unregister(out._engine.pool)
+    out.register(half, tensors(half))
+
+    out.transfer([1, 2], 1, key=TransferKey("k"))
+
+    with pytest.raises(KVTransferError) as caught:
+        r.wait(10)
+    assert caught.value.invalid_blocks == (4, 5)
+    assert all(torch.equal(b[n][[4, 5], :, 2:], before[n][[4, 5], :, 2:]) for n in b)

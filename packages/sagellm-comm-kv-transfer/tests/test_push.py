@@ -105,9 +105,30 @@ def test_the_sender_may_name_the_destination(pair):
     key = TransferKey("r")
 
     out.transfer([1, 2], into.node_id, key=key, dst_blocks=[8, 7])
-    into.receive(key).wait(10)
+    into.receive(key, adopt=True).wait(10)
 
     assert all(torch.equal(a[n][[1, 2]], b[n][[8, 7]]) for n in a)
+
+
+@pytest.mark.parametrize(
+    ("adopt", "named", "why"),
+    [(False, [8], "has not said that it may"), (True, [5], "while cache reads them")],
+)
+def test_a_sender_cannot_choose_blocks_that_were_not_given_to_it(pair, adopt, named, why):
+    out, _, into, b = pair()
+    into.offer(TransferKey("cache"), [4, 5], num_tokens=8, ttl_s=30)
+    before = {n: t.clone() for n, t in b.items()}
+
+    r = into.receive(None, adopt=adopt)
+    t = out.transfer([1], into.node_id, dst_blocks=named)
+
+    for handle in (r, t):
+        with pytest.raises(KVTransferError, match=why) as caught:
+            handle.wait(10)
+        assert caught.value.cause == "invalid_argument"
+    assert all(torch.equal(b[n], before[n]) for n in b)
+    with pytest.raises(ConfigError, match="names no blocks"):
+        into.receive(None, [1], adopt=True)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -185,7 +185,10 @@ class Engine:
     def report(self, handle: TransferHandle, error: KVTransferError | None) -> None:
         """Queue the completion of a transfer whose blocks are safe; from any thread."""
         if error is None:
-            self.completions.put(Completion(handle.key, "landed", handle.direction))
+            tokens = handle.num_tokens
+            self.completions.put(
+                Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
+            )
             return
         self.completions.put(
             Completion(

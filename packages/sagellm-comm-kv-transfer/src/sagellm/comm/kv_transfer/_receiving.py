@@ -82,7 +82,7 @@ class Receiving:
                 return self._repeat(r, end)
         self.check_room()
         if r.pool is not None:
-            r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", r.blocks)
+            r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", written=r.blocks)
         if r.named:
             self.arrivals.active[r.key] = r
         else:

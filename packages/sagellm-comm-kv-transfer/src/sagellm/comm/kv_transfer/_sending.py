@@ -95,7 +95,7 @@ class Sending:
             return p
         try:
             if p.pool is not None:
-                p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
+                p.pool.lease(p, f"{p.key.id}/{p.key.attempt}", read=p.blocks)
             link = self.engine.links.ready(p.target)
             if link is not None and self._begin_here(p, link):
                 return p

@@ -146,7 +146,7 @@ def _push(p: Push) -> TransferView:
 
 def _receive(r: Receive) -> TransferView:
     kind = "receive" if r.fetch_from is None else "fetch"
-    named = [r.fetch_from] if r.fetch_from is not None else r.senders or ()
+    named = r.fetch_from if r.fetch_from is not None else r.senders or ()
     peers = sorted({s.link.peer for s in r.sources} | {*named})
     if r.handle.phase is Phase.LANDED:
         waits = sorted({s.link.peer for s in r.sources if not s.released})

@@ -159,7 +159,8 @@ class Sending:
         return True
 
     def _begin(self, p: Push, link: Link) -> None:
-        self._watch(p)
+        if p.error is None:  # it may have failed before the loop came to it
+            self._watch(p)
         link.when_up(lambda error: self._start(p, link, error))
 
     def serve(self, p: Push, link: Link) -> None:

@@ -64,6 +64,44 @@ def test_an_invited_push_needs_no_offer(met, eventually):
     assert len(link.invitations) == 0
 
 
+def test_what_was_invited_lands_while_both_event_loops_are_busy(met, eventually):
+    out, a, into, b, link, _ = met()
+    key = TransferKey("k")
+    r = into.receive(key, [4, 5], source_node=0)
+    eventually(lambda: len(link.invitations) == 1)
+
+    with holding(out), holding(into):
+        t = out.transfer([1, 2], 1, key=key)
+        r.wait(10)
+        assert same(a, b, [1, 2], [4, 5])
+        assert [c.key for c in into.poll()] == [key]
+        assert into._engine.pool.leases == 0
+        assert not t.done()
+
+    t.wait(10)
+    assert [c.key for c in out.poll()] == [key]
+
+
+def test_nobody_joins_a_receive_that_has_landed(met, eventually):
+    out, _, into, _, link, _ = met()
+    key = TransferKey("k")
+    arrivals = into._engine.receiving.arrivals
+    r = into.receive(key, [4], source_node=0)
+    eventually(lambda: len(link.invitations) == 1)
+    books, arrivals._landed = arrivals._landed, lambda r: None  # as if the loop came late
+    t = out.transfer([1], 1, key=key)
+    r.wait(10)
+
+    offer = wire.Offer(99, "k", 0, {"kv": 1}, None, 1 << 20, None, True, 0)
+    out._engine.loop.run(lambda: link.send(offer))
+    theirs = next(iter(into._engine.links))
+    eventually(lambda: out._engine.ignored["done"] == 1)
+
+    assert 99 not in theirs.inflows
+    into._engine.loop.run(lambda: books(r.owner))
+    t.wait(10)
+
+
 def test_a_receive_invites_a_sender_that_comes_later(pair, eventually):
     out, a, into, b = pair()
     r = into.receive(TransferKey("k"), [4], source_node=0)

@@ -237,7 +237,7 @@ async def _coroutine(handle):
     return await handle
 
 
-def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
+def test_poll_reports_every_end_once_and_the_descriptor_tells(pair):
     out, _, into, _ = pair()
     assert not select.select([into.fileno()], [], [], 0)[0]
     for i in range(3):
@@ -246,8 +246,7 @@ def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
 
     assert select.select([into.fileno()], [], [], 5)[0]
     first = into.poll(1)
-    rest = []
-    eventually(lambda: rest.extend(into.poll()) or len(rest) == 2)
+    rest = into.poll()
 
     assert [c.key.id for c in first + rest] == ["k0", "k1", "k2"]
     assert {(c.status, c.direction, c.blocks_safe) for c in first + rest} == {
@@ -255,6 +254,35 @@ def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
     }
     assert into.poll() == []
     assert not select.select([into.fileno()], [], [], 0)[0]
+
+
+def test_whoever_has_waited_finds_the_completion(pair):
+    out, _, into, _ = pair()
+    for i in range(30):
+        t = out.transfer([1], into.node_id, key=TransferKey(f"k{i}"))
+        r = into.receive(TransferKey(f"k{i}"), [2])
+
+        for channel, handle in ((into, r), (out, t)):
+            handle.wait(10)
+            assert [c.key.id for c in channel.poll()] == [f"k{i}"]
+
+    late = into.receive(TransferKey("late"), [2])
+    late.cancel()
+    with pytest.raises(KVTransferError):
+        late.wait(10)
+    assert [(c.status, c.blocks_safe) for c in into.poll()] == [("cancelled", True)]
+
+
+def test_a_wait_that_gives_up_leaves_nothing_behind(pair):
+    _, _, into, _ = pair()
+    r = into.receive(TransferKey("k"), [2])
+
+    with pytest.raises(CommTimeoutError, match="it has not landed"):
+        r.wait(0.01)
+    with pytest.raises(CommTimeoutError, match="layer 1 is not there"):
+        r.wait_layer(1, 0.01)
+
+    assert not r._gates
 
 
 @pytest.mark.parametrize(
@@ -371,7 +399,7 @@ def test_a_receive_that_landed_in_buffers_gives_them_again_while_they_live(chann
 
     assert again is r
     assert torch.equal(again.wait(0).blocks[0].tensor, torch.arange(5))
-    ends = into._engine.receiving._ended
+    ends = into._engine.receiving.arrivals.ended
     ends[key] = ends.get(key)._replace(handle=lambda: None)  # a reference that is dead
     with pytest.raises(ConfigError, match="dropped with its handle"):
         into.receive(key)

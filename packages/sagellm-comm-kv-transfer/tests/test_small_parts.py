@@ -9,16 +9,22 @@ import pytest
 import torch
 
 from sagellm.comm.kv_transfer import TRANSITIONS, KVTransferSettings
+from sagellm.comm.kv_transfer._flows import Inflow
 from sagellm.comm.kv_transfer._loop import EventLoop
 from sagellm.comm.kv_transfer._records import CompletionQueue, Memory
+from sagellm.comm.kv_transfer.frames import Header
+from sagellm.comm.kv_transfer.memory import TensorExtent
 from sagellm.comm.kv_transfer.pool import RegisteredPool, as_block_table
+from sagellm.comm.kv_transfer.transfer import TransferHandle
 from sagellm.comm.kv_transfer.transports.tcp import parse_address
 from sagellm.core.protocols import (
     CacheGroup,
     ConfigError,
+    IntegrityError,
     KVLayout,
     PeerLostError,
     Shard,
+    TransferKey,
     TransferState,
     UnsupportedOperationError,
 )
@@ -224,6 +230,23 @@ def test_the_loop_survives_bugs_and_says_when_it_is_over(caplog):
     loop.stop()
     with pytest.raises(PeerLostError):
         loop.run(lambda: None)
+
+
+def test_a_flow_takes_each_block_once_and_none_after_its_end():
+    handle = TransferHandle(TransferKey("k"), "receive", 10, lambda _: False)
+    flow = Inflow(handle, 1, TensorExtent([torch.zeros(4, dtype=torch.uint8)], 1))
+    first, second = Header(1, 0, 0, 1, 1, 0), Header(1, 0, 1, 1, 1, 0)
+    beyond = Header(1, 0, 3, 2, 2, 0)
+
+    assert flow.claim(first)
+    with pytest.raises(IntegrityError, match="again"):
+        flow.claim(first)
+    with pytest.raises(IntegrityError, match="not granted"):
+        flow.claim(beyond)
+    flow.stop()
+
+    assert not flow.claim(second)
+    assert not flow.claim(first)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from .kv_layout import KVLayout
 
 __all__ = [
+    "CAUSES",
     "Completion",
     "PeerInfo",
     "Progress",
@@ -20,20 +22,23 @@ __all__ = [
 ]
 
 
-_CAUSES = {
-    "transport": {"peer_lost"},
-    "checksum": {"integrity"},
-    "lease_expiry": {"lease_expired"},
-    "refused": {
-        "invalid_argument",
-        "layout_mismatch",
-        "resource_exhausted",
-        "unauthenticated",
-        "not_implemented",
-        "unavailable",
-    },
-    "deadline": {"comm_timeout"},
-}
+CAUSES: Mapping[str, str] = MappingProxyType(
+    {
+        "peer_lost": "transport",
+        "integrity": "checksum",
+        "lease_expired": "lease_expiry",
+        "comm_timeout": "deadline",
+        "cancelled": "cancelled",
+        "invalid_argument": "refused",
+        "layout_mismatch": "refused",
+        "mismatch": "refused",
+        "not_implemented": "refused",
+        "resource_exhausted": "refused",
+        "unauthenticated": "refused",
+        "unavailable": "refused",
+    }
+)
+"""Why a transfer did not land, by the code of its error; any other code means `other`."""
 
 
 class TransferKey(NamedTuple):
@@ -122,7 +127,7 @@ class Completion:
         invalid_by_group: The same by cache group, whose block ids may be told apart by group only.
         blocks_safe: True when no late byte can reach the blocks any more: only then do they
             go back to the allocator.
-        num_tokens: Tokens that the blocks hold, as the sender has said on `seal` or `offer`; else 0.
+        num_tokens: Tokens that the blocks hold, as `seal` or `offer` has said; else 0.
 
     """
 
@@ -194,8 +199,8 @@ class TransferStats:
         `transport` (a peer or a connection was lost), `checksum`, `lease_expiry`, `refused`
         (layouts, arguments, room, keys), `deadline`, `cancelled` and `other`.
         """
-        total = dict.fromkeys((*_CAUSES, "cancelled", "other"), 0)
+        total = dict.fromkeys((*CAUSES.values(), "other"), 0)
         total["cancelled"] = self.transfers.get("cancelled", 0)
         for code, count in self.failures.items():
-            total[next((c for c, codes in _CAUSES.items() if code in codes), "other")] += count
+            total[CAUSES.get(code, "other")] += count
         return total

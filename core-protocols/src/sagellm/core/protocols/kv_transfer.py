@@ -97,7 +97,7 @@ class Transfer(Awaitable["Transfer"], Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the blocks hold, once it has landed, as `seal` or `offer` has said; else 0."""
+        """Tokens that the blocks hold, as `seal` or `offer` has said, once it has landed."""
         ...
 
     @property

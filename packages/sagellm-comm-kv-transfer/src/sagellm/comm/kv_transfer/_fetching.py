@@ -42,7 +42,7 @@ def fetch(
     links = [engine.links.to(peer, r.handle.deadline) for peer in peers]
     r.pool.lease(r, f"{r.key.id}/{r.key.attempt}", written=r.blocks)
     r.fetch_from, r.fetch_layers = tuple(peers), layers
-    engine.receiving.watch(r)
+    engine.receiving.arrivals.watch(r)
     absent = len(links)
 
     def up(error: CommError | None) -> None:
@@ -55,7 +55,7 @@ def fetch(
                 raise error
             _request(engine, r, links, src_blocks)
         except CommError as e:
-            engine.receiving.fail(r, e)
+            engine.receiving.arrivals.fail(r, e)
 
     for link in links:
         link.when_up(up)
@@ -77,7 +77,7 @@ def _request(
         parts = r.missing(r.pool.layout, link.layout)
         extent = r.destination.extent_for(parts)
         inflow = Inflow(r.handle, link.new_tid(), extent, r.fetch_layers)
-        engine.receiving.enter(r, Source(link, inflow, parts, sealed=False, whole=True))
+        engine.receiving.arrivals.enter(r, Source(link, inflow, parts, sealed=False, whole=True))
     for name in sorted(r.open_groups):
         if r.blocks[name].size:
             held = {s.link.peer: s.parts[name][1:] for s in r.sources if name in s.parts}
@@ -102,4 +102,4 @@ def _request(
                 r.handle.deadline_s,
             )
         )
-    engine.receiving.maybe_land(r)
+    engine.receiving.arrivals.maybe_land(r)

@@ -125,7 +125,7 @@ def _link(link: Link) -> LinkView:
 def _transfers(engine: Engine) -> Iterator[TransferView]:
     for p in engine.sending.live:
         yield _push(p)
-    for r in engine.receiving.live | engine.receiving.unconfirmed:
+    for r in engine.receiving.arrivals.live | engine.receiving.arrivals.unconfirmed:
         yield _receive(r)
     for o in (*engine.sending.offering.offers.values(), *engine.sending.offering.ending):
         yield _offer(o)

@@ -58,7 +58,7 @@ __all__ = ["KVTransferChannel"]
 
 
 class KVTransferChannel(KVTransferChannelProtocol):
-    """Moves KV blocks between this node and others over TCP.
+    """Moves KV blocks between this node and others.
 
     Without arguments it finds its own place: under torchrun, or with an initialised default
     group, the node id is the global rank and peers are found through the torch store; else it

@@ -412,7 +412,7 @@ def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:
         tensor = tensors[name]
         if tensor.device.type != "cpu":
             raise UnsupportedOperationError(
-                f"{name!r} is on {tensor.device}: the tcp transport moves host memory; "
+                f"{name!r} is on {tensor.device}: a channel moves host memory; "
                 "copy the blocks to a pinned host pool first"
             )
         dtype = str(tensor.dtype).removeprefix("torch.")

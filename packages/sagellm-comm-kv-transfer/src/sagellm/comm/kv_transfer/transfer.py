@@ -1,4 +1,4 @@
-"""The handle of one transfer, and the stream that feeds one layer by layer."""
+"""The handle of one transfer."""
 
 from __future__ import annotations
 

@@ -1,12 +1,16 @@
 import asyncio
 import select
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, transfer
+from sagellm.comm.kv_transfer.state import Role
+from sagellm.comm.kv_transfer.transfer import TransferHandle
 from sagellm.core.protocols import (
     CacheGroup,
     CommTimeoutError,
@@ -14,6 +18,7 @@ from sagellm.core.protocols import (
     KVBlock,
     KVLayout,
     KVTransferError,
+    PeerLostError,
     ResourceError,
     TransferKey,
     TransferState,
@@ -298,6 +303,9 @@ def test_a_wait_that_gives_up_leaves_nothing_behind(pair):
         (lambda c: c.transfer([1], 1, dst_blocks=[1, 2]), "differ in number"),
         (lambda c: c.transfer([1], 1, key="k"), "TransferKey"),
         (lambda c: c.receive(None, [1, 1]), "come twice"),
+        (lambda c: c.receive(None, [1], source_node=[]), "names no node"),
+        (lambda c: c.add_peer(7, "a..b:80"), "not host:port"),
+        (lambda c: c.add_peer(7, "a" * 64 + ":80"), "not host:port"),
         (lambda c: c.fetch(("k", 0), 1, [1], layers=[5]), "layers"),
     ],
 )
@@ -444,3 +452,42 @@ def test_blocks_that_must_not_be_read_are_told_by_group(channel):
     for told in (caught.value, into.poll()[0]):
         assert told.invalid_blocks == (1, 2, 3)
         assert told.invalid_by_group == {"kv": (1, 2), "state": (2, 3)}
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anybody_has_come(pair):
+    out, _, into, _ = pair()
+    handles = [
+        into.receive(TransferKey("r"), [1]),
+        into.fetch(TransferKey("f"), 0, [2]),
+        out.transfer([1], 1, key=TransferKey("t")),
+    ]
+
+    for handle in handles:
+        with pytest.raises(ConfigError, match=r"layer 3 is not in 0\.\.2"):
+            handle.wait_layer(3, 5)
+
+
+def test_nobody_waits_long_for_a_transfer_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(transfer, "_GRACE_S", 0.05)
+
+    def stuck(deadline_s=0.05):
+        return TransferHandle(TransferKey("k"), "send", deadline_s, lambda _: False, Role.OFFER)
+
+    with pytest.raises(CommTimeoutError, match="has not landed"):
+        asyncio.run(asyncio.wait_for(_coroutine(stuck()), 5))
+    for wait in (lambda h: h.wait(), lambda h: asyncio.run(_coroutine(h))):
+        renewed = stuck()
+        threading.Timer(0.02, renewed.renew, (0.4,)).start()
+        began = time.monotonic()
+        with pytest.raises(CommTimeoutError, match="has not landed"):
+            wait(renewed)
+        assert 0.4 < time.monotonic() - began < 5
+
+
+def test_a_closed_channel_has_no_descriptor(channel):
+    c = channel()
+    assert c.fileno() >= 0
+    c.close()
+
+    with pytest.raises(PeerLostError, match="closed"):
+        c.fileno()

@@ -222,6 +222,10 @@ class Engine:
             case Offered():
                 self.sending.offering.fail(owner, error)
 
+    def moving(self) -> list[TransferHandle]:
+        """Those in flight except offers that nobody fetches just now."""
+        return self.sending.moving() + self.receiving.in_flight()
+
     def in_flight(self) -> list[TransferHandle]:
         """Transfers that have not ended."""
         return self.sending.in_flight() + self.receiving.in_flight()

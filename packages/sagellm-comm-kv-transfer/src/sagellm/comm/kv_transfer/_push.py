@@ -60,6 +60,8 @@ class Push:
         self.error: CommError | None = None
         self.nacked = 0
         self.watch: Watch | None = None
+        if pool is not None:
+            handle.expect(0, 0, len(pool.group_names))
 
     @property
     def key(self) -> TransferKey:

@@ -102,6 +102,7 @@ class Receive:
         self.lock = threading.RLock()
         """Held while senders join or leave, and while it lands: no sender joins what has."""
         self.watch: Watch | None = None
+        self.expect()
 
     @property
     def key(self) -> TransferKey:
@@ -149,8 +150,11 @@ class Receive:
         self.handle.expect(
             sum(s.inflow.total_bytes for s in self.sources),
             sum(s.inflow.total_units for s in self.sources),
-            max((s.inflow.extent.layers for s in self.sources), default=0),
+            max((s.inflow.extent.layers for s in self.sources), default=self._own_layers()),
         )
+
+    def _own_layers(self) -> int:
+        return 0 if self.pool is None else len(self.pool.group_names)
 
     def leave(self, source: Source) -> None:
         """Do without a sender; readers look at both, and must not see a layer without its gap."""

@@ -66,6 +66,10 @@ class Sending:
         offers = (*self.offering.offers.values(), *self.offering.ending)
         return [p.handle for p in self.live if p.offered is None] + [o.handle for o in offers]
 
+    def moving(self) -> list[TransferHandle]:
+        """Pushes, fetches that are served, and offers that end: all but offers that just stand."""
+        return [p.handle for p in self.live] + [o.handle for o in self.offering.ending]
+
     # -- from this node ---------------------------------------------------------------------
 
     def push(self, p: Push) -> Push:

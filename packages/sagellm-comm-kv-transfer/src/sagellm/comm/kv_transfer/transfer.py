@@ -125,6 +125,10 @@ class TransferHandle:
     def wait(self, timeout_s: float | None = None) -> TransferHandle:
         """Block until it has landed, and return it.
 
+        Args:
+            timeout_s: Longest wait in seconds; None waits for its end, which comes by its
+                deadline, and gives up 10 s after that.
+
         Raises:
             KVTransferError: It failed or was cancelled.
             CommTimeoutError: Still in flight after `timeout_s`; the transfer goes on.
@@ -181,7 +185,7 @@ class TransferHandle:
         return self._error
 
     def __await__(self) -> Generator[Any, None, TransferHandle]:
-        """Wait without blocking the running event loop; its own deadline holds."""
+        """Wait without blocking the running event loop, as long as `wait()`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -190,7 +194,10 @@ class TransferHandle:
                 future.set_result(None)
 
         self._when_over(lambda: loop.call_soon_threadsafe(settle))
-        yield from future
+        while not future.done():
+            yield from asyncio.wait([future], timeout=self.left_s + _GRACE_S).__await__()
+            if not self.left_s:  # an offer may have been renewed
+                break
         return self.wait(0.0)
 
     # -- what the channel does --------------------------------------------------------------
@@ -211,8 +218,7 @@ class TransferHandle:
         """
         if self._over:
             return
-        if timeout_s is None:
-            timeout_s = self.left_s + _GRACE_S
+        wait_s = self.left_s + _GRACE_S if timeout_s is None else max(0.0, timeout_s)
         gate = threading.Lock()
         gate.acquire()
         entry = (layer, gate)
@@ -222,7 +228,9 @@ class TransferHandle:
             self._gates.append(entry)
         opened = False
         try:
-            opened = gate.acquire(timeout=max(0.0, timeout_s))
+            opened = gate.acquire(timeout=wait_s)
+            while not opened and timeout_s is None and self.left_s:  # renewed meanwhile
+                opened = gate.acquire(timeout=self.left_s + _GRACE_S)
         finally:
             if not opened:
                 with self._lock:
@@ -233,7 +241,7 @@ class TransferHandle:
         if opened:
             return
         raise CommTimeoutError(
-            f"transfer {self._key.id}/{self._key.attempt}: {what} after {timeout_s:.3g} s; "
+            f"transfer {self._key.id}/{self._key.attempt}: {what} after {wait_s:.3g} s; "
             f"it is {self.state.value}, {self.progress}"
         )
 

@@ -452,6 +452,23 @@ def test_a_transfer_given_up_ends_the_worker_that_is_stuck_in_it(shared):
     assert all(torch.equal(b[n], before[n]) for n in b)
 
 
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.tcache_count=1"])
+def test_copy_workers_copy_around_the_cache_unless_told_otherwise(
+    channel, layout, monkeypatch, chosen
+):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", chosen)
+    into = channel(**WORKING)
+    into.allocate(layout(), 2)
+    (worker,) = workers_of(into)._workers
+
+    environ = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+
+    (tunables,) = [e for e in environ if e.startswith(b"GLIBC_TUNABLES=")]
+    assert (b"x86_non_temporal_threshold" in tunables) == (chosen is None)
+
+
 def test_copy_workers_go_with_their_pool_and_let_go_of_peers(shared, eventually):
     before = children()
     out, _, into, _ = shared(options=WORKING)

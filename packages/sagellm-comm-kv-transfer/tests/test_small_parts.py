@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -246,3 +247,35 @@ def test_a_flow_takes_each_block_once_and_none_after_its_end():
 
     assert not flow.claim(second)
     assert not flow.claim(first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_layers_share_no_element_and_may_be_interleaved(layout, dtype):
+    made = layout(layers=2, dtype=dtype)
+    kind, shape = getattr(torch, dtype), made.groups[0].block_shape
+    one = torch.zeros(10, *shape, dtype=kind)
+    slices = torch.zeros(12, *shape, dtype=kind)
+    rows = torch.zeros(10, 2, *shape, dtype=kind)
+    columns = torch.zeros(10, *shape, 2, dtype=kind)
+    shifted = torch.zeros(10, *shape[:-1], 2 * shape[-1], dtype=kind)
+
+    for a, b in (
+        (one, one),
+        (slices[:10], slices[2:]),
+        (slices[2:], slices[:10]),
+        (shifted[..., :8], shifted[..., 4:12]),
+    ):
+        with pytest.raises(ConfigError, match=r"'layer[01]' and 'layer[01]' share memory"):
+            RegisteredPool(made, {"layer0": a, "layer1": b})
+    RegisteredPool(made, {"layer0": rows[:, 0], "layer1": rows[:, 1]})
+    RegisteredPool(made, {"layer0": columns[..., 0], "layer1": columns[..., 1]})
+
+
+def test_many_interleaved_layers_are_told_apart_quickly(layout):
+    made = layout(layers=120)
+    memory = torch.zeros(16, 120, *made.groups[0].block_shape)
+
+    began = time.monotonic()
+    RegisteredPool(made, {f"layer{i}": memory[:, i] for i in range(120)})
+
+    assert time.monotonic() - began < 5

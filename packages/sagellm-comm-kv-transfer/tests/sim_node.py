@@ -1,8 +1,8 @@
 """A channel without sockets, threads and clocks: the real books, and links that a test moves.
 
-`KVTransferChannel`, `Engine`, `Sending`, `Receiving`, `Offering`, `Link`, the flows, the pool and the
-table are those of the package. The event loop, the lanes' threads and the network are queues here,
-whose next step a scheduler chooses.
+`KVTransferChannel`, `Engine`, `Sending`, `Receiving`, `Offering`, `Link`, the flows, the pool and
+the table are those of the package. The event loop, the lanes' threads and the network are queues
+here, whose next step a scheduler chooses.
 """
 
 import heapq
@@ -25,6 +25,8 @@ from sagellm.comm.kv_transfer.pool import RegisteredPool
 from sagellm.core.protocols import CacheGroup, IntegrityError, KVLayout, PeerLostError, Shard
 
 HEADS, LAYERS, BLOCKS, DIM = 2, 2, 10, 4
+CLOCK = SimpleNamespace(now=0.0, monotonic=lambda: CLOCK.now)
+"""What transfers take for the module `time`; it stands still but for timers that go off."""
 SETTINGS = KVTransferSettings(quiesce_s=0.5, max_in_flight=16)
 
 
@@ -45,8 +47,8 @@ def layout(rank=None):
 class Loop:
     """An event loop whose callbacks run when the scheduler says so."""
 
-    def __init__(self, clock):
-        self.clock, self.calls, self.timers = clock, deque(), []
+    def __init__(self):
+        self.calls, self.timers = deque(), []
         self._ids = itertools.count()
 
     def call(self, callback):
@@ -65,7 +67,7 @@ class Loop:
 
     def call_later(self, delay_s, callback):
         timer = Timer(callback)
-        heapq.heappush(self.timers, (self.clock.now + delay_s, next(self._ids), timer))
+        heapq.heappush(self.timers, (CLOCK.now + delay_s, next(self._ids), timer))
         return timer
 
     def next_at(self):
@@ -77,7 +79,7 @@ class Loop:
     def ring(self):
         """Set off the next timer."""
         at, _, timer = heapq.heappop(self.timers)
-        self.clock.now = max(self.clock.now, at)
+        CLOCK.now = max(CLOCK.now, at)
         timer.callback()
 
 
@@ -132,7 +134,7 @@ class SimLink(Link):
 
 
 class Pair:
-    """Both ends of a link and what is on the way: control in order, frames in two lanes each way."""
+    """Both ends of a link and what is on the way: control in order, frames in two lanes."""
 
     def __init__(self, opener, acceptor):
         self.ends, self.cut = (opener, acceptor), False
@@ -152,6 +154,7 @@ class SimLinks:
 
     def __init__(self, node):
         self.node, self.all, self.outgoing = node, [], {}
+        self.lost = 0
 
     def __iter__(self):
         return iter(list(self.all))
@@ -177,6 +180,7 @@ class SimLinks:
         return "not dialled"
 
     def on_lost(self, link, error):
+        self.lost += 1
         self.all.remove(link)
         if self.outgoing.get(link.peer) is link:
             del self.outgoing[link.peer]
@@ -186,10 +190,10 @@ class SimLinks:
 class Node(Engine):
     """The engine of a channel, over these links."""
 
-    def __init__(self, node_id, clock, rank=None):
-        self.node_id, self.settings, self.clock = node_id, SETTINGS, clock
+    def __init__(self, node_id, rank=None):
+        self.node_id, self.settings = node_id, SETTINGS
         self.discovery = SimpleNamespace(node_id=node_id)
-        self.loop = Loop(clock)
+        self.loop = Loop()
         self.completions = CompletionQueue(SETTINGS.max_remembered)
         self.meters = Meters()
         self.ignored, self._ends, self._causes = Counter(), Counter(), Counter()
@@ -248,7 +252,7 @@ class Written:
 
 
 class Read:
-    """A thread that takes one frame: it looks the transfer up, claims, copies, verifies, reports."""
+    """A thread that takes one frame: it looks the transfer up, claims, copies and verifies."""
 
     def __init__(self, link, frame):
         self.link, self.frame = link, frame

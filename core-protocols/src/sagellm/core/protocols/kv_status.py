@@ -126,6 +126,7 @@ class Completion:
         invalid_blocks: Destination blocks that must not be read.
         blocks_safe: True when no late byte can reach the blocks any more: only then do they
             go back to the allocator.
+        num_tokens: Tokens that the blocks hold, as the sender has said on `seal` or `offer`; else 0.
 
     """
 
@@ -136,6 +137,7 @@ class Completion:
     message: str = ""
     invalid_blocks: tuple[int, ...] = ()
     blocks_safe: bool = True
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

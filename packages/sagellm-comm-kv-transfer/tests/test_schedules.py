@@ -5,23 +5,23 @@ restart, a cancel or a deadline. Each seed is one schedule, and is named when it
 """
 
 import pytest
-from sim_node import CLOCK, BrokenError
+from sim_node import BrokenError, install
 from sim_world import World, explore
 
 from sagellm.comm.kv_transfer import transfer
+from sagellm.comm.kv_transfer._arrivals import Arrivals
 from sagellm.comm.kv_transfer._engine import Engine
 from sagellm.comm.kv_transfer._flows import Flow, Inflow
 from sagellm.comm.kv_transfer._limits import Watch
 from sagellm.comm.kv_transfer._offering import Offering
 from sagellm.comm.kv_transfer._receive import Receive
-from sagellm.comm.kv_transfer._receiving import Receiving
 from sagellm.comm.kv_transfer._sending import Sending
 from sagellm.comm.kv_transfer.state import TABLE, Event, Phase, Role
 
 
 @pytest.fixture(autouse=True)
-def no_clock(monkeypatch):
-    monkeypatch.setattr(transfer, "time", CLOCK)
+def simulated(monkeypatch):
+    install(monkeypatch)
 
 
 def explore_all(sound, rough):
@@ -102,7 +102,7 @@ def a_cancel_is_not_told(monkeypatch):
 
 
 def an_invitation_is_kept_beside_an_offer(monkeypatch):
-    monkeypatch.setattr(Receiving, "_withdraw", lambda receiving, r, link: None)
+    monkeypatch.setattr(Arrivals, "withdraw", lambda arrivals, r, link: None)
 
 
 def an_offer_ends_while_it_is_read(monkeypatch):

@@ -280,7 +280,7 @@ class Read:
         _count(flow.handle, len(payload), head.count - len(bad))
         fresh, again = flow.landed(head, bad)
         flow.leave()
-        link.node.receiving.on_frame(link, flow, head, fresh, again)
+        link.node.receiving.arrivals.on_frame(link, flow, head, fresh, again)
         return True
 
 

@@ -336,7 +336,7 @@ class World:
         handles = {n: h for n, h in node.handles.items() if n[0] != "stream"}
         if not all(h.done() for h in handles.values()):
             raise BrokenError(f"nothing ends {handles}: {self.trace}")
-        if node.pool.leases or node.in_flight() or node.receiving.unconfirmed:
+        if node.pool.leases or node.in_flight() or node.receiving.arrivals.unconfirmed:
             held = node.pool.lease_holders()
             raise BrokenError(f"held for ever: {held}, {node.in_flight()}: {self.trace}")
         if any(link.inflows for link in node.links):

@@ -200,9 +200,10 @@ def test_a_lost_lane_is_a_lost_link_and_the_next_transfer_redials(pair, eventual
     assert moves(out, a, into, b, "again")
 
 
-def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
+def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair, eventually):
     out, a, into, b = pair()
     assert moves(out, a, into, b)
+    eventually(lambda: not into.snapshot()["transfers"])  # the last that was to be said has come
     (link,) = into._engine.links
 
     def both():  # on the loop, as when the thread of a lane is faster than the control socket

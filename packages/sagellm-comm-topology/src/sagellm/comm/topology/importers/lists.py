@@ -14,7 +14,7 @@ from sagellm.core.protocols import Device, SwitchDomain, TopologyFragment
 __all__ = ["read_lspci", "read_smi_list"]
 
 _FUNCTION = re.compile(
-    r"^(?P<bdf>(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\s+"
+    r"^(?P<bdf>(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\s"
     r"[^\[]*\[(?P<class>[0-9a-f]{4})\](?::\s*(?P<name>.*))?$",
     re.IGNORECASE,
 )

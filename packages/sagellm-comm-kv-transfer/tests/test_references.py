@@ -2,15 +2,30 @@
 
 import fcntl
 import os
+import socket
 import struct
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
-from sagellm.core.protocols import CommError, IntegrityError, MemoryRuns
+from sagellm.comm.kv_transfer import auth
+from sagellm.comm.kv_transfer._flows import Inflow
+from sagellm.comm.kv_transfer._reader import DataReader
+from sagellm.comm.kv_transfer.frames import HEADER_BYTES, REF, Header
+from sagellm.comm.kv_transfer.memory import TensorExtent
+from sagellm.comm.kv_transfer.transfer import TransferHandle
+from sagellm.core.protocols import (
+    AuthenticationError,
+    CommError,
+    IntegrityError,
+    MemoryRuns,
+    TransferKey,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
@@ -226,25 +241,126 @@ def test_slots_are_used_again_and_words_taken_back_once():
     fresh.revoke()
 
 
+@pytest.fixture
+def connected():
+    """Two ends of a connection through shared memory."""
+    from sagellm.comm.kv_transfer.transports import ShmTransport
+
+    one, two = ShmTransport(), ShmTransport()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(two.accept(b"t" * 32, 10)))
+    thread.start()
+    ours = one.connect(two.endpoint(), b"t" * 32, 10)
+    thread.join(10)
+    yield ours, found[0]
+    for x in (ours, *found, one, two):
+        x.close()
+
+
+@pytest.mark.parametrize("what", ["slot", "shown without", "cannot be read", "were shown"])
+def test_a_reference_to_what_the_peer_has_not_shown_is_refused(connected, what):
+    from sagellm.comm.kv_transfer._reference import ADDRESSES, NOTHING, SEGMENTS, Table
+
+    ours, theirs = connected
+    none, one = np.empty(0, np.uint64), np.ones(1, np.uint64)
+    data = {
+        "slot": Table(NOTHING, 1 << 20, 1),
+        "shown without": Table(SEGMENTS, 0, 1, [(1, 4096)], (), one, one, one),
+        "cannot be read": Table(ADDRESSES, 0, 1, (), (), none, one, one),
+        "were shown": Table(SEGMENTS, 0, 1, (), (), one, one, one),
+    }[what].pack()
+    peek = theirs._meeting.peek
+    theirs._meeting = theirs._meeting._replace(peek=None)  # as where the kernel does not permit it
+    ours.send([memoryview(data)], 5)
+
+    with pytest.raises(IntegrityError, match=what):
+        theirs.resolve(len(data), 5)
+    theirs._meeting = theirs._meeting._replace(peek=peek)
+
+
+def test_a_frame_refers_to_as_many_bytes_as_its_blocks_have():
+    handle = TransferHandle(TransferKey("k"), "receive", 10, lambda _: False)
+    flow = Inflow(handle, 1, TensorExtent([torch.zeros(4, dtype=torch.uint8)], 1))
+    reader = DataReader({}, lambda *_: None, io_timeout_s=1, scratch_bytes=1, traffic=None)
+    packed = Header(1, 0, 0, 4, 10, REF).pack(bytes(32))
+    head, sums = Header.unpack(packed[:HEADER_BYTES]), memoryview(packed[HEADER_BYTES:])
+
+    for size in (3, 5):
+        with pytest.raises(IntegrityError, match=f"refers to {size} bytes for blocks of 4"):
+            reader._take(None, None, flow, head, sums, SimpleNamespace(total_bytes=size))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
-def test_processes_of_other_users_are_turned_away(eventually):
+def test_processes_of_other_users_are_turned_away_with_a_right_token_too():
+    from sagellm.comm.kv_transfer.transports import ShmTransport
+
+    transport, token = ShmTransport(), b"t" * 32
+    refused = []
+
+    def accept():
+        try:
+            transport.accept(token, 20)
+        except CommError as e:
+            refused.append(str(e))
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    child = os.fork()
+    if child == 0:
+        got = b"what was never said"
+        try:
+            os.setuid(65534)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(10)
+            try:
+                sock.connect("\0" + transport.endpoint().partition("/")[2])
+                sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
+                got = sock.recv(32)
+            except ConnectionError:
+                got = b""
+        finally:
+            os._exit(len(got))
+    try:
+        _, status = os.waitpid(child, 0)
+        transport.forget(token)
+        thread.join(10)
+
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert transport.rejected == 1
+        assert refused == ["nobody wants it now"]
+    finally:
+        transport.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_the_socket_of_another_user_is_told_nothing():
     from sagellm.comm.kv_transfer.transports import ShmTransport
 
     transport = ShmTransport()
+    name = f"sagellm-kv-test-{os.getpid()}"
+    ready, heard = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        outcome = 1
         try:
             os.setuid(65534)
-            ShmTransport.connect(transport, transport.endpoint(), b"t" * 32, 2.0)
-        except CommError:
-            outcome = 0
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"\0{name}")
+            listener.listen()
+            os.write(ready[1], b"x")
+            listener.settimeout(10)
+            sock, _ = listener.accept()
+            os.write(heard[1], sock.recv(100))
         finally:
-            os._exit(outcome)
+            os._exit(0)
     try:
-        _, status = os.waitpid(child, 0)
-
-        assert os.waitstatus_to_exitcode(status) == 0
-        eventually(lambda: transport.rejected == 1)
+        assert os.read(ready[0], 1) == b"x"
+        host = transport.endpoint().partition("/")[0]
+        with pytest.raises(AuthenticationError, match="another user"):
+            transport.connect(f"{host}/{name}", b"t" * 32, 5)
+        os.waitpid(child, 0)
+        os.close(heard[1])
+        assert os.read(heard[0], 100) == b""
     finally:
         transport.close()
+        for fd in (*ready, heard[0]):
+            os.close(fd)

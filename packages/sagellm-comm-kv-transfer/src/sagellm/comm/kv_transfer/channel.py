@@ -360,11 +360,19 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- ends -------------------------------------------------------------------------------
 
     def poll(self, max_n: int | None = None) -> list[Completion]:
-        """Completions not reported before. Never blocks."""
+        """Completions not reported before. Never blocks.
+
+        The one of a handle that is done, or whose `wait` has returned, is among them.
+        """
         return self._engine.completions.take(max_n)
 
     def fileno(self) -> int:
-        """A descriptor that is readable while `poll` has something to report."""
+        """A descriptor that is readable while `poll` has something to report.
+
+        Raises:
+            PeerLostError: The channel is closed.
+
+        """
         return self._engine.completions.fileno()
 
     def drain(self, deadline_s: float) -> None:

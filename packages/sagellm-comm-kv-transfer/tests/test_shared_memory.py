@@ -420,6 +420,25 @@ def test_a_transfer_given_up_ends_the_worker_that_is_stuck_in_it(shared):
     assert all(torch.equal(b[n], before[n]) for n in b)
 
 
+def test_a_transfer_given_up_does_not_wait_for_a_worker_that_is_stuck_in_another(shared):
+    out, _, into, _ = shared(options=WORKING)
+    push(out, into, [0], [0], key=TransferKey("meet"))
+    other = out.transfer([7], into.node_id, key=TransferKey("other"))
+    workers = workers_of(into)
+    busy = workers._free.pop()
+    try:
+        out.transfer([1, 2], into.node_id, key=KEY)
+        with pytest.raises(KVTransferError):
+            into.receive(KEY, [3, 4], deadline_s=0.3).wait(5)
+        into.receive(TransferKey("other"), [8])  # over the same link, which nobody had to break
+    finally:
+        with workers._idle:
+            workers._free.append(busy)
+            workers._idle.notify_all()
+
+    other.wait(10)
+
+
 def test_copy_workers_go_with_their_pool_and_let_go_of_peers(shared, eventually):
     before = children()
     out, _, into, _ = shared(options=WORKING)

@@ -16,6 +16,7 @@ import torch
 from sagellm.comm.kv_transfer import KVTransferSettings
 from sagellm.core.protocols import (
     ConfigError,
+    IntegrityError,
     KVTransferError,
     ResourceError,
     TransferKey,
@@ -332,6 +333,43 @@ def test_bytes_that_change_after_they_were_summed_are_asked_for_again(shared, mo
         with pytest.raises(KVTransferError) as caught:
             handle.wait(10)
         assert caught.value.cause == "integrity"
+
+
+def test_memory_that_its_sender_has_taken_back_and_freed_costs_no_other_transfer(
+    channel, monkeypatch
+):
+    from sagellm.comm.kv_transfer._peek import Peek
+
+    out, into = channel(**SHM), channel(**SHM)
+    out.connect(into.node_id)
+    real, reading, freed = Peek.read, threading.Event(), threading.Event()
+    errors = []
+
+    def read(self, sources, addresses):
+        reading.set()
+        freed.wait(10)
+        try:
+            return real(self, sources, addresses)
+        except IntegrityError as e:
+            errors.append(e)
+            raise
+
+    monkeypatch.setattr(Peek, "read", read)
+    tensor = torch.ones(64 << 20, dtype=torch.uint8)
+    t = out.transfer([tensor], into.node_id, key=KEY)
+    into.receive(KEY)
+    assert reading.wait(10)
+    other = out.transfer([torch.ones(3)], into.node_id, key=TransferKey("other"))
+
+    t.cancel()
+    with pytest.raises(KVTransferError):
+        t.wait(10)
+    del tensor
+    freed.set()
+
+    into.receive(TransferKey("other")).wait(10)
+    other.wait(10)
+    assert errors, "it was there still"
 
 
 # -- copy workers ---------------------------------------------------------------------------

@@ -372,6 +372,31 @@ def test_memory_that_its_sender_has_taken_back_and_freed_costs_no_other_transfer
     assert errors, "it was there still"
 
 
+def test_a_frame_of_a_cancelled_transfer_is_not_sent(shared, monkeypatch):
+    from sagellm.comm.kv_transfer import _writer
+
+    out, _, into, _ = shared()
+    real, summing, go = _writer.block_sums, threading.Event(), threading.Event()
+
+    def sums(*args):
+        summing.set()
+        go.wait(10)
+        return real(*args)
+
+    monkeypatch.setattr(_writer, "block_sums", sums)
+    r = into.receive(KEY, [3, 4])
+    t = out.transfer([1, 2], into.node_id, key=KEY)
+    assert summing.wait(10)
+    t.cancel()
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+    go.set()
+    with pytest.raises(KVTransferError):
+        t.wait(10)
+
+    assert out.get_stats().wire_bytes_sent == 0
+
+
 # -- copy workers ---------------------------------------------------------------------------
 
 

@@ -278,8 +278,10 @@ class DataWriter:
             verify_s = time.perf_counter() - start
         flags = 0
         reference = self._refer(lane, flow, extent, chunk, raw)
-        if reference is not None:
+        if reference is not None:  # sent in any case: it may show segments
             (payload, runs), flags = reference, REF
+        elif flow.stopped:
+            return 0  # nobody waits for it
         elif lane.codec is None:
             payload = extent.views(layer, first, count)
             runs = len(payload)

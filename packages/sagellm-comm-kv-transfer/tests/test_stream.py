@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -163,6 +164,35 @@ def test_abort_reaches_the_receiver_with_its_reason(pair):
     with pytest.raises(KVTransferError, match="the request was dropped"):
         r.wait_layer(2, 10)
     assert r.state is TransferState.CANCELLED
+
+
+class CountingEvent(Event):
+    """Notes when it was asked for the hundredth time."""
+
+    def __init__(self):
+        super().__init__()
+        self._asked, self.often = 0, threading.Event()
+
+    def query(self):
+        self._asked += 1
+        if self._asked == 100:
+            self.often.set()
+        return super().query()
+
+
+def test_an_event_that_takes_its_time_is_asked_less_and_less_often(pair):
+    out, _, into, _ = pair()
+    r = into.receive(TransferKey("s"), [1])
+    stream = out.begin(TransferKey("s"), 1, [1])
+    event = CountingEvent()
+    start = time.monotonic()
+
+    stream.send_layer(0, after=event)
+
+    assert event.often.wait(10)
+    assert time.monotonic() - start > 0.3
+    event.record()
+    r.wait_layer(0, 10)
 
 
 class FailingEvent(Event):

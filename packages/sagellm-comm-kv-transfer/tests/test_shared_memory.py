@@ -16,7 +16,6 @@ import torch
 from sagellm.comm.kv_transfer import KVTransferSettings
 from sagellm.core.protocols import (
     ConfigError,
-    IntegrityError,
     KVTransferError,
     ResourceError,
     TransferKey,
@@ -335,68 +334,6 @@ def test_bytes_that_change_after_they_were_summed_are_asked_for_again(shared, mo
         assert caught.value.cause == "integrity"
 
 
-def test_memory_that_its_sender_has_taken_back_and_freed_costs_no_other_transfer(
-    channel, monkeypatch
-):
-    from sagellm.comm.kv_transfer._peek import Peek
-
-    out, into = channel(**SHM), channel(**SHM)
-    out.connect(into.node_id)
-    real, reading, freed = Peek.read, threading.Event(), threading.Event()
-    errors = []
-
-    def read(self, sources, addresses):
-        reading.set()
-        freed.wait(10)
-        try:
-            return real(self, sources, addresses)
-        except IntegrityError as e:
-            errors.append(e)
-            raise
-
-    monkeypatch.setattr(Peek, "read", read)
-    tensor = torch.ones(64 << 20, dtype=torch.uint8)
-    t = out.transfer([tensor], into.node_id, key=KEY)
-    into.receive(KEY)
-    assert reading.wait(10)
-    other = out.transfer([torch.ones(3)], into.node_id, key=TransferKey("other"))
-
-    t.cancel()
-    with pytest.raises(KVTransferError):
-        t.wait(10)
-    del tensor
-    freed.set()
-
-    into.receive(TransferKey("other")).wait(10)
-    other.wait(10)
-    assert errors, "it was there still"
-
-
-def test_a_frame_of_a_cancelled_transfer_is_not_sent(shared, monkeypatch):
-    from sagellm.comm.kv_transfer import _writer
-
-    out, _, into, _ = shared()
-    real, summing, go = _writer.block_sums, threading.Event(), threading.Event()
-
-    def sums(*args):
-        summing.set()
-        go.wait(10)
-        return real(*args)
-
-    monkeypatch.setattr(_writer, "block_sums", sums)
-    r = into.receive(KEY, [3, 4])
-    t = out.transfer([1, 2], into.node_id, key=KEY)
-    assert summing.wait(10)
-    t.cancel()
-    with pytest.raises(KVTransferError):
-        r.wait(10)
-    go.set()
-    with pytest.raises(KVTransferError):
-        t.wait(10)
-
-    assert out.get_stats().wire_bytes_sent == 0
-
-
 # -- copy workers ---------------------------------------------------------------------------
 
 
@@ -481,28 +418,6 @@ def test_a_transfer_given_up_ends_the_worker_that_is_stuck_in_it(shared):
 
     assert worker._process.returncode == -signal.SIGKILL
     assert all(torch.equal(b[n], before[n]) for n in b)
-
-
-def test_a_transfer_given_up_does_not_wait_for_a_worker_that_is_stuck_in_another(
-    shared, monkeypatch
-):
-    monkeypatch.setattr("sagellm.comm.kv_transfer.transports._shm_link._SENT_BYTES", 0)
-    out, _, into, _ = shared(options=WORKING)
-    push(out, into, [0], [0], key=TransferKey("meet"))
-    other = out.transfer([7], into.node_id, key=TransferKey("other"))
-    workers = workers_of(into)
-    busy = workers._free.pop()
-    try:
-        out.transfer([1, 2], into.node_id, key=KEY)
-        with pytest.raises(KVTransferError):
-            into.receive(KEY, [3, 4], deadline_s=0.3).wait(5)
-        into.receive(TransferKey("other"), [8])  # over the same link, which nobody had to break
-    finally:
-        with workers._idle:
-            workers._free.append(busy)
-            workers._idle.notify_all()
-
-    other.wait(10)
 
 
 def test_copy_workers_go_with_their_pool_and_let_go_of_peers(shared, eventually):

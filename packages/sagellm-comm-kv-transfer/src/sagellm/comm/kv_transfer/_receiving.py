@@ -7,6 +7,7 @@ replicated heads cross the wire once. Everything here runs on the event loop, ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +18,7 @@ from sagellm.core.protocols import (
     ConfigError,
     DistributedRuntimeError,
     IntegrityError,
+    KVBlock,
     ResourceError,
     TransferKey,
 )

@@ -293,7 +293,8 @@ class Sending:
         p.watch = Watch(
             self.engine.loop,
             p.handle,
-            self.engine.settings.quiesce_s,
+            self.engine.settings,
+            lambda: 0 if p.link is None else p.link.moved_bytes(),
             lambda: self._expire(p),
             lambda: self._break_off(p),
         )

@@ -316,6 +316,10 @@ class CommConnection(KVConnection):
         self._there.abort()
         self._back.abort()
 
+    def moved_bytes(self) -> int:
+        """What goes over TCP."""
+        return self._there.moved_bytes() + self._back.moved_bytes()
+
     def close(self) -> None:
         """Release it. Idempotent."""
         self._there.close()

@@ -6,6 +6,7 @@ import errno
 import socket
 import time
 
+from sagellm.comm.kv_transfer._tcp_info import moved_bytes
 from sagellm.comm.kv_transfer.tls import Tls, TlsConnection, TlsSocket
 from sagellm.core.protocols import (
     ConfigError,
@@ -93,6 +94,10 @@ class TcpConnection(SocketConnection):
             buffer_bytes = _BUFFER_BYTES_HERE if here else _BUFFER_BYTES
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+
+    def moved_bytes(self) -> int:
+        """What the kernel says."""
+        return moved_bytes(self._sock)
 
 
 class TcpTransport(KVTransport):

@@ -62,7 +62,7 @@ def test_a_failed_key_stays_failed_on_the_other_side(pair, eventually):
     t = out.transfer([1], 1, key=TransferKey("k"), deadline_s=0.2)
     with pytest.raises(KVTransferError):
         t.wait(10)
-    eventually(lambda: into._engine.receiving._ended.get(TransferKey("k")))
+    eventually(lambda: into._engine.receiving.arrivals.ended.get(TransferKey("k")))
 
     late = into.receive(TransferKey("k"), [1])
     with pytest.raises(KVTransferError, match="has not said"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["LaneTuner", "RateMeter"]
+__all__ = ["MAX_ANNOUNCED", "LaneTuner", "RateMeter"]
+
+MAX_ANNOUNCED = 64
+"""Data connections that one link may announce in its life, those that failed included."""
 
 _WINDOW_BYTES = 64 << 20
 _GAIN = 1.08
@@ -37,6 +40,11 @@ class LaneTuner:
         """Note that there are no more lanes than this."""
         self._most = max(1, min(self._most, most))
         self.lanes, self._kept = min(self.lanes, self._most), min(self._kept, self._most)
+
+    def enough(self, most: int) -> None:
+        """Note that more than these do not help; a fixed number stays."""
+        if not self._fixed:
+            self.limit(most)
 
     def measured(self, bytes_per_s: float) -> int:
         """Take the rate that `lanes` had lately; the number of lanes to use from now on."""

@@ -125,7 +125,7 @@ def _link(link: Link) -> LinkView:
 def _transfers(engine: Engine) -> Iterator[TransferView]:
     for p in engine.sending.live:
         yield _push(p)
-    for r in engine.receiving.live | engine.receiving.unconfirmed:
+    for r in engine.receiving.arrivals.live | engine.receiving.arrivals.unconfirmed:
         yield _receive(r)
     for o in (*engine.sending.offering.offers.values(), *engine.sending.offering.ending):
         yield _offer(o)
@@ -146,7 +146,7 @@ def _push(p: Push) -> TransferView:
 
 def _receive(r: Receive) -> TransferView:
     kind = "receive" if r.fetch_from is None else "fetch"
-    named = [r.fetch_from] if r.fetch_from is not None else r.senders or ()
+    named = r.fetch_from if r.fetch_from is not None else r.senders or ()
     peers = sorted({s.link.peer for s in r.sources} | {*named})
     if r.handle.phase is Phase.LANDED:
         waits = sorted({s.link.peer for s in r.sources if not s.released})

@@ -1,6 +1,8 @@
 """Shared memory in trouble: freed, given up, crowded out, or behind a worker that is busy."""
 
 import contextlib
+import ctypes
+import mmap
 import socket
 import sys
 import threading
@@ -16,7 +18,6 @@ from sagellm.core.protocols import IntegrityError, KVTransferError, TransferKey
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
 KEY = TransferKey("k")
-SHM = {"settings": KVTransferSettings(transport="shm")}
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def test_memory_that_its_sender_has_taken_back_and_freed_costs_no_other_transfer
 ):
     from sagellm.comm.kv_transfer._peek import Peek
 
-    out, into = channel(**SHM), channel(**SHM)
+    patient = {"settings": KVTransferSettings(transport="shm", quiesce_s=30)}
+    out, into = channel(**patient), channel(**patient)
     out.connect(into.node_id)
     real, reading, freed = Peek.read, threading.Event(), threading.Event()
     errors = []
@@ -54,7 +56,8 @@ def test_memory_that_its_sender_has_taken_back_and_freed_costs_no_other_transfer
             raise
 
     monkeypatch.setattr(Peek, "read", read)
-    tensor = torch.ones(64 << 20, dtype=torch.uint8)
+    memory = mmap.mmap(-1, 1 << 20)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
     t = out.transfer([tensor], into.node_id, key=KEY)
     into.receive(KEY)
     assert reading.wait(10)
@@ -63,7 +66,8 @@ def test_memory_that_its_sender_has_taken_back_and_freed_costs_no_other_transfer
     t.cancel()
     with pytest.raises(KVTransferError):
         t.wait(10)
-    del tensor
+    # as if it were freed; but nothing else of this process can come to lie there
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(tensor.data_ptr()), 1 << 20, 0)
     freed.set()
 
     into.receive(TransferKey("other")).wait(10)

@@ -1,12 +1,14 @@
 import asyncio
+import gc
 import select
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, wire
 from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
@@ -314,3 +316,79 @@ def test_bounce_memory_is_bounded_and_waits_for_room(channel):
     got = [other.receive(None) for _ in fitting]
 
     assert [r.wait(10).blocks[0].tensor[0].item() for r in got] == list(range(6))
+
+
+def test_a_waiter_whose_event_loop_is_closed_hinders_nobody(pair):
+    out, a, into, b = pair()
+    key = TransferKey("given-up")
+    r = into.receive(key, [1, 2])
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(_coroutine(r))
+    loop.run_until_complete(asyncio.sleep(0))  # it waits now
+    task._log_destroy_pending = False
+    loop.close()
+
+    out.transfer([3, 4], into.node_id, key=key, deadline_s=5).wait(10)
+
+    r.wait(10)
+    assert [c.status for c in into.poll()] == ["landed"]
+    assert all(torch.equal(a[n][[3, 4]], b[n][[1, 2]]) for n in a)
+
+
+def test_a_waiter_that_gives_up_is_forgotten(channel):
+    c = channel()
+    r = c.receive(TransferKey("never"), deadline_s=60)
+
+    async def give_up():
+        for _ in range(5):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(_coroutine(r), 0.01)
+
+    asyncio.run(give_up())
+
+    assert r._callbacks == []
+
+
+def test_what_is_over_holds_no_memory(pair, eventually):
+    out, _, into, _ = pair()
+    gc.collect()
+    gc.disable()  # a cycle would live on
+    try:
+        held = []
+        for i in range(4):
+            t = out.transfer([torch.ones(8)], into.node_id, key=TransferKey("t", i))
+            r = into.receive(TransferKey("t", i))
+            r.wait(10)
+            t.wait(10)
+            held += [weakref.ref(x) for x in (r, t, r.blocks[0].tensor)]
+            del r, t
+        stuck = into.receive(TransferKey("stuck"))
+        stuck.cancel()
+        with pytest.raises(KVTransferError):
+            stuck.wait(10)
+        held.append(weakref.ref(stuck))
+        del stuck
+
+        # a data thread may still name the last one that it has served
+        eventually(lambda: all(ref() is None for ref in (*held[:9], held[-1])))
+    finally:
+        gc.enable()
+
+
+def test_a_failure_that_is_remembered_holds_no_offer(pair, attacker, eventually):
+    _, _, into, _ = pair()
+    enemy = attacker(into)
+    ids = np.full(1 << 10, 99, dtype=np.int64).tobytes()
+    r = into.receive(TransferKey("t"))
+    enemy.say(wire.Offer(1, "t", 0, {"kv": 1 << 10}, None, 4096, {"kv": ids}, True, 0))
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+    error = into._engine.receiving._ended.get(TransferKey("t")).error
+
+    def offers():
+        gc.collect()
+        return [o for o in gc.get_objects() if type(o) is wire.Offer]
+
+    eventually(lambda: not offers())
+    assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)

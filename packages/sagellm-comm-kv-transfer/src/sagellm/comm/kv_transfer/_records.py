@@ -26,6 +26,7 @@ __all__ = [
     "MAX_MESSAGE",
     "CompletionQueue",
     "Memory",
+    "bare",
     "code_of",
     "ending",
     "error_of",
@@ -52,6 +53,12 @@ def code_of(error: BaseException) -> str:
 def ending(error: BaseException) -> Event:
     """What an error is to the table of states."""
     return Event.CANCEL if code_of(error) == CANCELLED else Event.FAULT
+
+
+def bare(error: CommError) -> CommError:
+    """The same error without frames, which would keep alive what they hold: it is remembered."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def failure(tid: int, error: CommError) -> wire.Fail:

@@ -26,7 +26,7 @@ from ._limits import Watch
 from ._link import Link
 from ._offering import Offering
 from ._push import Push
-from ._records import Memory, ending, failure, key_failure
+from ._records import Memory, bare, ending, failure, key_failure
 from .frames import SEALED
 from .memory import TensorExtent
 from .plan import check_parts
@@ -367,7 +367,7 @@ class Sending:
         step = p.handle.take(ending(error))
         if step is None:
             return
-        p.error = error
+        p.error = bare(error)
         self._forget(p)
         links = set()
         if p.link is not None:
@@ -410,6 +410,7 @@ class Sending:
             return
         if p.watch is not None:
             p.watch.follow()
+        p.watch = p.flow.idle = None  # they refer to it
         self.live.discard(p)
         p.tensors = None
         p.flow.extent = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -185,8 +186,15 @@ class TransferHandle:
             if not future.done():
                 future.set_result(None)
 
-        self._when_over(lambda: loop.call_soon_threadsafe(settle))
-        yield from future
+        def over() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle)
+
+        self._when_over(over)
+        try:
+            yield from future
+        finally:
+            self._forget(over)
         return self.wait(0.0)
 
     # -- what the channel does --------------------------------------------------------------
@@ -240,6 +248,11 @@ class TransferHandle:
                 return
         callback()
 
+    def _forget(self, callback: Callable[[], object]) -> None:
+        with self._lock:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
     def bind(self, key: TransferKey) -> None:
         """Give a `receive(None)` its key."""
         self._key = key
@@ -292,6 +305,7 @@ class TransferHandle:
             if self._landed:
                 self._layers.update(range(self._totals[2]))
             self._over = True
+            self.owner = None  # which holds this handle, and its blocks with it
             callbacks, self._callbacks = self._callbacks, []
             gates, self._gates = self._gates, []
         for _, gate in gates:

@@ -157,7 +157,8 @@ def test_an_offer_that_crosses_its_invitation_withdraws_it(met, eventually):
     push = threading.Thread(target=out.transfer, args=([1], 1), kwargs={"key": TransferKey("k")})
     with holding(out) as loop:
         r = into.receive(TransferKey("k"), [4], source_node=0)
-        eventually(lambda: r.owner.sources)
+        owner = r.owner
+        eventually(lambda: owner.sources)
         push.start()  # its call goes before what has come from the peer
         eventually(lambda: loop._calls)
     push.join(10)
@@ -165,7 +166,7 @@ def test_an_offer_that_crosses_its_invitation_withdraws_it(met, eventually):
 
     assert same(a, b, [1], [4])
     assert wire.Offer in {type(m) for m in said}
-    assert len(r.owner.sources) == 1
+    assert len(owner.sources) == 1
 
 
 @pytest.mark.parametrize("end", ["cancel", "deadline"])

@@ -131,8 +131,8 @@ class Engine:
             case wire.KeyFail():
                 key = TransferKey(message.id, message.attempt)
                 error = error_of(message)
-                self.sending.fail_key(key, error)
-                self.receiving.fail_key(key, error)
+                self.sending.fail_key(link, key, error)
+                self.receiving.fail_key(link, key, error)
             case wire.LayoutChanged():
                 link.layouts_heard += 1
                 self.links.learn(link, message.layout)

@@ -59,6 +59,7 @@ class Receiving:
         self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
         self._ended: Memory[TransferKey, End] = Memory(limits.max_remembered)
+        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(limits.max_remembered)
         self._granter = Granter(lambda: engine.pool, limits.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
 
@@ -88,7 +89,8 @@ class Receiving:
                         f"{r.key.id}/{r.key.attempt} is being received already, in other blocks"
                     )
                 return same.handle
-            if (end := self._ended.get(r.key)) is not None:
+            end = self._ended.get(r.key) or self._given_up(r)
+            if end is not None:
                 return self._repeat(r, end)
         self.check_room()
         if r.pool is not None:
@@ -124,6 +126,19 @@ class Receiving:
             raise ResourceError(
                 f"{len(self.live)} transfers are being received already; max_in_flight is {limit}"
             )
+
+    def _given_up(self, r: Receive) -> End | None:
+        """Take the word of a node it is to come from, that the attempt has failed already."""
+        senders = r.senders if r.senders is not None else {k.peer for k in self._engine.links}
+        error = next((e for n in senders if (e := self._heard.get((n, r.key))) is not None), None)
+        if error is None:
+            return None
+        self._ended[r.key] = end = End(error, None)
+        for link, offer in self.parked.of(r.key.id):
+            if offer.attempt == r.key.attempt:
+                self.parked.pop(link, offer.tid)
+                link.send(failure(offer.tid, error))
+        return end
 
     def _repeat(self, r: Receive, end: End) -> TransferHandle:
         if end.error is not None:
@@ -203,7 +218,7 @@ class Receiving:
     def on_fail(self, link: Link, tid: int, error: CommError) -> bool:
         """The sender gave up; False when it is none of ours."""
         if (offer := self.parked.pop(link, tid)) is not None:
-            self._ended[TransferKey(offer.id, offer.attempt)] = End(error, None)
+            self._heard[link.peer, TransferKey(offer.id, offer.attempt)] = error
             return True
         if (entry := self._by_tid.get((link, tid))) is not None:
             self.fail(entry[0], error)
@@ -214,17 +229,14 @@ class Receiving:
                 return True
         return False
 
-    def fail_key(self, key: TransferKey, error: CommError) -> None:
-        """The attempt has failed somewhere else."""
-        if (r := self._active.get(key)) is not None:
+    def fail_key(self, link: Link, key: TransferKey, error: CommError) -> None:
+        """A peer gave the attempt up: so does what we receive from it, now or later."""
+        if (r := self._active.get(key)) is None:
+            self._heard[link.peer, key] = error
+        elif r.senders is None or link.peer in r.senders:
             self.fail(r, error)
-            return
-        for link, offer in self.parked.of(key.id):
-            if offer.attempt == key.attempt:
-                self.parked.pop(link, offer.tid)
-                link.send(failure(offer.tid, error))
-        if self._ended.get(key) is None:
-            self._ended[key] = End(error, None)
+        else:
+            self._engine.ignore("key_fail")
 
     def on_frame(
         self, link: Link, flow: Inflow, head: Header, fresh: list[int], again: list[int]

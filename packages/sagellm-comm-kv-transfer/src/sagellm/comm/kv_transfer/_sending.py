@@ -60,6 +60,10 @@ class Sending:
         self._by_tid: dict[tuple[Link, int], Push] = {}
         self._landed: Memory[tuple[int, TransferKey], bool] = Memory(engine.settings.max_remembered)
         self._failed: Memory[TransferKey, CommError] = Memory(engine.settings.max_remembered)
+        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(
+            engine.settings.max_remembered
+        )
+        """What peers say has failed, each of its own part and never over what we know."""
 
     def in_flight(self) -> list[TransferHandle]:
         """Pushes and offers that have not ended."""
@@ -82,7 +86,7 @@ class Sending:
                         "already, with other blocks; another try needs another attempt number"
                     )
                 return same
-            known = self._landed.get(name) or self._failed.get(p.key) is not None
+            known = self._landed.get(name) or self._error_of(p) is not None
             if not known:
                 if len(self._active) >= limit:
                     raise ResourceError(
@@ -112,13 +116,17 @@ class Sending:
 
     def _repeat(self, p: Push) -> None:
         """End a push as its key has ended before."""
-        if (error := self._failed.get(p.key)) is None:
+        if (error := self._error_of(p)) is None:
             for event in (Event.ACCEPT, Event.DONE, Event.IDLE):
                 p.handle.take(event)
             return
         p.handle.take(ending(error))
         p.error = error
         self._quiet(p)
+
+    def _error_of(self, p: Push) -> CommError | None:
+        """What its key has failed with before, here or at its target."""
+        return self._failed.get(p.key) or self._heard.get((p.target, p.key))
 
     def _begin_here(self, p: Push, link: Link) -> bool:
         """Take an invitation, and send what is small, on the caller's own thread."""
@@ -266,18 +274,19 @@ class Sending:
         with self._lock:
             invite, p = link.invitations.forget(tid), self._by_tid.get((link, tid))
         if invite is not None:
-            self._failed[TransferKey(invite.id, invite.attempt)] = error
+            self._heard[link.peer, TransferKey(invite.id, invite.attempt)] = error
             return True
         if p is None:
             return False
         self.fail(p, error, told=True)
         return True
 
-    def fail_key(self, key: TransferKey, error: CommError) -> None:
-        """The attempt has failed somewhere else."""
-        self._failed[key] = error
-        for p in [p for p in list(self._active.values()) if p.key == key]:
+    def fail_key(self, link: Link, key: TransferKey, error: CommError) -> None:
+        """A peer gave the attempt up: so does what we push to it, now or later."""
+        if (p := self._active.get((link.peer, key))) is not None:
             self.fail(p, error)
+        else:
+            self._heard[link.peer, key] = error
 
     def link_lost(self, link: Link, error: CommError) -> None:
         """Fail what went over a link."""

@@ -159,9 +159,9 @@ class Engine:
         self.ignored[what] += 1
 
     def ignored_so_far(self) -> dict[str, int]:
-        """What was ignored, by type of message; late frames, too."""
-        late = self.links.traffic()["late"]
-        return {**self.ignored, **({"frame": late} if late else {})}
+        """What was ignored, by type of message; late frames, and completions nobody polled."""
+        more = {"frame": self.links.traffic()["late"], "completion": self.completions.lost}
+        return {**self.ignored, **{name: count for name, count in more.items() if count}}
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""

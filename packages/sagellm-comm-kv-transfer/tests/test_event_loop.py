@@ -23,7 +23,7 @@ def test_a_call_that_timed_out_never_runs(loop):
     go, ran = threading.Event(), []
     loop.call(lambda: go.wait(10))
 
-    with pytest.raises(CommTimeoutError, match="busy for 0.05 s"):
+    with pytest.raises(CommTimeoutError, match=r"busy for 0\.05 s"):
         loop.run(lambda: ran.append("late"), 0.05)
     go.set()
 

@@ -7,7 +7,6 @@ replicated heads cross the wire once. Everything here runs on the event loop, ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,7 +17,6 @@ from sagellm.core.protocols import (
     ConfigError,
     DistributedRuntimeError,
     IntegrityError,
-    KVBlock,
     ResourceError,
     TransferKey,
 )

@@ -408,7 +408,6 @@ class Sending:
         if p.pool is not None:
             p.pool.release(p)
 
-
         def ended() -> None:
             if p.offered is None:
                 if error is None:

@@ -18,6 +18,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
+from ._backlog import Room
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -72,6 +73,7 @@ class Engine:
         self.pool: RegisteredPool | None = None
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
+        self.waiting = Room(settings.max_waiting_bytes)
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)

@@ -53,7 +53,9 @@ class Offering:
         self.offers: dict[str, Offered] = {}
         self.ending: set[Offered] = set()
         self.serving: set[Push] = set()
-        self.fetches: Backlog[wire.Fetch] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
+        self.fetches: Backlog[wire.Fetch] = Backlog(
+            limits.max_in_flight, limits.max_backlog_bytes, engine.waiting
+        )
 
     def offer(self, o: Offered) -> None:
         """Let peers fetch.

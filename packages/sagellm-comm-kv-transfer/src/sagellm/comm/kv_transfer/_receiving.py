@@ -54,7 +54,9 @@ class Receiving:
         limits = engine.settings
         self.live: set[Receive] = set()
         self.unconfirmed: set[Receive] = set()
-        self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
+        self.parked: Backlog[wire.Offer] = Backlog(
+            limits.max_in_flight, limits.max_backlog_bytes, engine.waiting
+        )
         self._by_tid: dict[tuple[Link, int], tuple[Receive, Source]] = {}
         self._ended: Memory[TransferKey, End] = Memory(limits.max_remembered)
         self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(limits.max_remembered)

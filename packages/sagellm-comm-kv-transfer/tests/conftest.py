@@ -46,10 +46,20 @@ def held_by_this_process():
 @pytest.fixture
 def leakless(eventually):
     """Holds a test to leaving no descriptor, port, thread or mapping; name it first."""
+    gc.collect()
     before = held_by_this_process()
     yield
     gc.collect()
-    eventually(lambda: held_by_this_process() == before)
+
+    def more():  # what an earlier test has left may go meanwhile
+        now = held_by_this_process()
+        return {name: (n, now[name]) for name, n in before.items() if now[name] > n}
+
+    try:
+        eventually(lambda: not more(), 20)
+    except AssertionError:
+        names = [t.name for t in threading.enumerate()]
+        pytest.fail(f"held before and after: {more()}; threads: {names}")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Control messages go through one queue each way, frames through a lane of their o
 decided is decided by the table that the channel uses.
 """
 
+import gc
 from collections import deque
 
 from sagellm.comm.kv_transfer.state import RULES, TABLE, Event, Limit, Phase, Role
@@ -57,6 +58,7 @@ class World:
         self.next_tid = 1
         self.faults = 0
         self.rough = False  # a fault after which nobody may ever be told
+        self.end_alone_of = set()  # shared by all copies: what was found to end
 
     def key(self):
         return (
@@ -400,9 +402,11 @@ class World:
             for p in self.parts[side]:
                 if p.busy and not p.lease:
                     raise BrokenError("a thread is at a block that was given back")
-        alone = self.copy()
         for side in (S, R):
-            alone.end_alone(side)
+            parts = (side, *(p.key() for p in self.parts[side]))
+            if parts not in self.end_alone_of:
+                self.copy().end_alone(side)
+                self.end_alone_of.add(parts)
         quiet = not any(self.queues.values()) and self.up and not self.rough
         if quiet and not any(p.busy for side in (S, R) for p in self.parts[side]):
             for a in (0, 1):
@@ -440,6 +444,14 @@ def vars_of(world, side, attempt, **values):
 
 def explore(world, faults, limit=1_000_000):
     """Visits every state; (states, ends), or raises BrokenError with the way that leads there."""
+    gc.disable()  # it would look through all states again and again, and they hold no cycles
+    try:
+        return _explore(world, faults, limit)
+    finally:
+        gc.enable()
+
+
+def _explore(world, faults, limit):
     came = {world.key(): (None, "")}
     todo, ends = deque([world]), []
     while todo:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from sagellm.comm.kv_transfer.benchmarks import (
+    _plain,
     bench_codecs,
     bench_cpu,
     bench_latency,
     bench_transfer,
 )
 from sagellm.comm.kv_transfer.benchmarks._pair import Pair, regions
+from sagellm.comm.kv_transfer.benchmarks._turns import Turn
 from sagellm.comm.kv_transfer.benchmarks._worker import Spec
 from sagellm.core.protocols import DistributedRuntimeError
 from sagellm.core.protocols.bench import Missing, Row
@@ -124,6 +126,7 @@ def test_pairs_end_with_the_process_that_measures_even_while_they_are_stopped(tm
         """
 import sys
 from sagellm.comm.kv_transfer.benchmarks._pair import Pair, regions
+from sagellm.comm.kv_transfer.benchmarks._turns import Turn
 from sagellm.comm.kv_transfer.benchmarks._worker import Spec
 
 if __name__ == "__main__":
@@ -171,3 +174,61 @@ def test_costs_are_measured(case):
     assert all(0 <= row.median < 1000 for row in rows if not row.missing)
     assert {r.case["per"] for r in rows} == {case["per"]}
     assert len(judged(bench_cpu, rows)) == 6
+
+
+def test_a_block_that_arrives_changed_in_a_later_turn_is_found(tmp_path, monkeypatch):
+    (tmp_path / "damaging.py").write_text(
+        """
+from sagellm.comm.kv_transfer.benchmarks._plain import Memcpy
+
+
+class Damaging(Memcpy):
+    turns = 0
+
+    def finish(self, turn):
+        super().finish(turn)
+        self.turns += 1
+        if not self.sends and self.turns > 1:
+            self.blocks[turn.target[37], 5] ^= 1
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with regions({"nbytes": 4 << 20, "block_bytes": 1 << 16}) as case:
+        with Pair(Spec("sagellm.comm.kv_transfer.benchmarks._plain:Memcpy"), case) as sound:
+            for _ in range(2):
+                sound.run()
+        with Pair(Spec("damaging:Damaging"), case) as pair:
+            pair.run()
+            with pytest.raises(DistributedRuntimeError, match="other bytes"):
+                pair.run()
+
+
+def test_nixl_is_judged_by_its_better_way():
+    case = {"nbytes": 1 << 16, "block_bytes": 1 << 16, "turns": 3, "percentile": 50}
+    times = {"NIXL, write": 3.0, "NIXL, read": 8.0, "shm, checks on": 2.0}
+
+    found = judged(bench_latency, [Row(case, n, (t,)) for n, t in times.items()])
+
+    name = "p50 of one 64 KiB block, shm, checks on"
+    assert found["time of NIXL", name, "median"].value == 1.5
+
+
+def test_zeromq_receives_into_the_blocks():
+    pytest.importorskip("zmq")
+    case = {"nbytes": 1 << 18, "block_bytes": 1 << 16}
+
+    class OnlyInto:
+        def __init__(self, real):
+            self.recv_into, self.close = real.recv_into, real.close
+
+    with regions(case) as shared:
+        ends = [_plain.ZeroMQ(role, shared, "127.0.0.1") for role in "PD"]
+        ends[0].meet(ends[1].hello())
+        turn = Turn.make(case, 1, random=True)
+        ends[0].finish(turn)
+        ends[1]._socket = OnlyInto(ends[1]._socket)
+        ends[1].finish(turn)
+
+        assert (ends[1].blocks[turn.target] == ends[0].blocks[turn.source]).all()
+        for end in ends:
+            end.close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sagellm.comm.kv_transfer import KVTransferSettings, auth, wire
+from sagellm.comm.kv_transfer.transports.tcp import TcpTransport
 from sagellm.core.protocols import (
     AuthenticationError,
     CacheGroup,
@@ -22,6 +23,7 @@ from sagellm.core.protocols import (
     IntegrityError,
     KVLayout,
     KVTransferError,
+    PeerLostError,
 )
 
 KEY = b"a key of this test, long enough"
@@ -140,6 +142,8 @@ def test_proofs_are_bound_to_role_and_transcript():
             auth.verify(KEY, digest, mac, initiator=initiator)
     session = auth.session_key(KEY, one)
     assert auth.data_token(session, 0) != auth.data_token(session, 1)
+    # or frames could be sent back to who has sent them
+    assert auth.frame_key(session, initiator=True) != auth.frame_key(session, initiator=False)
 
 
 def test_unknown_fields_are_ignored_and_versions_must_meet(channel, monkeypatch, strangers):
@@ -159,9 +163,7 @@ def test_unknown_fields_are_ignored_and_versions_must_meet(channel, monkeypatch,
 
 
 def test_tokens_are_good_once():
-    from sagellm.comm.kv_transfer.transports.tcp import TcpTransport
-
-    transport = TcpTransport(handshake_timeout_s=0.5)
+    transport = TcpTransport(handshake_timeout_s=0.2)
     token = b"t" * 32
     found = []
     thread = threading.Thread(target=lambda: found.append(transport.accept(token, 5)))
@@ -176,6 +178,48 @@ def test_tokens_are_good_once():
         transport.accept(b"u" * 32, 0.05)
     ours.close()
     found[0].close()
+    transport.close()
+
+
+def test_who_has_only_seen_a_token_is_turned_away_and_its_owner_comes_in(strangers):
+    transport = TcpTransport(handshake_timeout_s=5)
+    token = b"t" * 32
+    found = []
+    thread = threading.Thread(target=lambda: found.append(transport.accept(token, 10)))
+    thread.start()
+    with strangers.dial(transport.endpoint()) as thief:
+        thief.sendall(auth.token_id(token) + auth.token_proof(b"u" * 32, initiator=True))
+        assert thief.recv(32) == b""
+
+    ours = transport.connect(transport.endpoint(), token, 5)
+    thread.join(5)
+
+    (theirs,) = found
+    assert transport.rejected == 1
+    for x in (ours, theirs, transport):
+        x.close()
+
+
+def test_a_data_listener_that_does_not_know_the_token_is_sent_no_byte_of_a_block():
+    transport = TcpTransport()
+    with socket.create_server(("127.0.0.1", 0)) as fake:
+
+        def answer():
+            sock, _ = fake.accept()
+            with sock:
+                name = sock.recv(48)
+                sock.sendall(auth.token_proof(b"u" * 32, initiator=False))
+                heard.append((name, sock.recv(1)))
+
+        heard = []
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(PeerLostError, match="does not know the data connection's token"):
+            transport.connect(f"127.0.0.1:{fake.getsockname()[1]}", b"t" * 32, 5)
+        thread.join(5)
+
+    ((name, rest),) = heard
+    assert (name[:16], rest) == (auth.token_id(b"t" * 32), b"")
     transport.close()
 
 

@@ -64,6 +64,44 @@ def test_an_invited_push_needs_no_offer(met, eventually):
     assert len(link.invitations) == 0
 
 
+def test_what_was_invited_lands_while_both_event_loops_are_busy(met, eventually):
+    out, a, into, b, link, _ = met()
+    key = TransferKey("k")
+    r = into.receive(key, [4, 5], source_node=0)
+    eventually(lambda: len(link.invitations) == 1)
+
+    with holding(out), holding(into):
+        t = out.transfer([1, 2], 1, key=key)
+        r.wait(10)
+        assert same(a, b, [1, 2], [4, 5])
+        assert [c.key for c in into.poll()] == [key]
+        assert into._engine.pool.leases == 0
+        assert not t.done()
+
+    t.wait(10)
+    assert [c.key for c in out.poll()] == [key]
+
+
+def test_nobody_joins_a_receive_that_has_landed(met, eventually):
+    out, _, into, _, link, _ = met()
+    key = TransferKey("k")
+    arrivals = into._engine.receiving.arrivals
+    r = into.receive(key, [4], source_node=0)
+    eventually(lambda: len(link.invitations) == 1)
+    owner, books, arrivals._landed = r.owner, arrivals._landed, lambda r: None  # as if the loop came late
+    t = out.transfer([1], 1, key=key)
+    r.wait(10)
+
+    offer = wire.Offer(99, "k", 0, {"kv": 1}, None, 1 << 20, None, True, 0)
+    out._engine.loop.run(lambda: link.send(offer))
+    theirs = next(iter(into._engine.links))
+    eventually(lambda: out._engine.ignored["done"] == 1)
+
+    assert 99 not in theirs.inflows
+    into._engine.loop.run(lambda: books(owner))
+    t.wait(10)
+
+
 def test_a_receive_invites_a_sender_that_comes_later(pair, eventually):
     out, a, into, b = pair()
     r = into.receive(TransferKey("k"), [4], source_node=0)
@@ -311,3 +349,22 @@ def test_a_bounded_sender_still_gets_everything_through(met):
 
     assert same(a, b, list(range(6)), list(range(6)))
     assert any(isinstance(m, wire.Offer) for m in said)
+
+
+def test_half_of_the_heads_does_not_fill_what_a_whole_sender_was_invited_to(
+    met, layout, tensors, eventually
+):
+    out, _, into, b, link, _ = met(layers=1)
+    r = into.receive(TransferKey("k"), [4, 5], source_node=0, deadline_s=0.7)
+    eventually(lambda: len(link.invitations) == 1)
+    before = {n: t.clone() for n, t in b.items()}
+    half = layout(tp=2, rank=0, layers=1)
+    out.unregister(out._engine.pool)
+    out.register(half, tensors(half))
+
+    out.transfer([1, 2], 1, key=TransferKey("k"))
+
+    with pytest.raises(KVTransferError) as caught:
+        r.wait(10)
+    assert caught.value.invalid_blocks == (4, 5)
+    assert all(torch.equal(b[n][[4, 5], :, 2:], before[n][[4, 5], :, 2:]) for n in b)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from sagellm.comm.kv_transfer._meters import CAUSES, Meters
+from sagellm.comm.kv_transfer._meters import Meters
 from sagellm.comm.kv_transfer.transfer import TransferHandle
-from sagellm.core.protocols import CommError, KVTransferError, TransferKey
+from sagellm.core.protocols import CommError, KVTransferError, TransferKey, TransferStats
+from sagellm.core.protocols.kv_status import CAUSES
 from sagellm.core.protocols.metrics import InMemoryMetrics, get_metrics, set_metrics
 
 
@@ -93,7 +94,7 @@ def test_failures_are_counted_by_what_went_wrong(sink, pair, eventually):
     for direction, cause in (
         ("receive", "cancelled"),
         ("receive", "deadline"),
-        ("send", "lease expiry"),
+        ("send", "lease_expiry"),
         ("send", "refused"),
         ("receive", "transport"),
     ):
@@ -115,6 +116,9 @@ def test_every_code_of_an_error_has_a_kind():
     codes = {kind.code for kind in CommError.__subclasses__()} - {"kv_transfer_failed"}
 
     assert codes - CAUSES.keys() == {"distributed_runtime_error"}
+    told = TransferStats(failures=dict.fromkeys(codes, 1)).causes
+    counted = {kind: sum(CAUSES.get(c, "other") == kind for c in codes) for kind in told}
+    assert told == counted, "the sink and the statistics tell the same"
 
 
 def test_it_does_not_start_on_windows(monkeypatch):

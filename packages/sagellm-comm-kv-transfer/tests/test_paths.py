@@ -22,6 +22,7 @@ from sagellm.comm.kv_transfer.transports import (
     transport_names,
     transport_registry,
 )
+from sagellm.comm.kv_transfer.transports.tcp import TcpConnection
 from sagellm.core.protocols import (
     BackendUnavailableError,
     ConfigError,
@@ -199,9 +200,10 @@ def test_a_lost_lane_is_a_lost_link_and_the_next_transfer_redials(pair, eventual
     assert moves(out, a, into, b, "again")
 
 
-def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair):
+def test_what_a_peer_said_before_it_broke_a_lane_is_why(pair, eventually):
     out, a, into, b = pair()
     assert moves(out, a, into, b)
+    eventually(lambda: not into.snapshot()["transfers"])  # the last that was to be said has come
     (link,) = into._engine.links
 
     def both():  # on the loop, as when the thread of a lane is faster than the control socket
@@ -283,8 +285,35 @@ def test_the_tuner_leaves_what_makes_no_difference():
     assert climb(lambda n: 5.0, 2, 4).count(2) > 360
 
 
+@pytest.mark.parametrize("cpus", [1, 2, 3])
+def test_within_a_host_no_more_lanes_are_used_than_there_are_cpus(pair, monkeypatch, cpus):
+    monkeypatch.setattr("os.cpu_count", lambda: cpus)
+    tcp = {"settings": KVTransferSettings(transport="tcp")}
+    out, _, into, _ = pair(sender=tcp, receiver=tcp)
+    out.connect(into.node_id)
+    (link,) = out._engine.links
+    rates = itertools.count(1)
+
+    lanes = {link.writer.tuner.measured(2.0 ** next(rates)) for _ in range(50)}
+
+    assert max(lanes) == cpus
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="the system has one only")
+def test_nothing_paces_what_stays_within_a_host(pair):
+    tcp = {"settings": KVTransferSettings(transport="tcp")}
+    out, _, into, _ = pair(sender=tcp, receiver=tcp)
+    out.connect(into.node_id)
+
+    (link,) = out._engine.links
+    for conn in link.lanes:
+        name = conn._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert name.rstrip(b"\0") == b"reno"
+
+
 def test_the_tuner_never_changes_what_was_fixed():
     tuner = LaneTuner(3, 3, fixed=True)
+    tuner.enough(1)
 
     assert {tuner.measured(float(i)) for i in range(50)} == {3}
 
@@ -294,6 +323,7 @@ def test_measured_rates_open_lanes_while_blocks_flow(pair, monkeypatch, eventual
     """Whichever side sends is the one that measures; the side that dialled opens."""
     monkeypatch.setattr(_lanes, "_WINDOW_BYTES", 1 << 16)
     monkeypatch.setattr(_lanes, "_REST", 1)
+    monkeypatch.setattr(TcpConnection, "most_lanes", None)  # as between hosts
     rates = []
 
     def measured(tuner, rate):

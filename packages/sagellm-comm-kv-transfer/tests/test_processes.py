@@ -227,7 +227,7 @@ def stopped_in_the_middle(rank, size, path, stopped):
         with KVTransferChannel() as channel:
             channel.register(layout(1, 0), cache(1, 0, seed=rank))
             pid = int(store.get(f"pid{stopped}"))
-            deadline_s = 3.0
+            deadline_s = 1.5
             began = time.monotonic()
             try:
                 if rank == 0:

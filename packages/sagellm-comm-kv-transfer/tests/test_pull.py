@@ -29,7 +29,26 @@ def test_either_of_offer_and_fetch_may_come_first(pair, offer_first, eventually)
 
     assert all(torch.equal(a[n][[1, 2]], b[n][[5, 6]]) for n in a)
     assert o.state is TransferState.RELEASED
+    assert f.num_tokens == o.num_tokens == 8
+    assert [c.num_tokens for c in (*into.poll(), *out.poll())] == [8, 8]
     assert out._engine.pool.leases == 0
+
+
+def test_a_fetch_does_not_land_before_it_is_told_how_many_tokens_came(pair, eventually):
+    out, _, into, _ = pair()
+    out.connect(into.node_id, timeout_s=5)
+    into.connect(out.node_id, timeout_s=5)
+    sealed, on_sealed = [], into._engine.receiving.on_sealed
+    into._engine.receiving.on_sealed = lambda *args: sealed.append(args)
+    out.offer(TransferKey("o"), [1, 2], num_tokens=8, ttl_s=10)
+    f = into.fetch(TransferKey("o"), 0, [5, 6])
+    eventually(lambda: sealed and f.progress.blocks_done == 6)
+
+    assert not f.done()
+    into._engine.loop.call(lambda: on_sealed(*sealed[0]))
+    f.wait(10)
+
+    assert f.num_tokens == 8
 
 
 def test_one_standing_offer_serves_chosen_blocks_and_layers(pair):
@@ -191,3 +210,63 @@ def test_only_blocks_of_a_pool_are_offered_once(pair):
 
     with pytest.raises(ConfigError, match="stands already"):
         out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=10)
+
+
+def sharded_offers(channel, layout, tensors, key, size=2):
+    """Two prefill ranks that offer blocks 1 and 2, and the heads of both together."""
+    whole = tensors(layout(4))
+    nodes = []
+    for rank in range(size):
+        c = channel()
+        heads = slice(rank * 4 // size, (rank + 1) * 4 // size)
+        part = {n: t[:, :, heads].contiguous() for n, t in whole.items()}
+        c.register(layout(4, size, rank), part)
+        nodes.append((c, c.offer(key, [1, 2], num_tokens=8, ttl_s=30)))
+    return whole, nodes
+
+
+def test_a_fetch_that_would_fill_only_a_part_of_its_blocks_is_refused(channel, layout, tensors):
+    _, nodes = sharded_offers(channel, layout, tensors, TransferKey("o"))
+    into = channel()
+    into.register(layout(4), b := tensors(layout(4)))
+    before = {n: t.clone() for n, t in b.items()}
+
+    f = into.fetch(TransferKey("o"), nodes[0][0].node_id, [3, 4])
+
+    with pytest.raises(KVTransferError, match=r"hold head 0\.\.3.*every node that holds a part"):
+        f.wait(10)
+    assert all(torch.equal(b[n], before[n]) for n in b)
+    assert into._engine.pool.leases == 0
+    assert not nodes[0][1].done()
+
+
+def test_one_fetch_joins_the_parts_of_several_nodes(channel, layout, tensors):
+    whole, nodes = sharded_offers(channel, layout, tensors, TransferKey("o"))
+    into = channel()
+    into.register(layout(4), b := tensors(layout(4)))
+
+    f = into.fetch(TransferKey("o"), [c.node_id for c, _ in nodes], [3, 4])
+    f.wait_layer(2, 10)
+    f.wait(10)
+
+    assert f.num_tokens == 8
+    assert all(torch.equal(whole[n][[1, 2]], b[n][[3, 4]]) for n in b)
+    for _, o in nodes:
+        o.wait(10)
+
+
+def test_one_of_several_nodes_that_fails_fails_the_fetch(channel, layout, tensors):
+    _, nodes = sharded_offers(channel, layout, tensors, TransferKey("o"))
+    into = channel()
+    into.register(layout(4), tensors(layout(4)))
+    nodes[1][1].cancel()
+    with pytest.raises(KVTransferError):
+        nodes[1][1].wait(10)
+
+    f = into.fetch(TransferKey("o"), [c.node_id for c, _ in nodes], [3, 4], deadline_s=0.5)
+
+    with pytest.raises(KVTransferError, match=r"within 0\.5 s"):
+        f.wait(10)
+    assert f.exception().invalid_blocks == (3, 4)
+    with pytest.raises(ConfigError, match="no node to fetch from"):
+        into.fetch(TransferKey("o"), [], [3, 4])

@@ -107,9 +107,30 @@ def test_the_sender_may_name_the_destination(pair):
     key = TransferKey("r")
 
     out.transfer([1, 2], into.node_id, key=key, dst_blocks=[8, 7])
-    into.receive(key).wait(10)
+    into.receive(key, adopt=True).wait(10)
 
     assert all(torch.equal(a[n][[1, 2]], b[n][[8, 7]]) for n in a)
+
+
+@pytest.mark.parametrize(
+    ("adopt", "named", "why"),
+    [(False, [8], "has not said that it may"), (True, [5], "while cache reads them")],
+)
+def test_a_sender_cannot_choose_blocks_that_were_not_given_to_it(pair, adopt, named, why):
+    out, _, into, b = pair()
+    into.offer(TransferKey("cache"), [4, 5], num_tokens=8, ttl_s=30)
+    before = {n: t.clone() for n, t in b.items()}
+
+    r = into.receive(None, adopt=adopt)
+    t = out.transfer([1], into.node_id, dst_blocks=named)
+
+    for handle in (r, t):
+        with pytest.raises(KVTransferError, match=why) as caught:
+            handle.wait(10)
+        assert caught.value.cause == "invalid_argument"
+    assert all(torch.equal(b[n], before[n]) for n in b)
+    with pytest.raises(ConfigError, match="names no blocks"):
+        into.receive(None, [1], adopt=True)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -216,7 +237,7 @@ async def _coroutine(handle):
     return await handle
 
 
-def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
+def test_poll_reports_every_end_once_and_the_descriptor_tells(pair):
     out, _, into, _ = pair()
     assert not select.select([into.fileno()], [], [], 0)[0]
     for i in range(3):
@@ -225,8 +246,7 @@ def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
 
     assert select.select([into.fileno()], [], [], 5)[0]
     first = into.poll(1)
-    rest = []
-    eventually(lambda: rest.extend(into.poll()) or len(rest) == 2)
+    rest = into.poll()
 
     assert [c.key.id for c in first + rest] == ["k0", "k1", "k2"]
     assert {(c.status, c.direction, c.blocks_safe) for c in first + rest} == {
@@ -234,6 +254,35 @@ def test_poll_reports_every_end_once_and_the_descriptor_tells(pair, eventually):
     }
     assert into.poll() == []
     assert not select.select([into.fileno()], [], [], 0)[0]
+
+
+def test_whoever_has_waited_finds_the_completion(pair):
+    out, _, into, _ = pair()
+    for i in range(30):
+        t = out.transfer([1], into.node_id, key=TransferKey(f"k{i}"))
+        r = into.receive(TransferKey(f"k{i}"), [2])
+
+        for channel, handle in ((into, r), (out, t)):
+            handle.wait(10)
+            assert [c.key.id for c in channel.poll()] == [f"k{i}"]
+
+    late = into.receive(TransferKey("late"), [2])
+    late.cancel()
+    with pytest.raises(KVTransferError):
+        late.wait(10)
+    assert [(c.status, c.blocks_safe) for c in into.poll()] == [("cancelled", True)]
+
+
+def test_a_wait_that_gives_up_leaves_nothing_behind(pair):
+    _, _, into, _ = pair()
+    r = into.receive(TransferKey("k"), [2])
+
+    with pytest.raises(CommTimeoutError, match="it has not landed"):
+        r.wait(0.01)
+    with pytest.raises(CommTimeoutError, match="layer 1 is not there"):
+        r.wait_layer(1, 0.01)
+
+    assert not r._gates
 
 
 @pytest.mark.parametrize(
@@ -384,7 +433,7 @@ def test_a_failure_that_is_remembered_holds_no_offer(pair, attacker, eventually)
     with pytest.raises(KVTransferError):
         r.wait(10)
 
-    error = into._engine.receiving._ended.get(TransferKey("t")).error
+    error = into._engine.receiving.arrivals.ended.get(TransferKey("t")).error
 
     def offers():
         gc.collect()

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import struct
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sagellm.core.protocols import CommError, IntegrityError, MemoryRuns
+from sagellm.core.protocols import AuthenticationError, CommError, IntegrityError, MemoryRuns
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
@@ -226,6 +227,43 @@ def test_slots_are_used_again_and_words_taken_back_once():
     fresh.revoke()
 
 
+@pytest.fixture
+def connected():
+    """Two ends of a connection through shared memory."""
+    from sagellm.comm.kv_transfer.transports import ShmTransport
+
+    one, two = ShmTransport(), ShmTransport()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(two.accept(b"t" * 32, 10)))
+    thread.start()
+    ours = one.connect(two.endpoint(), b"t" * 32, 10)
+    thread.join(10)
+    yield ours, found[0]
+    for x in (ours, *found, one, two):
+        x.close()
+
+
+@pytest.mark.parametrize("what", ["slot", "shown without", "cannot be read", "were shown"])
+def test_a_reference_to_what_the_peer_has_not_shown_is_refused(connected, what):
+    from sagellm.comm.kv_transfer._reference import ADDRESSES, NOTHING, SEGMENTS, Table
+
+    ours, theirs = connected
+    none, one = np.empty(0, np.uint64), np.ones(1, np.uint64)
+    data = {
+        "slot": Table(NOTHING, 1 << 20, 1),
+        "shown without": Table(SEGMENTS, 0, 1, [(1, 4096)], (), one, one, one),
+        "cannot be read": Table(ADDRESSES, 0, 1, (), (), none, one, one),
+        "were shown": Table(SEGMENTS, 0, 1, (), (), one, one, one),
+    }[what].pack()
+    peek = theirs._meeting.peek
+    theirs._meeting = theirs._meeting._replace(peek=None)  # as where the kernel does not permit it
+    ours.send([memoryview(data)], 5)
+
+    with pytest.raises(IntegrityError, match=what):
+        theirs.resolve(len(data), 5)
+    theirs._meeting = theirs._meeting._replace(peek=peek)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
 def test_processes_of_other_users_are_turned_away(eventually):
     from sagellm.comm.kv_transfer.transports import ShmTransport
@@ -248,3 +286,37 @@ def test_processes_of_other_users_are_turned_away(eventually):
         eventually(lambda: transport.rejected == 1)
     finally:
         transport.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_the_socket_of_another_user_is_told_nothing():
+    from sagellm.comm.kv_transfer.transports import ShmTransport
+
+    transport = ShmTransport()
+    name = f"sagellm-kv-test-{os.getpid()}"
+    ready, heard = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"\0{name}")
+            listener.listen()
+            os.write(ready[1], b"x")
+            listener.settimeout(10)
+            sock, _ = listener.accept()
+            os.write(heard[1], sock.recv(100))
+        finally:
+            os._exit(0)
+    try:
+        assert os.read(ready[0], 1) == b"x"
+        host = transport.endpoint().partition("/")[0]
+        with pytest.raises(AuthenticationError, match="another user"):
+            transport.connect(f"{host}/{name}", b"t" * 32, 5)
+        os.waitpid(child, 0)
+        os.close(heard[1])
+        assert os.read(heard[0], 100) == b""
+    finally:
+        transport.close()
+        for fd in (*ready, heard[0]):
+            os.close(fd)

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from sagellm.comm.kv_transfer.plan import Part, check_layouts, coverage_gap, slab_runs
 from sagellm.core.protocols import (
     CacheGroup,
+    ConfigError,
     KVLayout,
     KVTransferError,
     LayoutMismatchError,
@@ -246,3 +247,37 @@ def test_runs_name_the_bytes_of_the_slice(shape, order, data):
 
 def test_replicated_layouts_fit_their_own_kind(layout):
     check_layouts(layout(HEADS, 8, 3), layout(HEADS, 2, 1))
+
+
+def test_a_part_says_nothing_of_another_axis():
+    assert coverage_gap(Part("head", 0, 4), [Part("", 0, 1)]) == []
+    with pytest.raises(ConfigError, match="not along the axis"):
+        coverage_gap(Part("", 0, 1), [Part("head", 0, 2)])
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_sharded_sender_and_an_unsharded_one_fill_the_blocks_together(
+    channel, layout, tensors, eventually, whole_first
+):
+    half, full, into = channel(), channel(), channel()
+    a = tensors(layout(HEADS))
+    full.register(layout(HEADS), a)
+    half.register(layout(HEADS, 2, 0), {n: t[:, :, :2].contiguous() for n, t in a.items()})
+    into.register(layout(HEADS), b := tensors(layout(HEADS)))
+    key = TransferKey("r")
+    r = into.receive(key, [4], source_node=[half.node_id, full.node_id])
+
+    sent = []
+    for c in (full, half) if whole_first else (half, full):
+        stream = c.begin(key, into.node_id, [1])
+        sent.append(stream)
+        eventually(lambda: len(r.owner.came) == len(sent))
+    for stream in sent:
+        for layer in range(3):
+            stream.send_layer(layer)
+        stream.seal(4)
+    r.wait(10)
+
+    assert all(torch.equal(a[n][1], b[n][4]) for n in b)
+    moved = sum(c.get_stats().bytes_sent for c in (half, full))
+    assert moved == r.progress.bytes_total == sum(t[1].nbytes for t in a.values())

@@ -2,22 +2,29 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from sagellm.comm.kv_transfer import TRANSITIONS, KVTransferSettings
+from sagellm.comm.kv_transfer._flows import Inflow
 from sagellm.comm.kv_transfer._loop import EventLoop
 from sagellm.comm.kv_transfer._records import CompletionQueue, Memory
+from sagellm.comm.kv_transfer.frames import Header
+from sagellm.comm.kv_transfer.memory import TensorExtent
 from sagellm.comm.kv_transfer.pool import RegisteredPool, as_block_table
+from sagellm.comm.kv_transfer.transfer import TransferHandle
 from sagellm.comm.kv_transfer.transports.tcp import parse_address
 from sagellm.core.protocols import (
     CacheGroup,
     ConfigError,
+    IntegrityError,
     KVLayout,
     PeerLostError,
     Shard,
+    TransferKey,
     TransferState,
     UnsupportedOperationError,
 )
@@ -225,3 +232,52 @@ def test_the_loop_survives_bugs_and_says_when_it_is_over(caplog):
     loop.stop()
     with pytest.raises(PeerLostError):
         loop.run(lambda: None)
+
+
+def test_a_flow_takes_each_block_once_and_none_after_its_end():
+    handle = TransferHandle(TransferKey("k"), "receive", 10, lambda _: False)
+    flow = Inflow(handle, 1, TensorExtent([torch.zeros(4, dtype=torch.uint8)], 1))
+    first, second = Header(1, 0, 0, 1, 1, 0), Header(1, 0, 1, 1, 1, 0)
+    beyond = Header(1, 0, 3, 2, 2, 0)
+
+    assert flow.claim(first)
+    with pytest.raises(IntegrityError, match="again"):
+        flow.claim(first)
+    with pytest.raises(IntegrityError, match="not granted"):
+        flow.claim(beyond)
+    flow.stop()
+
+    assert not flow.claim(second)
+    assert not flow.claim(first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_layers_share_no_element_and_may_be_interleaved(layout, dtype):
+    made = layout(layers=2, dtype=dtype)
+    kind, shape = getattr(torch, dtype), made.groups[0].block_shape
+    one = torch.zeros(10, *shape, dtype=kind)
+    slices = torch.zeros(12, *shape, dtype=kind)
+    rows = torch.zeros(10, 2, *shape, dtype=kind)
+    columns = torch.zeros(10, *shape, 2, dtype=kind)
+    shifted = torch.zeros(10, *shape[:-1], 2 * shape[-1], dtype=kind)
+
+    for a, b in (
+        (one, one),
+        (slices[:10], slices[2:]),
+        (slices[2:], slices[:10]),
+        (shifted[..., :8], shifted[..., 4:12]),
+    ):
+        with pytest.raises(ConfigError, match=r"'layer[01]' and 'layer[01]' share memory"):
+            RegisteredPool(made, {"layer0": a, "layer1": b})
+    RegisteredPool(made, {"layer0": rows[:, 0], "layer1": rows[:, 1]})
+    RegisteredPool(made, {"layer0": columns[..., 0], "layer1": columns[..., 1]})
+
+
+def test_many_interleaved_layers_are_told_apart_quickly(layout):
+    made = layout(layers=120)
+    memory = torch.zeros(16, 120, *made.groups[0].block_shape)
+
+    began = time.monotonic()
+    RegisteredPool(made, {f"layer{i}": memory[:, i] for i in range(120)})
+
+    assert time.monotonic() - began < 5

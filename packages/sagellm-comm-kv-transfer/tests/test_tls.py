@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, auth
 from sagellm.comm.kv_transfer.tls import Tls, TlsConnection
 from sagellm.comm.kv_transfer.transports.tcp import TcpTransport
 from sagellm.core.protocols import (
@@ -322,6 +322,32 @@ def test_nobody_with_a_certificate_can_sit_in_between(channel, authority, strang
     thread.join(10)
     listener.close()
     assert b.get_stats().peers == 0
+
+
+def test_a_token_is_good_over_the_certificates_that_both_sides_see_only(authority, strangers):
+    """One that relays sees other certificates than the two ends do, so its proof is another."""
+    ca = authority()
+    server, tls = TcpTransport(tls=Tls.of(ca.node())), Tls.of(ca.node())
+    token = b"t" * 32
+    ended = []
+
+    def accept():
+        with pytest.raises(CommTimeoutError) as caught:
+            server.accept(token, 1)
+        ended.append(caught.value)
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    with tls.client(strangers.dial(server.endpoint())) as sock:
+        sock.settimeout(5)
+        sock.handshake()
+        assert len(tls.binding(sock)) >= 32
+        sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
+        assert sock.recv(32) == b""
+    thread.join(5)
+
+    assert ended
+    server.close()
 
 
 def test_garbage_does_not_keep_tls_peers_out(channel, authority, strangers, works):

@@ -77,8 +77,10 @@ def damage(kind, which, rng):
 def between(channel, proxy, layout, tensors):
     """Two channels with a proxy on the control and on the data connection."""
 
-    def make():
-        s = KVTransferSettings(lanes=1, transport="tcp", quiesce_s=0.1, handshake_timeout_s=0.3)
+    def make(codec="none"):
+        s = KVTransferSettings(
+            lanes=1, transport="tcp", quiesce_s=0.1, handshake_timeout_s=0.3, codec=codec
+        )
         out = channel(node_id=0, peers={}, key=KEY, settings=s)
         into = channel(node_id=1, peers={}, key=KEY, settings=s)
         tcp = into._engine.paths["tcp"]
@@ -108,7 +110,7 @@ def attempt(out, a, into, b, number, deadline_s=0.4):
             ended.append(True)
         except KVTransferError:
             ended.append(False)
-    assert time.monotonic() - started < deadline_s + 2
+    assert time.monotonic() - started < deadline_s + 5
     if ended[1]:
         assert all(torch.equal(a[n][SOURCE], b[n][TARGET]) for n in b)
     others = [i for i in range(10) if i not in TARGET]
@@ -124,7 +126,9 @@ def heal(out, a, into, b, after, gates):
     assert all(torch.equal(b[n], after[n]) for n in b)
     assert out._engine.pool.leases == into._engine.pool.leases == 0
     # the first may still go by a link of which one side has not heard yet that it is lost
-    assert any(attempt(out, a, into, b, n, deadline_s=2.0)[0] == [True, True] for n in (11, 12))
+    assert any(
+        attempt(out, a, into, b, n, s)[0] == [True, True] for n, s in ((11, 2.0), (12, 10.0))
+    )
 
 
 @pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
@@ -132,21 +136,24 @@ def heal(out, a, into, b, after, gates):
 def test_a_control_message_is_right_or_ends_the_link(leakless, between, kind, back):
     """Every message of a transfer in turn, the handshake's included."""
     for which in range(6):
-        out, a, into, b, control, data = between()
-        cutter = Cutter(message_length, damage(kind, which, random.Random(which)))
-        if back:
-            control.flip_back = cutter
-        else:
-            control.flip = cutter
+        for deadline_s in (0.4, 10.0):  # the longer one where a busy machine did not get that far
+            out, a, into, b, control, data = between()
+            cutter = Cutter(message_length, damage(kind, which, random.Random(which)))
+            if back:
+                control.flip_back = cutter
+            else:
+                control.flip = cutter
 
-        ended, after = attempt(out, a, into, b, 0)
+            ended, after = attempt(out, a, into, b, 0, deadline_s)
 
+            heal(out, a, into, b, after, [control, data])
+            out.close()
+            into.close()
+            if cutter.count > which or ended == [True, True]:
+                break
         if cutter.count <= which:  # there were no more messages
             assert ended == [True, True]
             break
-        heal(out, a, into, b, after, [control, data])
-        out.close()
-        into.close()
 
 
 @pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
@@ -156,8 +163,10 @@ def test_a_data_frame_is_right_or_not_taken(leakless, between, kind):
         out, a, into, b, control, data = between()
         cutter = Cutter(frame_length, damage(kind, which, random.Random(which)), TOKEN_BYTES)
         data.flip = cutter
+        out.connect(1, timeout_s=10)
 
-        ended, after = attempt(out, a, into, b, 0)
+        stuck = kind == "drop" or (kind == "swap" and which == 2)  # nothing comes behind the last
+        ended, after = attempt(out, a, into, b, 0, 1.0 if stuck else 10.0)
 
         assert cutter.count > which
         if kind == "swap" and which < 2:
@@ -188,7 +197,9 @@ def test_any_bit_of_the_data_stream_may_flip(leakless, between):
             return chunk
 
         data.flip = flip
-        ended, after = attempt(out, a, into, b, 0)
+        if at >= TOKEN_BYTES:
+            out.connect(1, timeout_s=10)
+        ended, after = attempt(out, a, into, b, 0, 5.0)
 
         assert flipped
         landed += ended == [True, True]
@@ -196,6 +207,34 @@ def test_any_bit_of_the_data_stream_may_flip(leakless, between):
         out.close()
         into.close()
     assert landed > 9
+
+
+def test_a_damaged_length_of_a_coded_block_is_mended(between):
+    """The table's digest tells; the length itself would say that the peer breaks the rules."""
+    out, a, into, b, _, data = between("lz4")
+    for tensor in a.values():
+        tensor.zero_()
+    heard, flipped = bytearray(), []
+
+    def flip(position, chunk):
+        heard.extend(chunk)
+        if len(heard) >= TOKEN_BYTES + HEADER_BYTES and not flipped:
+            (count,) = struct.unpack_from("<20xI", heard, TOKEN_BYTES)
+            at = TOKEN_BYTES + HEADER_BYTES + 8 * count - position
+            if 0 <= at < len(chunk):
+                chunk[at] ^= 4
+                flipped.append(at)
+        return chunk
+
+    data.flip = flip
+    out.connect(1, timeout_s=10)
+    ended, _ = attempt(out, a, into, b, 0, 10.0)
+
+    assert flipped
+    assert ended == [True, True]
+    (link,) = out._engine.links
+    assert link.error is None
+    assert out.poll()[0].status == "landed"
 
 
 def test_frames_recorded_on_another_connection_are_refused(leakless, between):

@@ -1,9 +1,11 @@
 """Running detectors: failures, hangs, deadlines, conflicts, and what is imported."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -228,6 +230,41 @@ def test_commands_run_with_a_timeout_and_a_plain_locale():
         run([sys.executable, "-c", "import time; time.sleep(30)"], 0.2)
     with pytest.raises(FileNotFoundError):
         run(["no-such-tool-of-any-vendor"], 1.0)
+
+
+def test_what_a_hanging_tool_started_ends_with_it(tmp_path):
+    here = tmp_path / "grandchild"
+    script = f"sleep 60 & echo $! > {here}; sleep 60"
+    with pytest.raises(TimeoutError):
+        make_context(environ={}).run(["sh", "-c", script], 0.5)
+
+    pid = int(here.read_text())
+    until_s = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert not _runs(pid)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_tool_that_prints_without_end_is_ended():
+    with pytest.raises(OSError, match="prints more than"):
+        make_context(environ={}).run(["cat", "/dev/zero"], 30.0)
+
+
+def test_both_outputs_of_a_tool_are_read_whole():
+    code = "import sys; sys.stdout.write('o' * 300_000); sys.stderr.write('e' * 300_000); exit(3)"
+    before = set(os.listdir("/proc/self/fd"))
+
+    done = make_context(environ={}).run([sys.executable, "-c", code], 30.0)
+
+    assert (done.returncode, len(done.stdout), len(done.stderr)) == (3, 300_000, 300_000)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_detectors_share_a_thread_until_one_is_slow(tmp_path):

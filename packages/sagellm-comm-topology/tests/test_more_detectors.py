@@ -8,7 +8,7 @@ import pytest
 
 from sagellm.comm.topology import _amdsmi, _specs
 from sagellm.comm.topology.benchmarks.fake_machine import GPU, NIC, StubNvml
-from sagellm.comm.topology.detector import BUILT_IN
+from sagellm.comm.topology.detector import BUILT_IN, make_context
 from sagellm.core.protocols import CommandResult, DetectorSpec
 from sagellm.core.protocols.testing.detector_suite import check_detector
 
@@ -281,7 +281,8 @@ def test_a_tool_that_really_hangs_is_ended(tmp_path, machine, look, monkeypatch)
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=":")
-    manager = look(nvidia(machine), extra=(_specs.NVIDIA_SMI,), allow_commands=True)
+    run = make_context(environ={}).run
+    manager = look(nvidia(machine), extra=(_specs.NVIDIA_SMI,), allow_commands=True, run=run)
 
     info = manager.detect(deadline_s=0.4)
 

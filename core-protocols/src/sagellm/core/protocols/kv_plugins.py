@@ -32,6 +32,11 @@ class KVConnection(ABC):
     Raises (every method): PeerLostError when the peer is gone, CommTimeoutError at the deadline.
     """
 
+    @property
+    def most_lanes(self) -> int | None:
+        """Connections to this peer beyond which more do not help; None leaves it to the tuner."""
+        return None
+
     @abstractmethod
     def send(self, views: Sequence[memoryview], deadline_s: float) -> int:
         """Send all bytes of all views in order; returns the number of kernel calls."""

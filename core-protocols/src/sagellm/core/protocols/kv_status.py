@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from .kv_layout import KVLayout
 
 __all__ = [
+    "CAUSES",
     "Completion",
     "PeerInfo",
     "Progress",
@@ -20,20 +22,23 @@ __all__ = [
 ]
 
 
-_CAUSES = {
-    "transport": {"peer_lost"},
-    "checksum": {"integrity"},
-    "lease_expiry": {"lease_expired"},
-    "refused": {
-        "invalid_argument",
-        "layout_mismatch",
-        "resource_exhausted",
-        "unauthenticated",
-        "not_implemented",
-        "unavailable",
-    },
-    "deadline": {"comm_timeout"},
-}
+CAUSES: Mapping[str, str] = MappingProxyType(
+    {
+        "peer_lost": "transport",
+        "integrity": "checksum",
+        "lease_expired": "lease_expiry",
+        "comm_timeout": "deadline",
+        "cancelled": "cancelled",
+        "invalid_argument": "refused",
+        "layout_mismatch": "refused",
+        "mismatch": "refused",
+        "not_implemented": "refused",
+        "resource_exhausted": "refused",
+        "unauthenticated": "refused",
+        "unavailable": "refused",
+    }
+)
+"""Why a transfer did not land, by the code of its error; any other code means `other`."""
 
 
 class TransferKey(NamedTuple):
@@ -121,6 +126,7 @@ class Completion:
         invalid_blocks: Destination blocks that must not be read.
         blocks_safe: True when no late byte can reach the blocks any more: only then do they
             go back to the allocator.
+        num_tokens: Tokens that the blocks hold, as the sender has said on `seal` or `offer`; else 0.
 
     """
 
@@ -131,6 +137,7 @@ class Completion:
     message: str = ""
     invalid_blocks: tuple[int, ...] = ()
     blocks_safe: bool = True
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +197,8 @@ class TransferStats:
         `transport` (a peer or a connection was lost), `checksum`, `lease_expiry`, `refused`
         (layouts, arguments, room, keys), `deadline`, `cancelled` and `other`.
         """
-        total = dict.fromkeys((*_CAUSES, "cancelled", "other"), 0)
+        total = dict.fromkeys((*CAUSES.values(), "other"), 0)
         total["cancelled"] = self.transfers.get("cancelled", 0)
         for code, count in self.failures.items():
-            total[next((c for c, codes in _CAUSES.items() if code in codes), "other")] += count
+            total[CAUSES.get(code, "other")] += count
         return total

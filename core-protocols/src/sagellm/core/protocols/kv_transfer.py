@@ -96,6 +96,11 @@ class Transfer(Awaitable["Transfer"], Protocol):
         ...
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the blocks hold, once it has landed, as `seal` or `offer` has said; else 0."""
+        ...
+
+    @property
     def blocks(self) -> Sequence[KVBlock]:
         """Received bounce buffers of a `receive` without destinations; empty otherwise."""
         ...
@@ -266,7 +271,8 @@ class KVTransferChannelProtocol(ABC):
             target_node: Node id.
             key: Name of the transfer; None makes a fresh one, which the receiver gets with
                 `receive(None)`. Repeating a key that has landed does nothing.
-            dst_blocks: Destination ids when known; None waits for the receiver's grant.
+            dst_blocks: Destination ids when known, for a receiver that gives the same ones or
+                adopts them; None waits for the receiver's grant.
             deadline_s: The whole transfer must have landed by then.
 
         """
@@ -278,6 +284,7 @@ class KVTransferChannelProtocol(ABC):
         blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         *,
         source_node: int | Sequence[int] | None = None,
+        adopt: bool = False,
         deadline_s: float = 30.0,
     ) -> Transfer:
         """Accept a push.
@@ -290,6 +297,9 @@ class KVTransferChannelProtocol(ABC):
                 sharded axis; losing a named one fails the transfer even before its push has
                 begun. None takes any. Named or not, the transfer has landed once the parts
                 that came cover everything the blocks hold.
+            adopt: Whether a sender that knows our blocks may name those it writes, by its
+                `dst_blocks`; never blocks that another transfer reads or writes. Without it a
+                sender that names other destinations than `blocks` is refused.
             deadline_s: It must have landed by then.
 
         """
@@ -306,6 +316,8 @@ class KVTransferChannelProtocol(ABC):
     ) -> Transfer:
         """Let peers fetch blocks for `ttl_s` seconds; lands when one has fetched them.
 
+        `num_tokens` is what the blocks hold; it is told to everybody who fetches.
+
         `Transfer.renew` extends the lease. When it ends first, the cause is `lease_expired`.
         """
 
@@ -313,7 +325,7 @@ class KVTransferChannelProtocol(ABC):
     def fetch(
         self,
         key: TransferKey,
-        peer: int,
+        peer: int | Sequence[int],
         blocks: BlockIds | Mapping[str, BlockIds],
         *,
         src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
@@ -325,7 +337,8 @@ class KVTransferChannelProtocol(ABC):
         Args:
             key: Which offer, by its id; the attempt is this fetch's own, so that one standing
                 offer serves many fetches.
-            peer: Node that offers it.
+            peer: Node that offers it, or all nodes that offer it, each of which holds a part of
+                the sharded axis. What they have must cover everything the blocks hold.
             blocks: Destination ids.
             src_blocks: Which of the offered ids, in the order of `blocks`; None takes the
                 offered ones in their order. An offer of a whole pool plus `src_blocks` is a

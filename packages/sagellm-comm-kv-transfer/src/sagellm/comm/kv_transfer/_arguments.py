@@ -62,7 +62,7 @@ def wrap(blocks: object) -> list[KVBlock]:
             raise ConfigError(f"item {position} is {type(item).__name__}, not a tensor or KVBlock")
         if block.tensor.device.type != "cpu":
             raise UnsupportedOperationError(
-                f"item {position} is on {block.tensor.device}: the tcp transport moves host memory"
+                f"item {position} is on {block.tensor.device}: a channel moves host memory"
             )
         tensor = block.tensor.detach()
         wrapped.append(KVBlock(tensor.contiguous(), block.layer, block.index))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import logging
+import os
 import socket
 import struct
 import subprocess
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.1
 _START_S = 30.0
 _MAX_REPLY = 1 << 20
+_TUNABLES = "glibc.cpu.x86_non_temporal_threshold=0x8000"
+"""Blocks go around the cache: 1.2 times as fast as in this process in blocks of 64 KiB, 1.6 times
+in blocks of 1 MiB. Other C libraries, and glibc on other CPUs, pass over it."""
 
 
 class Job(NamedTuple):
@@ -145,6 +149,7 @@ class _Worker:
                 [sys.executable, "-P", program, *arguments],
                 pass_fds=(theirs.fileno(), fd),
                 stdin=subprocess.DEVNULL,
+                env={"GLIBC_TUNABLES": _TUNABLES, **os.environ},
                 process_group=0,  # a terminal's interrupt is for us, who end it
             )
         except BaseException:

@@ -118,7 +118,7 @@ class Engine:
             case wire.Done():
                 self.sending.on_done(link, message.tid)
             case wire.Release():
-                self.receiving.on_release(link, message.tid)
+                self.receiving.arrivals.on_release(link, message.tid)
             case wire.Sealed():
                 self.receiving.on_sealed(link, message)
             case wire.Nack():
@@ -187,7 +187,10 @@ class Engine:
     def report(self, handle: TransferHandle, error: KVTransferError | None) -> None:
         """Queue the completion of a transfer whose blocks are safe; from any thread."""
         if error is None:
-            self.completions.put(Completion(handle.key, "landed", handle.direction))
+            tokens = handle.num_tokens
+            self.completions.put(
+                Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
+            )
             return
         self.completions.put(
             Completion(
@@ -216,7 +219,7 @@ class Engine:
             case Push():
                 self.sending.fail(owner, error)
             case Receive():
-                self.receiving.fail(owner, error)
+                self.receiving.arrivals.fail(owner, error)
             case Offered():
                 self.sending.offering.fail(owner, error)
 
@@ -250,7 +253,7 @@ class Engine:
             error = PeerLostError(f"the channel of node {self.node_id} was closed")
             self.links.close_door()
             self.sending.close(error)
-            self.receiving.close(error)
+            self.receiving.arrivals.close(error)
             self.links.lose_all(error)
             return True
 

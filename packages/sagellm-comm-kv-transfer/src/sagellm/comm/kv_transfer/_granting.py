@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from sagellm.core.protocols import CacheGroup, ConfigError, KVLayout
+from sagellm.core.protocols import ConfigError, KVLayout
 
 from . import wire
 from ._bounce import Destination, block_ids, bounce_for_layout, bounce_for_tensors
 from ._link import Link
 from ._receive import Receive
 from .memory import Extent
-from .plan import Part, check_layouts, coverage_gap, held_part, shared_parts
+from .plan import Part, check_layouts, coverage_gap, shared_parts
 from .pool import RegisteredPool, as_block_table
 
 __all__ = ["Granter"]
@@ -52,6 +52,11 @@ class Granter:
                 raise ConfigError(f"node {link.peer} sends blocks and has no pool registered")
             check_layouts(ours, link.layout)
             if offer.dst_blocks is not None:
+                if not r.adopts:
+                    raise ConfigError(
+                        f"node {link.peer} names destination blocks, and this receive has not "
+                        "said that it may: receive(key, blocks) or receive(key, adopt=True)"
+                    )
                 self._adopt(r, offer.dst_blocks)
             else:
                 made = bounce_for_layout(ours, offer.counts, self._room())
@@ -80,16 +85,7 @@ class Granter:
         """What this sender has and nobody was granted before."""
         assert r.destination is not None, "planned before"
         assert link.layout is not None, "planned before"
-        parts = {}
-        shared = shared_parts(layout, link.layout)
-        self._want(r, layout, shared)
-        for name, part in shared.items():
-            granted = [p for s in r.sources if (p := s.parts.get(name)) is not None]
-            gaps = coverage_gap(part, granted)
-            if len(gaps) > 1:
-                raise ConfigError(f"group {name!r}: senders overlap in more than one interval")
-            if gaps:
-                parts[name] = Part(part.axis, *gaps[0])
+        parts = r.missing(layout, link.layout)
         return r.destination.extent_for(parts), parts
 
     def ahead(
@@ -108,20 +104,17 @@ class Granter:
             assert link.layout is not None, "compared before"
             parts = shared_parts(layout, link.layout)
             for name, part in parts.items():
-                if coverage_gap(part, taken.setdefault(name, [])) != [(part.first, part.stop)]:
+                others = taken.setdefault(name, [])
+                if any(p.axis != part.axis for p in others):
                     return []
-                taken[name].append(part)
+                if coverage_gap(part, others) != [(part.first, part.stop)]:
+                    return []
+                others.append(part)
             shares.append((link, parts))
         r.destination = Destination(r.pool, r.blocks, 0)
         for _, parts in shares:
-            self._want(r, layout, parts)
+            r.want(layout, parts)
         return [(link, r.destination.extent_for(parts), parts) for link, parts in shares]
-
-    @staticmethod
-    def _want(r: Receive, layout: KVLayout, shared: Mapping[str, Part]) -> None:
-        for group in layout.groups:  # a group of which a sender has nothing is still wanted
-            axis = shared[group.name].axis if group.name in shared else _axis_of(group)
-            r.wanted.setdefault(group.name, held_part(group, axis))
 
     def _adopt(self, r: Receive, raw: Mapping[str, bytes]) -> None:
         """Take the destinations that the sender knows; they are checked like our own."""
@@ -129,7 +122,7 @@ class Granter:
         if pool is None:
             raise ConfigError("destination blocks were named, and no pool is registered")
         blocks = as_block_table(pool, block_ids(raw), unique=True, what="dst_blocks")
-        pool.lease(r, f"{r.key.id}/{r.key.attempt}", blocks)
+        pool.lease(r, f"{r.key.id}/{r.key.attempt}", written=blocks, sole=True)
         r.pool, r.blocks = pool, blocks
 
     def _room(self) -> tuple[int, int]:
@@ -146,7 +139,3 @@ class Granter:
             return False
         self.used -= r.destination.bounce_bytes
         return True
-
-
-def _axis_of(group: CacheGroup) -> str:
-    return group.shard.axis if group.shard is not None and group.shard.size > 1 else ""

@@ -38,6 +38,11 @@ class LaneTuner:
         self._most = max(1, min(self._most, most))
         self.lanes, self._kept = min(self.lanes, self._most), min(self._kept, self._most)
 
+    def enough(self, most: int) -> None:
+        """Note that more than these do not help; a fixed number stays."""
+        if not self._fixed:
+            self.limit(most)
+
     def measured(self, bytes_per_s: float) -> int:
         """Take the rate that `lanes` had lately; the number of lanes to use from now on."""
         if self._fixed or self._most == 1:

@@ -177,6 +177,8 @@ class Link:
             conn.abort()
             conn.close()
             return False
+        if conn.most_lanes is not None:
+            self.writer.tuner.enough(conn.most_lanes)
         self._lanes.append(conn)
         return True
 

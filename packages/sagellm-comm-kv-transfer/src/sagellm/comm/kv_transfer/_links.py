@@ -189,7 +189,7 @@ class Links:
         def make_reader(inflows: dict[int, Inflow]) -> DataReader:
             return DataReader(
                 inflows,
-                lambda flow, head, fresh, again: self._engine.receiving.on_frame(
+                lambda flow, head, fresh, again: self._engine.receiving.arrivals.on_frame(
                     link, flow, head, fresh, again
                 ),
                 io_timeout_s=s.io_timeout_s,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from sagellm.core.protocols import metrics
+from sagellm.core.protocols.kv_status import CAUSES
 from sagellm.core.protocols.metrics import Metric
 
 from .transfer import TransferHandle
 
-__all__ = ["CAUSES", "Meters", "Traffic"]
+__all__ = ["Meters", "Traffic"]
 
 
 _LABELS = ("direction", "transport")
@@ -43,24 +42,6 @@ _VERIFY = Metric(
 
 _COUNTED = {"retries": _RETRIES, "runs": _RUNS, "syscalls": _SYSCALLS}
 _TIMED = {"queue_s": _QUEUE, "wire_s": _WIRE, "verify_s": _VERIFY}
-
-CAUSES: Mapping[str, str] = MappingProxyType(
-    {
-        "peer_lost": "transport",
-        "integrity": "checksum",
-        "lease_expired": "lease expiry",
-        "comm_timeout": "deadline",
-        "cancelled": "cancelled",
-        "invalid_argument": "refused",
-        "layout_mismatch": "refused",
-        "mismatch": "refused",
-        "not_implemented": "refused",
-        "resource_exhausted": "refused",
-        "unauthenticated": "refused",
-        "unavailable": "refused",
-    }
-)
-"""Kinds of failure by the code of the error; other codes are of the kind `other`."""
 
 
 class Meters:

@@ -70,7 +70,7 @@ class Offering:
             raise ConfigError(f"an offer {name!r} stands already")
         if len(self.offers) >= limit:
             raise ResourceError(f"{limit} offers stand already, which is max_in_flight")
-        o.pool.lease(o, name)
+        o.pool.lease(o, name, read=o.blocks)
         self.offers[name] = o
         o.watch = Watch(self._engine.loop, o.handle, 0.0, lambda: self._expire(o), lambda: None)
         o.watch.follow()
@@ -118,6 +118,7 @@ class Offering:
         wanted = None if fetch.layers is None else set(fetch.layers)
         p.flow.queue(s for s in p.all_spans(o.after) if wanted is None or s.layer in wanted)
         o.handle.take(Event.ACCEPT)
+        link.send(wire.Sealed(fetch.tid, o.num_tokens))
         self._sending.serve(p, link)
 
     def served(self, p: Push, o: Offered) -> None:

@@ -50,7 +50,7 @@ class DataReader:
 
     Args:
         flows: Flows of the link by number.
-        on_landed: Told of every frame that was moved: flow, layer, damaged blocks (first time),
+        on_landed: Told of every frame that was moved: flow, header, damaged blocks (first time),
             damaged blocks (again). Called on this thread.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
         scratch_bytes: Coded bytes that are held at once, unless one block is larger.

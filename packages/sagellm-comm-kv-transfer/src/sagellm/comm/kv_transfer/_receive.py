@@ -6,13 +6,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sagellm.core.protocols import CommError, KVTransferError, TransferKey
+from sagellm.core.protocols import CommError, ConfigError, KVLayout, KVTransferError, TransferKey
 
 from ._bounce import Destination
 from ._flows import Inflow
 from ._limits import Watch
 from ._link import Link
-from .plan import Part, coverage_gap
+from .plan import Part, coverage_gap, shared_parts, wanted_part
 from .pool import BlockTable, RegisteredPool
 from .transfer import TransferHandle, transfer_error
 
@@ -36,13 +36,14 @@ class Source:
         parts: Mapping[str, Part],
         *,
         sealed: bool,
+        whole: bool | None = None,
         invited: bool = False,
     ) -> None:
         self.link = link
         self.inflow = inflow
         self.parts = parts
         self.sealed = sealed
-        self.whole = sealed
+        self.whole = sealed if whole is None else whole
         """Whether its sender never waits for a layer: it is no stream."""
         self.invited = invited
         self.released = False
@@ -61,6 +62,7 @@ class Receive:
         blocks: Destinations in the pool; None leaves them to the sender, or to bounce buffers.
         senders: The nodes it comes from; None takes any.
         named: Whether the caller gave the key.
+        adopts: Whether a sender may name the destinations.
 
     """
 
@@ -72,13 +74,15 @@ class Receive:
         *,
         pool: RegisteredPool | None,
         named: bool = True,
+        adopts: bool = False,
     ) -> None:
         self.handle = handle
         self.blocks = blocks
         self.senders = senders
         self.pool = pool
         self.named = named
-        self.fetch_from: int | None = None
+        self.adopts = adopts
+        self.fetch_from: tuple[int, ...] | None = None
         self.fetch_layers: Sequence[int] | None = None
         self.sources: list[Source] = []
         self.wanted: dict[str, Part] = {}
@@ -94,6 +98,41 @@ class Receive:
         """Its key."""
         return self.handle.key
 
+    def want(self, layout: KVLayout, shared: Mapping[str, Part]) -> None:
+        """Know what has to come, now that one more sender says what it shares.
+
+        Raises:
+            ConfigError: The senders are sharded along different axes.
+
+        """
+        for group in layout.groups:  # a group of which a sender has nothing is still wanted
+            known = [s.parts for s in self.sources]
+            parts = [p[group.name] for p in (*known, shared) if group.name in p]
+            if (before := self.wanted.get(group.name)) is not None:
+                parts.append(before)
+            self.wanted[group.name] = wanted_part(group, parts)
+
+    def missing(self, layout: KVLayout, theirs: KVLayout) -> dict[str, Part]:
+        """What a peer has of our blocks that nobody was granted before it.
+
+        Raises:
+            ConfigError: Its parts and those of the others do not fit together.
+
+        """
+        parts = {}
+        shared = shared_parts(layout, theirs)
+        self.want(layout, shared)
+        for name, part in shared.items():
+            if not part.axis:  # it has all, of which others may have brought a part
+                part = self.wanted[name]
+            granted = [p for s in self.sources if (p := s.parts.get(name)) is not None]
+            gaps = coverage_gap(part, granted)
+            if len(gaps) > 1:
+                raise ConfigError(f"group {name!r}: senders overlap in more than one interval")
+            if gaps:
+                parts[name] = Part(part.axis, *gaps[0])
+        return parts
+
     def expect(self) -> None:
         """What its senders bring, and what nobody brings yet."""
         self.open_groups = self._gaps(self.sources)
@@ -106,6 +145,8 @@ class Receive:
     def leave(self, source: Source) -> None:
         """Do without a sender; readers look at both, and must not see a layer without its gap."""
         rest = [s for s in self.sources if s is not source]
+        if not rest:  # whoever comes next may be sharded in another way
+            self.wanted = {}
         self.open_groups = self._gaps(rest)
         self.sources = rest
         self.expect()
@@ -148,7 +189,8 @@ class Receive:
         """Who has to do something before it can land, in words."""
         came = self.came
         if self.fetch_from is not None:
-            return f"node {self.fetch_from}" + ("" if came else ", which never came")
+            names = ", ".join(map(str, self.fetch_from))
+            return f"node {names}" + ("" if came else ", which never came")
         if self.senders is not None and (absent := sorted(self.senders - came)):
             return f"node {', '.join(map(str, absent))}, which never came"
         if not came:

@@ -3,7 +3,7 @@
 A fixed head, then the segments shown with it (number, bytes), the segments that are gone, and
 three columns with one entry per run: segment, offset and length; a reference to the address
 space has no first column. Everything is little-endian and nothing in it is believed: `Table`
-checks what can be checked from the bytes, `places` what depends on the segments.
+checks what can be checked from the bytes, `runs` what depends on the segments.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from sagellm.core.protocols import (
 )
 
 from ._copy_workers import CopyWorkers
+from ._mapping import gather_pages, map_file
 from .memory import Ints
 
 __all__ = ["Located", "Segment", "View", "have_workers", "locate", "room_bytes", "shared_segments"]
@@ -62,14 +62,15 @@ class Segment:
         self.nbytes = max(1, -(-nbytes // _PAGE)) * _PAGE
         self.fd = _reserve(self.nbytes, what)
         try:
-            mapped = mmap.mmap(self.fd, self.nbytes, flags=mmap.MAP_SHARED)
+            mapped = map_file(self.fd, self.nbytes, writable=True)
         except OSError as e:
             os.close(self.fd)
             raise ResourceError(
                 f"{self.nbytes} bytes for {what} cannot be mapped: {e.strerror}; raise the limit "
                 "of address space (`ulimit -v`) of this process, or allocate fewer blocks"
             ) from e
-        self.memory: NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
+        self.memory: NDArray[np.uint8] = mapped
+        gather_pages(mapped)
         self.memory[::_PAGE] = 0  # map every page now, not under the first transfer
         self.address = int(self.memory.ctypes.data)
         self.workers: CopyWorkers | None = None
@@ -214,14 +215,14 @@ class View:
                 f"was announced with {nbytes}"
             )
         try:
-            mapped = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            mapped = map_file(fd, nbytes, writable=False)
         except OSError as e:
             raise ResourceError(f"a peer's {nbytes} bytes cannot be mapped: {e.strerror}") from e
         self.number = next(_ids)
         self.nbytes = nbytes
         self.fd = os.dup(fd)
         self.readers: set[CopyWorkers] = set()
-        self.memory: NDArray[np.uint8] = np.frombuffer(mapped, dtype=np.uint8)
+        self.memory: NDArray[np.uint8] = mapped
         self.memory[::_PAGE].max()
         self.address = int(self.memory.ctypes.data)
 

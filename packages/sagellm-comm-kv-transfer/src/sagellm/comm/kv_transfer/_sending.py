@@ -99,7 +99,7 @@ class Sending:
             return p
         try:
             if p.pool is not None:
-                p.pool.lease(p, f"{p.key.id}/{p.key.attempt}")
+                p.pool.lease(p, f"{p.key.id}/{p.key.attempt}", read=p.blocks)
             link = self.engine.links.ready(p.target)
             if link is not None and self._begin_here(p, link):
                 return p
@@ -167,7 +167,8 @@ class Sending:
         return True
 
     def _begin(self, p: Push, link: Link) -> None:
-        self._watch(p)
+        if p.error is None:  # it may have failed before the loop came to it
+            self._watch(p)
         link.when_up(lambda error: self._start(p, link, error))
 
     def serve(self, p: Push, link: Link) -> None:

@@ -103,7 +103,7 @@ def cut(engine: Engine, most: int | None) -> tuple[Snapshot, dict[str, int]]:
     """
     receiving, sending = engine.receiving, engine.sending
     offers = [*sending.offering.offers.values(), *sending.offering.ending]
-    receives = receiving.live | receiving.unconfirmed
+    receives = receiving.arrivals.live | receiving.arrivals.unconfirmed
     backlogs = (("offer", receiving.parked), ("fetch", sending.offering.fetches))
     transfers: Iterator[TransferView] = chain(
         map(_push, sending.live), map(_receive, receives), map(_offer, offers)
@@ -162,7 +162,7 @@ def _push(p: Push) -> TransferView:
 
 def _receive(r: Receive) -> TransferView:
     kind = "receive" if r.fetch_from is None else "fetch"
-    named = [r.fetch_from] if r.fetch_from is not None else r.senders or ()
+    named = r.fetch_from if r.fetch_from is not None else r.senders or ()
     peers = sorted({s.link.peer for s in r.sources} | {*named})
     if r.handle.phase is Phase.LANDED:
         waits = sorted({s.link.peer for s in r.sources if not s.released})

@@ -58,7 +58,7 @@ __all__ = ["KVTransferChannel"]
 
 
 class KVTransferChannel(KVTransferChannelProtocol):
-    """Moves KV blocks between this node and others over TCP.
+    """Moves KV blocks between this node and others.
 
     Without arguments it finds its own place: under torchrun, or with an initialised default
     group, the node id is the global rank and peers are found through the torch store; else it
@@ -243,7 +243,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         dst_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         deadline_s: float = 30.0,
     ) -> TransferHandle:
-        """Push blocks to a node. `dst_blocks` are used when its `receive` names none."""
+        """Push blocks to a node. `dst_blocks` are used when its `receive` names none and adopts."""
         push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
         push.flow.queue(push.all_spans())
         return self._engine.sending.push(push).handle
@@ -270,13 +270,18 @@ class KVTransferChannel(KVTransferChannelProtocol):
         blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         *,
         source_node: int | Sequence[int] | None = None,
+        adopt: bool = False,
         deadline_s: float = 30.0,
     ) -> TransferHandle:
         """Accept a push, from one node or from several that each hold a part.
 
-        It lands once the parts that came cover everything the blocks hold.
+        It lands once the parts that came cover everything the blocks hold. A sender that names
+        its destinations is refused unless they are `blocks`, or there are none and `adopt` is set;
+        then it may name any that no transfer reads or writes.
         """
         check_deadline(deadline_s)
+        if adopt and blocks is not None:
+            raise ConfigError("`adopt` is for a receive that names no blocks")
         pool = self._engine.pool
         table = None
         if blocks is not None:
@@ -288,7 +293,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
-        r = Receive(handle, table, senders, pool=leased, named=key is not None)
+        r = Receive(handle, table, senders, pool=leased, named=key is not None, adopts=adopt)
         handle.owner = r
         return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
 
@@ -322,14 +327,17 @@ class KVTransferChannel(KVTransferChannelProtocol):
     def fetch(
         self,
         key: TransferKey,
-        peer: int,
+        peer: int | Sequence[int],
         blocks: BlockIds | Mapping[str, BlockIds],
         *,
         src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         layers: Sequence[int] | None = None,
         deadline_s: float = 30.0,
     ) -> TransferHandle:
-        """Pull offered blocks into ours."""
+        """Pull offered blocks into ours, from one node or from several that each hold a part.
+
+        Nothing is fetched unless their parts cover everything the blocks hold.
+        """
         check_deadline(deadline_s)
         engine, pool = self._engine, self._pool()
         table = as_block_table(pool, blocks, unique=True)
@@ -341,7 +349,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
         r = Receive(handle, table, None, pool=pool)
         handle.owner = r
 
-        engine.loop.run(lambda: fetch(engine, r, peer, src_blocks=wanted, layers=layers))
+        peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))
+        if not peers:
+            raise ConfigError("no node to fetch from: give the nodes that offer the blocks")
+        engine.loop.run(lambda: fetch(engine, r, peers, src_blocks=wanted, layers=layers))
         return handle
 
     # -- ends -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ block is a short list of (offset, length) in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ __all__ = [
     "held_part",
     "shared_parts",
     "slab_runs",
+    "wanted_part",
 ]
 
 _WHOLE = ""
@@ -175,12 +176,35 @@ def check_parts(layout: KVLayout, parts: Mapping[str, Part], peer: int) -> None:
         raise DistributedRuntimeError(f"node {peer} asks for {name!r} {part}, not held here")
 
 
+def wanted_part(group: CacheGroup, parts: Iterable[Part]) -> Part:
+    """All that a group holds, along the axis that these parts of it are cut along.
+
+    Raises:
+        ConfigError: They are cut along different axes.
+
+    """
+    axes = {p.axis for p in parts} | _sharded_axes(group)
+    axes.discard(_WHOLE)
+    if len(axes) > 1:
+        raise ConfigError(
+            f"group {group.name!r}: its senders are sharded along different axes, {sorted(axes)}"
+        )
+    return held_part(group, next(iter(axes), _WHOLE))
+
+
 def coverage_gap(wanted: Part, granted: list[Part]) -> list[tuple[int, int]]:
-    """Intervals of `wanted` that no granted part covers.
+    """Intervals of `wanted` that no granted part covers; the whole covers everything.
+
+    Raises:
+        ConfigError: A part is of another axis, which says nothing of this one.
 
     >>> coverage_gap(Part("head", 0, 4), [Part("head", 1, 2), Part("head", 2, 3)])
     [(0, 1), (3, 4)]
     """
+    if any(p.axis == _WHOLE for p in granted):
+        return []
+    if any(p.axis != wanted.axis for p in granted):
+        raise ConfigError(f"{granted} are not along the axis of {wanted}")
     gaps, at = [], wanted.first
     for part in sorted(granted, key=lambda p: p.first):
         if part.first > at:

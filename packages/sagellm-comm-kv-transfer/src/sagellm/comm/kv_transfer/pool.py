@@ -46,7 +46,7 @@ class RegisteredPool:
         segment: Shared memory that they lie in, to be given back by `close`.
 
     Raises:
-        ConfigError: Names, shapes, dtypes or strides do not fit the layout.
+        ConfigError: Names, shapes, dtypes or strides do not fit the layout, or memory is shared.
         UnsupportedOperationError: The tensors are not in host memory.
 
     """
@@ -67,13 +67,14 @@ class RegisteredPool:
         self._segment = segment
         self._tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
         self._num_blocks = {g.name: _check_group(g, tensors) for g in layout.groups}
+        _check_apart(tensors)
         self._where = [(g, i) for g in layout.groups for i in range(len(g.layers))]
         self.group_names = tuple(g.name for g, _ in self._where)
         """Group of each layer of the layout."""
         self._storages = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
         self._slabs: dict[tuple[int, Part], Slab] = {}
         self._lock = threading.Lock()
-        self._leases: dict[object, tuple[str, BlockTable | None]] = {}
+        self._leases: dict[object, tuple[str, BlockTable, BlockTable]] = {}
         self._written = {n: np.zeros(c, dtype=bool) for n, c in self._num_blocks.items()}
 
     @classmethod
@@ -143,36 +144,63 @@ class RegisteredPool:
     def lease_holders(self) -> list[str]:
         """Names of those transfers."""
         with self._lock:
-            return sorted(name for name, _ in self._leases.values())
+            return sorted(name for name, *_ in self._leases.values())
 
     def group_of(self, layer: int) -> CacheGroup:
         """The group of a layer of the layout."""
         return self._where[layer][0]
 
-    def lease(self, holder: object, name: str, written: BlockTable | None = None) -> None:
-        """Note that a transfer reads the pool, or writes these blocks of it.
+    def lease(
+        self,
+        holder: object,
+        name: str,
+        *,
+        written: BlockTable | None = None,
+        read: BlockTable | None = None,
+        sole: bool = False,
+    ) -> None:
+        """Note that a transfer writes, or reads, these blocks.
+
+        Args:
+            holder: The transfer.
+            name: What it is called in messages.
+            written: Blocks that nobody else may write meanwhile.
+            read: Blocks that it reads.
+            sole: Whether nobody may read what is written, either: a peer has chosen it.
 
         Raises:
-            ConfigError: Another transfer in flight writes one of them.
+            ConfigError: Another transfer in flight stands against it.
 
         """
+        written, read = written or {}, read or {}
         with self._lock:
-            for group, ids in (written or {}).items():
+            for group, ids in written.items():
                 if self._written[group][ids].any():
                     taken = ids[self._written[group][ids]][:8].tolist()
                     raise ConfigError(
                         f"{name}: blocks {taken} of group {group!r} are already the destination "
                         "of another transfer in flight"
                     )
-            for group, ids in (written or {}).items():
+            if sole:
+                self._check_unread(name, written)
+            for group, ids in written.items():
                 self._written[group][ids] = True
-            self._leases[holder] = (name, written)
+            self._leases[holder] = (name, written, read)
+
+    def _check_unread(self, name: str, written: BlockTable) -> None:
+        for reader, _, read in self._leases.values():
+            for group, ids in read.items():
+                if (taken := np.intersect1d(ids, written[group])).size:
+                    raise ConfigError(
+                        f"{name}: blocks {taken[:8].tolist()} of group {group!r} were named as "
+                        f"destination by the sender, while {reader} reads them"
+                    )
 
     def release(self, holder: object) -> None:
         """End a transfer's lease. Idempotent."""
         with self._lock:
-            _, written = self._leases.pop(holder, ("", None))
-            for group, ids in (written or {}).items():
+            _, written, _ = self._leases.pop(holder, ("", {}, {}))
+            for group, ids in written.items():
                 self._written[group][ids] = False
 
     def as_foreign_table(self, blocks: BlockIds | Mapping[str, BlockIds]) -> BlockTable:
@@ -384,7 +412,7 @@ def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:
         tensor = tensors[name]
         if tensor.device.type != "cpu":
             raise UnsupportedOperationError(
-                f"{name!r} is on {tensor.device}: the tcp transport moves host memory; "
+                f"{name!r} is on {tensor.device}: a channel moves host memory; "
                 "copy the blocks to a pinned host pool first"
             )
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -415,3 +443,32 @@ def _overlaps(dims: Iterable[tuple[int, int]]) -> bool:
                 return True
             reach += (length - 1) * stride
     return False
+
+
+def _check_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Check that no two tensors have an element in common; they may be interleaved."""
+    near: list[tuple[int, str]] = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if not tensor.numel():
+            continue
+        start = tensor.data_ptr()
+        near = [(end, other) for end, other in near if end > start]
+        for _, other in near:
+            if _share(tensors[other], tensor):
+                raise ConfigError(
+                    f"{other!r} and {name!r} share memory: a block of one would overwrite the other"
+                )
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((length - 1) * stride for length, stride in dims)
+        near.append((start + (last + 1) * tensor.element_size(), name))
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    a, b = (t.detach().view(kinds[t.element_size()]).numpy() for t in (one, other))
+    try:
+        return np.shares_memory(a, b, max_work=1_000_000)
+    except RuntimeError:  # too hard to tell, which no sound layout is
+        return True

@@ -1,7 +1,7 @@
 """Blocks of a device on their way to the host: gathered there, copied through pinned buffers.
 
-A transport that moves host memory sends them from those buffers. One gather and one copy per
-chunk replace a copy per block, and while one buffer is read the next is being filled.
+A tool for engines: a channel refuses device tensors and does not use it by itself. One gather and
+one copy per chunk replace a copy per block, and while one buffer is read the next is being filled.
 """
 
 from __future__ import annotations

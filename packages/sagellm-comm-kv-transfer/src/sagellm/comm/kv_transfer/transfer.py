@@ -1,4 +1,4 @@
-"""The handle of one transfer, and the stream that feeds one layer by layer."""
+"""The handle of one transfer."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class TransferHandle:
         self._last: float | None = None
         self._meter = _Meter()
         self.num_tokens = 0
+        """Tokens that the blocks hold, as their sender has said; 0 where it has not."""
 
     def __repr__(self) -> str:
         return f"<{self.direction} {self._key.id}/{self._key.attempt} {self.state.value}>"

@@ -187,7 +187,7 @@ class Invite(_Message, frozen=True, tag="invite"):
 
 
 class Sealed(_Message, frozen=True, tag="sealed"):
-    """S → R: every layer of a stream has been queued."""
+    """S → R: every layer of a stream has been queued, or all that was fetched."""
 
     tid: int
     num_tokens: int

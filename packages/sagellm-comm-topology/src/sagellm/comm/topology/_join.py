@@ -9,6 +9,7 @@ from dataclasses import replace
 from sagellm.core.protocols import Device, Link, LinkKind, Pair, SwitchDomain, TopologyInfo
 
 from ._fingerprint import fingerprint
+from ._numbers import number
 
 __all__ = ["LABELS", "join_hosts"]
 
@@ -110,7 +111,7 @@ def _join_networks(devices: list[Device], links: list[Link]) -> None:
         subnet = nic.attrs.get("subnet_prefix", "") if kind == "infiniband" else ""
         network = f"net:{kind}" + (f":{subnet}" if subnet else "")
         steps = [f"{network}/{x}={nic.attrs[x]}" for x in LABELS if x in nic.attrs]
-        below, speed = nic.id, nic.attrs.get("port_bytes_per_s")
+        below, speed = nic.id, number(nic.attrs.get("port_bytes_per_s"))
         for name in (*steps, network):
             if below == nic.id or below not in networks:
                 links.append(
@@ -118,7 +119,7 @@ def _join_networks(devices: list[Device], links: list[Link]) -> None:
                         below,
                         name,
                         kind,
-                        bandwidth_bytes_per_s=float(speed) if speed and below == nic.id else None,
+                        bandwidth_bytes_per_s=speed if speed and below == nic.id else None,
                         source="inference",
                         confidence="inferred",
                     )

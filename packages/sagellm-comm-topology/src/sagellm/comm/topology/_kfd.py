@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
+from ._numbers import whole_number
 from ._sysfs import Tree
 
 __all__ = ["KfdDetector"]
@@ -33,7 +34,10 @@ class KfdDetector:
     def detect(self, ctx: DetectionContext) -> TopologyFragment:
         """What the compute driver says, never raising; see `Detector`."""
         tree = Tree(ctx.root)
-        numbers = sorted(int(n) for n in tree.names(_NODES) or () if n.isdigit() and len(n) < 6)
+        numbers = sorted(
+            n for name in tree.names(_NODES) or ()
+            if (n := whole_number(name, most=99_999)) is not None
+        )  # fmt: skip
         facts = {n: _properties(tree.read(f"{_NODES}/{n}/properties", 8192)) for n in numbers}
         hidden = sum(not f for f in facts.values())
         warnings = (
@@ -69,14 +73,16 @@ def _properties(text: str | None) -> dict[str, int]:
     found: dict[str, int] = {}
     for line in (text or "").splitlines():
         key, _, value = line.partition(" ")
-        if value.strip().isdigit():
-            found[key] = int(value)
+        known = whole_number(value, most=(1 << 64) - 1)
+        if known is not None:
+            found[key] = known
     return found
 
 
 def _gpu(tree: Tree, node: int, f: Mapping[str, int], index: int) -> Device:
     place = f["location_id"]
-    bdf = f"{f.get('domain', 0):04x}:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}.{place & 7}"
+    domain = f.get("domain", 0) & 0xFFFFFFFF
+    bdf = f"{domain:04x}:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}.{place & 7}"
     unique = f.get("unique_id")
     memory = 0
     for bank in (tree.names(f"{_NODES}/{node}/mem_banks") or ())[:_MOST_LINKS]:
@@ -95,7 +101,7 @@ def _gpu(tree: Tree, node: int, f: Mapping[str, int], index: int) -> Device:
         bdf=bdf,
         uuid=f"GPU-{unique:016x}" if unique else None,
         index=index,
-        memory_bytes=memory or None,
+        memory_bytes=memory if 0 < memory < 1 << 60 else None,
         attrs=attrs,
     )
 

@@ -11,6 +11,7 @@ from xml.sax.saxutils import quoteattr
 
 from sagellm.core.protocols import ConfigError, Device, Link, TopologyInfo
 
+from ._numbers import number, whole_number
 from ._sysfs import pcie_bytes_per_s
 
 __all__ = ["to_nccl_xml"]
@@ -203,8 +204,8 @@ class _Writer:
         names = [n for n in listed.split(",") if n]
         if not names:
             return []
-        port = device.attrs.get("port_bytes_per_s")
-        share = int(port) // 125_000 // len(names) if port else 0
+        port = number(device.attrs.get("port_bytes_per_s")) or 0.0
+        share = int(port) // 125_000 // len(names)
         lines = ["  " * depth + "<nic>"]
         for name in names:
             attrs = {"name": name, "speed": str(share)} if share else {"name": name}
@@ -219,15 +220,16 @@ def _tag(name: str, attrs: dict[str, str], *, closed: bool) -> str:
 
 def _mask(cpulist: str | None) -> str:
     """A list of CPUs as 32-bit words in hexadecimal, highest first; "" when unknown."""
-    number = 0
+    mask = 0
     for part in (cpulist or "").split(","):
         first, _, last = part.partition("-")
-        if first.isdigit() and (last or first).isdigit() and int(last or first) < 1 << 16:
-            number |= (1 << int(last or first) + 1) - (1 << int(first))
+        low, high = (whole_number(x, most=(1 << 16) - 1) for x in (first, last or first))
+        if low is not None and high is not None and low <= high:
+            mask |= (1 << high + 1) - (1 << low)
     words: list[str] = []
-    while number:
-        words.insert(0, f"{number & 0xFFFFFFFF:08x}")
-        number >>= 32
+    while mask:
+        words.insert(0, f"{mask & 0xFFFFFFFF:08x}")
+        mask >>= 32
     return ",".join(words)
 
 

@@ -7,8 +7,9 @@ and tested against a stub of it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class NvmlDetector:
         try:
             return _Session(library, ctx).read()
         finally:
-            library.nvmlShutdown()
+            with contextlib.suppress(Exception):  # what it said before still counts
+                library.nvmlShutdown()
 
 
 def _nothing(warning: str) -> TopologyFragment:
@@ -97,15 +99,16 @@ class _Session:
         for index in range(count):
             if self._is_late(f"GPUs {index} to {count - 1}"):
                 break
-            device = self._device(index, handles)
-            if device is not None:
-                devices[device.id] = device
+            with self._told(f"GPU {index}"):
+                device, handle = self._device(index)
+                devices[device.id], handles[device.id] = device, handle
         bundles: dict[tuple[str, str], tuple[int, float | None]] = {}
         for bdf, handle in handles.items():
             if self._is_late(f"NVLinks of {bdf}"):
                 break
-            numa = next(iter(devices[bdf].numa_nodes), None)
-            self._nvlinks(bdf, handle, handles, bundles, numa)
+            with self._told(f"NVLinks of {bdf}"):
+                numa = next(iter(devices[bdf].numa_nodes), None)
+                self._nvlinks(bdf, handle, handles, bundles, numa)
         for (a, b), (lanes, lane_bandwidth) in bundles.items():
             bandwidth = lane_bandwidth * lanes if lane_bandwidth else None
             self._links.append(Link(a, b, "nvlink", lanes, bandwidth, source="nvml"))
@@ -132,7 +135,7 @@ class _Session:
             return None
         try:
             return call(*args)
-        except self._nvml.NVMLError as e:
+        except Exception as e:  # of the library, of its C layer, or of a driver too old for it
             quiet = {
                 getattr(self._nvml, "NVML_ERROR_NOT_SUPPORTED", 3),
                 getattr(self._nvml, "NVML_ERROR_FUNCTION_NOT_FOUND", 13),
@@ -140,8 +143,16 @@ class _Session:
                 getattr(self._nvml, "NVML_ERROR_NOT_FOUND", 6),
             }
             if getattr(e, "value", None) not in quiet:
-                self._warnings.append(f"{name}{_plain(args)}: {e}")
+                self._warnings.append(f"{name}{_plain(args)}: {e or type(e).__name__}")
             return None
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """An answer that is not what the library documents costs only what it was about."""
+        try:
+            yield
+        except Exception as e:
+            self._warnings.append(f"{what}: left out: {e or type(e).__name__}")
 
     def _is_late(self, what: str) -> bool:
         if self._ctx.clock() <= self._ctx.deadline_s:
@@ -149,14 +160,12 @@ class _Session:
         self._warnings.append(f"deadline reached before {what}")
         return True
 
-    def _device(self, index: int, handles: dict[str, Any]) -> Device | None:
+    def _device(self, index: int) -> tuple[Device, object]:
         handle = self._ask("nvmlDeviceGetHandleByIndex", index)
         pci = None if handle is None else self._ask("nvmlDeviceGetPciInfo", handle)
         bdf = normal_bdf(_text(pci.busId)) if pci is not None else None
         if bdf is None:
-            self._warnings.append(f"GPU {index} does not tell its bus address; left out")
-            return None
-        handles[bdf] = handle
+            raise ValueError("it does not tell its bus address")
         memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
         numa = self._ask("nvmlDeviceGetMemoryAffinity", handle, _NODE_MASK_WORDS, 0)
         numa_nodes = _bits(numa)
@@ -175,7 +184,7 @@ class _Session:
         if clique:
             attrs["fabric_clique"] = clique
             self._cliques.add(clique)
-        return Device(
+        device = Device(
             bdf,
             "gpu",
             vendor="nvidia",
@@ -187,6 +196,7 @@ class _Session:
             memory_bytes=int(memory.total) if memory is not None else None,
             attrs=attrs,
         )
+        return device, handle
 
     def _partitions(self, handle: object) -> dict[str, str]:
         mode = self._ask("nvmlDeviceGetMigMode", handle)
@@ -225,6 +235,7 @@ class _Session:
         count = self._field(handle, "NVML_FI_DEV_NVLINK_LINK_COUNT", 91)
         limit = int(count) if count else getattr(self._nvml, "NVML_NVLINK_MAX_LINKS", 18)
         peers: dict[str, int] = {}
+        absent: dict[str, int] = {}
         switched = unknown = to_cpu = 0
         for lane in range(limit):
             # An active lane says nothing of whom it reaches: that is asked for next.
@@ -239,6 +250,10 @@ class _Session:
                 to_cpu += 1
             elif peer is not None and peer in handles and peer != bdf:
                 peers[peer] = peers.get(peer, 0) + 1
+            elif peer is not None or kind == getattr(self._nvml, "NVML_NVLINK_DEVICE_TYPE_GPU", 0):
+                # A GPU that a container keeps from us, say: named, so that it is no switch.
+                where = peer or "a GPU without an address"
+                absent[where] = absent.get(where, 0) + 1
             else:
                 unknown += 1
         for peer, lanes in peers.items():
@@ -254,9 +269,13 @@ class _Session:
             self._warnings.append(
                 f"{bdf}: {to_cpu} NVLinks lead to the CPU, but its NUMA node is unknown"
             )
+        self._warnings += [
+            f"{bdf}: {n} NVLinks lead to {where}, which the driver does not show here"
+            for where, n in absent.items()
+        ]
         if switched:
             self._join_switch(bdf, switched, bandwidth, stated=True)
-        if unknown and not switched and not peers:
+        if unknown and not switched and not peers and not absent:
             self._join_switch(bdf, unknown, bandwidth, stated=False)
         elif unknown:
             self._warnings.append(f"{bdf}: {unknown} active NVLinks lead to an unknown end")

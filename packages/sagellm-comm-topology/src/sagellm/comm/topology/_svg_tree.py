@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sagellm.core.protocols import Device, Link, Pair
 
+from ._numbers import number
 from ._svg_canvas import (
     BAR_H,
     CARD_H,
@@ -192,12 +193,12 @@ def card_words(device: Device) -> tuple[str, str]:
     if device.kind == "nic":
         names = (attrs.get("ib") or attrs.get("netdev") or device.vendor or "NIC").split(",")
         name = names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
-        port = attrs.get("port_bytes_per_s")
+        port = number(attrs.get("port_bytes_per_s"))
         where = short(device.id) if device.bdf else attrs.get("link_layer", "NIC")
-        return name, f"{int(port) * 8 / 1e9:g} Gb/s" if port else where
+        return name, f"{port * 8 / 1e9:g} Gb/s" if port else where
     if device.kind in ("gpu", "npu"):
-        number = device.visible_index if device.visible_index is not None else device.index
-        label = f"{device.kind.upper()}{'' if number is None else f' {number}'}"
+        position = device.visible_index if device.visible_index is not None else device.index
+        label = f"{device.kind.upper()}{'' if position is None else f' {position}'}"
         where = short(device.id) if device.bdf else ""
         return label, device.model or f"{device.vendor or ''} {where}".strip()
     return device.kind.replace("_", " "), short(device.id)

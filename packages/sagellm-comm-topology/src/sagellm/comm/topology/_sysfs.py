@@ -7,6 +7,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from ._numbers import number, whole_number
+
 __all__ = ["BDF", "Tree", "gt_per_s", "normal_bdf", "pcie_bytes_per_s"]
 
 BDF = re.compile(r"^([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])$")
@@ -34,7 +36,7 @@ def normal_bdf(text: str) -> str | None:
 def gt_per_s(text: str | None) -> float | None:
     """Transfers per second in 10^9, out of `32.0 GT/s PCIe`; None for `Unknown`."""
     match = re.match(r"\s*([0-9.]+)\s*GT/s", text or "")
-    return float(match[1]) if match else None
+    return number(match[1]) if match else None
 
 
 def pcie_bytes_per_s(speed: str | None, width: str | None) -> float | None:
@@ -44,7 +46,7 @@ def pcie_bytes_per_s(speed: str | None, width: str | None) -> float | None:
     63.0
     """
     rate = gt_per_s(speed)
-    lanes = int(width) if width and width.isdigit() else 0
+    lanes = whole_number(width) or 0
     if rate not in _LINE_CODE or not 1 <= lanes <= 32:  # width reads 0 or 255 when unknown
         return None
     return rate * 1e9 * lanes * _LINE_CODE[rate] / 8

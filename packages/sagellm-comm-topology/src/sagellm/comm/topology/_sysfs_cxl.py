@@ -100,4 +100,4 @@ def _number(text: str | None) -> int | None:
         value = int(text or "", 0)
     except ValueError:
         return None
-    return value if value >= 0 else None
+    return value if 0 <= value < 1 << 60 else None

@@ -9,6 +9,7 @@ import re
 
 from sagellm.core.protocols import DetectionContext, DetectorSpec, Device, TopologyFragment
 
+from ._numbers import number, whole_number
 from ._sysfs import Tree, normal_bdf
 
 __all__ = ["SPEC", "NetDetector"]
@@ -86,9 +87,10 @@ def _interface(tree: Tree, name: str) -> dict[str, str]:
     state = tree.read(f"{_NET}/{name}/operstate")
     if state:
         attrs["operstate"] = state
-    speed = tree.read(f"{_NET}/{name}/speed")  # Mbit/s; -1 or unreadable when down or virtual
-    if speed and speed.isdigit() and int(speed) > 0:
-        attrs["port_bytes_per_s"] = str(int(speed) * 125_000)
+    # Mbit/s; -1 or unreadable when down or virtual
+    speed = whole_number(tree.read(f"{_NET}/{name}/speed"), most=1 << 32)
+    if speed:
+        attrs["port_bytes_per_s"] = str(speed * 125_000)
     return attrs
 
 
@@ -113,7 +115,7 @@ def _rdma(tree: Tree, name: str, warnings: list[str]) -> dict[str, str]:
             if gid and layer == "InfiniBand":
                 attrs["subnet_prefix"] = ":".join(gid.split(":")[:4])
         if rate and state == "ACTIVE":
-            total += int(float(rate[1]) * 125_000_000)
+            total += int((number(rate[1]) or 0.0) * 125_000_000)
     if total:
         attrs["port_bytes_per_s"] = str(total)
     return attrs

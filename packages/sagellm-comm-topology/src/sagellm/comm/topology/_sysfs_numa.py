@@ -13,13 +13,14 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
+from ._numbers import whole_number
 from ._sysfs import Tree
 
 __all__ = ["SPEC", "NumaDetector", "cpu_count", "cpu_numbers"]
 
 _NODES = "/sys/devices/system/node"
 _MOST_CPUS = 1 << 16
-_NODE = re.compile(r"^node(\d+)$")
+_NODE = re.compile(r"^node([0-9]{1,7})$")
 
 
 def cpu_numbers(cpulist: str | None) -> list[int]:
@@ -30,6 +31,8 @@ def cpu_numbers(cpulist: str | None) -> list[int]:
     """
     found: list[int] = []
     for part in (cpulist or "").split(","):
+        if len(found) > _MOST_CPUS:
+            break
         match = re.match(r"^\s*(\d{1,7})(?:-(\d{1,7}))?\s*$", part)
         if match:
             found += range(int(match[1]), min(int(match[2] or match[1]), _MOST_CPUS) + 1)
@@ -97,7 +100,8 @@ SPEC = DetectorSpec("sysfs-numa", 60, NumaDetector)
 
 def _memory_bytes(meminfo: str | None) -> int | None:
     match = re.search(r"MemTotal:\s*(\d+)\s*kB", meminfo or "")
-    return int(match[1]) * 1024 if match else None
+    size = whole_number(match[1], most=1 << 50) if match else None
+    return None if size is None else size * 1024
 
 
 def _processor(tree: Tree) -> tuple[str | None, str | None]:

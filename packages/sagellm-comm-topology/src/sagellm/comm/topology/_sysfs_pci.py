@@ -16,6 +16,7 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
+from ._numbers import whole_number
 from ._pcitree import vertices_above
 from ._sysfs import Tree, normal_bdf, pcie_bytes_per_s
 from ._vendors import VENDORS, role
@@ -137,8 +138,7 @@ class _Builder:
         return owner if owner in self._functions else None
 
     def _add_endpoint(self, f: _Function, kind: DeviceKind, shared: Counter[str]) -> None:
-        numa = self._tree.read(f"{f.folder}/numa_node")
-        node = int(numa) if numa and numa.lstrip("-").isdigit() and int(numa) >= 0 else None
+        node = whole_number(self._tree.read(f"{f.folder}/numa_node"))  # -1 when unknown
         # With node -1 the kernel lists every CPU as local: that is not knowledge.
         cpulist = self._tree.read(f"{f.folder}/local_cpulist") if node is not None else None
         attrs = {

@@ -17,6 +17,7 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
+from ._numbers import whole_number
 from ._sysfs import normal_bdf
 
 __all__ = ["TOOLS", "Tool", "ToolDetector"]
@@ -132,8 +133,9 @@ def _addressed(found: TopologyFragment, text: str, vendor: str) -> TopologyFragm
     for line in text.splitlines():
         match = _CSV.match(line) or _BUS.match(line)
         bdf = normal_bdf(match[2]) if match else None
-        if match and bdf:
-            told[int(match[1])] = (bdf, match[3] if match.re is _CSV else None)
+        index = whole_number(match[1]) if match else None
+        if match and bdf and index is not None:
+            told[index] = (bdf, match[3] if match.re is _CSV else None)
     devices = tuple(
         replace(d, bdf=told[d.index][0], uuid=d.uuid or told[d.index][1])
         if d.vendor == vendor and d.index in told and d.kind in ("gpu", "npu")

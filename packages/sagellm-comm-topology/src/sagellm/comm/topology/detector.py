@@ -25,6 +25,7 @@ from sagellm.core.protocols import (
 )
 
 from . import _specs, _sysfs_net, _sysfs_numa, _sysfs_pci
+from ._fragment_check import fault
 from ._sysfs import Tree
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def make_context(
         run: Runs command-line tools; None runs them on this machine.
         clock: Monotonic seconds.
         deadline_s: Seconds from now.
-        allow_commands: Whether command-line tools may run.
+        allow_commands: Whether command-line tools may run. Without a `run` of its own a recorded
+            machine runs none.
 
     """
     return DetectionContext(
@@ -110,22 +112,26 @@ def make_context(
         run=run or _run_command,
         clock=clock,
         deadline_s=clock() + deadline_s,
-        allow_commands=allow_commands,
+        # A recorded machine is never mixed with what this machine's tools print.
+        allow_commands=allow_commands and (run is not None or Path(root) == Path("/")),
     )
 
 
 def run_detectors(specs: Iterable[DetectorSpec], ctx: DetectionContext) -> Detection:
     """What the detectors say, within the context's deadline. Never raises.
 
-    Detectors that name vendors run after the others, and only where one of these vendors'
-    PCI devices was seen, or where the PCI tree could not be read at all.
+    Detectors that name vendors run after the others (or after half of the time, if one of those
+    hangs), and only where one of these vendors' PCI devices was seen, or where the PCI tree could
+    not be read at all. One that still hangs since an earlier call is not started again.
     """
     chosen = sorted(specs, key=lambda s: s.name)
-    fragments, warnings = _run_together([s for s in chosen if not s.vendors], ctx)
-    seen = _vendors((f for _, f in fragments), Tree(ctx.root))
+    now_s = ctx.clock()
+    runs = _start([s for s in chosen if not s.vendors], ctx, (now_s + ctx.deadline_s) / 2)
+    answered = (r.fragment for r in runs if r.done.is_set() and r.fragment is not None)
+    seen = _vendors(answered, Tree(ctx.root))
     wanted = [s for s in chosen if s.vendors and (seen is None or not seen.isdisjoint(s.vendors))]
-    more, more_warnings = _run_together(wanted, ctx)
-    return Detection((*fragments, *more), (*warnings, *more_warnings))
+    runs += _start(wanted, ctx, ctx.deadline_s)
+    return _collect(runs, ctx)
 
 
 # Containers may hide the PCI tree and still hand a device over.
@@ -156,31 +162,54 @@ class _Run:
     done: threading.Event
     fragment: TopologyFragment | None = None
     failure: str | None = None
+    started: bool = False
+    dropped: bool = False  # nobody waits for it any more
 
 
-def _run_together(
-    specs: Sequence[DetectorSpec], ctx: DetectionContext
-) -> tuple[list[tuple[int, TopologyFragment]], list[str]]:
+# Detectors that were left behind at a deadline, until they end: a driver that hangs once hangs
+# again, and each new try would cost a thread.
+_left_behind: dict[int, _Run] = {}  # by the identity of what loads them
+
+
+def _start(specs: Sequence[DetectorSpec], ctx: DetectionContext, until_s: float) -> list[_Run]:
+    """Run the detectors and wait until all are done or the clock says `until_s`."""
     runs = [_Run(spec, threading.Event()) for spec in specs]
+    pending: deque[_Run] = deque()
+    for run in runs:
+        old = _left_behind.get(id(run.spec.load))
+        if old is None or old.done.wait(_HEAD_START_S):
+            _left_behind.pop(id(run.spec.load), None)
+            pending.append(run)
+        else:
+            run.failure = "it still hangs since an earlier look, and is not started again"
+            run.done.set()
     # Reads of small files fight over the interpreter's lock when they run side by side, so one
     # thread does all, and another goes on with the rest when a detector is plainly slow.
-    pending = deque(runs)
     stuck = True
     for run in runs:
         if stuck and pending:
             threading.Thread(target=_work, args=(pending, ctx), daemon=True).start()
-        stuck = not run.done.wait(min(_HEAD_START_S, max(0.0, ctx.deadline_s - ctx.clock())))
+        stuck = not run.done.wait(min(_HEAD_START_S, max(0.0, until_s - ctx.clock())))
+    for run in runs:
+        run.done.wait(max(0.0, until_s - ctx.clock()))
+    return runs
+
+
+def _collect(runs: Sequence[_Run], ctx: DetectionContext) -> Detection:
+    """What the detectors gave; those that are not done at the deadline are left behind."""
     fragments: list[tuple[int, TopologyFragment]] = []
     warnings: list[str] = []
     for run in runs:
         if not run.done.wait(max(0.0, ctx.deadline_s - ctx.clock())):
             warnings.append(f"{run.spec.name} did not answer before the deadline; left out")
+            if run.started:
+                _left_behind[id(run.spec.load)] = run
+            run.dropped = True
         elif run.fragment is not None:
             fragments.append((run.spec.precedence, run.fragment))
         else:
             warnings.append(f"{run.spec.name} failed: {run.failure}")
-    pending.clear()
-    return fragments, warnings
+    return Detection(tuple(fragments), tuple(warnings))
 
 
 def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
@@ -189,6 +218,9 @@ def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
             run = pending.popleft()
         except IndexError:  # another thread was faster
             return
+        if run.dropped:
+            continue
+        run.started = True
         threading.current_thread().name = f"topology-{run.spec.name}"
         _detect(run, ctx)
 
@@ -197,30 +229,17 @@ def _detect(run: _Run, ctx: DetectionContext) -> None:
     started_s = ctx.clock()
     try:
         fragment = run.spec.load().detect(ctx)
-        run.fragment = replace(fragment, elapsed_s=ctx.clock() - started_s)
-    except Exception as e:  # a plug-in's bug must not take the topology with it
+        wrong = fault(fragment)
+        if wrong is None:
+            run.fragment = replace(fragment, elapsed_s=ctx.clock() - started_s)
+        run.failure = wrong
+    except BaseException as e:  # a plug-in's bug must not take the topology with it
         run.failure = f"{type(e).__name__}: {e}"
     finally:
         run.done.set()
 
 
 def _run_command(command: Sequence[str], timeout_s: float) -> CommandResult:
-    """Run a tool with no input and the C locale; text only."""
-    import subprocess  # costs milliseconds, and the default path runs no command
+    from ._command import run_command  # costs milliseconds, and the default path runs none
 
-    try:
-        done = subprocess.run(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired as e:
-        raise TimeoutError(f"{command[0]} did not answer within {timeout_s} s") from e
-    return CommandResult(
-        done.returncode,
-        done.stdout.decode("utf-8", "replace"),
-        done.stderr.decode("utf-8", "replace"),
-    )
+    return run_command(command, timeout_s)

@@ -55,7 +55,7 @@ def from_json(text: str | bytes) -> TopologyInfo:
         raise IntegrityError(f"topology of {len(text)} bytes, more than {_MAX_JSON_BYTES}")
     try:
         document = msgspec.json.decode(text, type=_Document)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
         raise IntegrityError(f"not a topology: {e}") from e
     if document.schema != SCHEMA:
         raise IntegrityError(f"topology of schema {document.schema!r}; this reads {SCHEMA}")

@@ -24,6 +24,7 @@ from sagellm.core.protocols import (
 )
 
 from . import placement
+from ._numbers import whole_number
 from ._sysfs import Tree
 from .detector import installed_detectors, make_context, run_detectors
 from .graph import TopologyGraph
@@ -77,6 +78,7 @@ class TopologyManager(TopologyManagerProtocol):
         self._rank = rank
         self._world_size = world_size
         self._labels = dict(labels or {})
+        self._looking = threading.Lock()
         self._lock = threading.Lock()
         self._local: TopologyGraph | None = None
         self._job: TopologyGraph | None = None
@@ -95,10 +97,24 @@ class TopologyManager(TopologyManagerProtocol):
         """
         if not deadline_s > 0:
             raise ConfigError(f"deadline_s must be above 0, not {deadline_s}")
-        with self._lock:
+        return self._here(refresh=refresh, deadline_s=deadline_s).info
+
+    def _here(self, *, refresh: bool = False, deadline_s: float = 1.0) -> TopologyGraph:
+        """The graph of this host. One thread looks; others wait for it as long as they may."""
+        known = self._local
+        if known is not None and not refresh:
+            return known
+        start_s = time.monotonic()
+        if not self._looking.acquire(timeout=min(deadline_s, threading.TIMEOUT_MAX)):
+            told = "another thread is still looking at this machine; ask again, or with more time"
+            return self._local or TopologyGraph(merge((), warnings=(told,)))
+        try:
             if self._local is None or refresh:
-                self._local = TopologyGraph(self._look(deadline_s))
-            return self._local.info
+                left_s = max(deadline_s / 2, deadline_s - (time.monotonic() - start_s))
+                self._local = TopologyGraph(self._look(left_s))
+            return self._local
+        finally:
+            self._looking.release()
 
     def gather(self, store: Store, *, timeout_s: float) -> TopologyInfo:
         """The topology of every rank's host. Collective: every rank of the store calls it.
@@ -240,17 +256,14 @@ class TopologyManager(TopologyManagerProtocol):
     def _widest_graph(self) -> TopologyGraph:
         if self._job is not None:
             return self._job
-        self.detect()
-        assert self._local is not None
-        return self._local
+        return self._here()
 
     def _graph_of(self, *ids: str) -> TopologyGraph:
         """The graph that knows all the ids: this host's, else the job's."""
-        self.detect()
-        assert self._local is not None
-        if self._job is not None and any(self._local.info.find(i) is None for i in ids):
+        here = self._here()
+        if self._job is not None and any(here.info.find(i) is None for i in ids):
             return self._job
-        return self._local
+        return here
 
 
 def _number(given: int | None, environ: Mapping[str, str], name: str, default: int) -> int:
@@ -259,6 +272,7 @@ def _number(given: int | None, environ: Mapping[str, str], name: str, default: i
     text = environ.get(name)
     if text is None:
         return default
-    if not text.isdigit():
-        raise ConfigError(f"{name} must be a number, not {text!r}")
-    return int(text)
+    number = whole_number(text)
+    if number is None:
+        raise ConfigError(f"{name} must be a number, not {text[:40]!r}")
+    return number

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from sagellm.core.protocols import Device, TopologyInfo
 
+from ._numbers import number
 from ._svg import render_svg as render_svg
 from .export import column_labels, pair_label
 from .graph import TopologyGraph
@@ -136,8 +137,8 @@ def describe(device: Device) -> str:
 def _widest_link(graph: TopologyGraph, device: Device) -> str:
     """The device's port or fastest link, per direction."""
     if device.kind == "nic":
-        port = device.attrs.get("port_bytes_per_s")
-        return f"{int(port) * 8 / 1e9:g} Gb/s" if port else "?"
+        port = number(device.attrs.get("port_bytes_per_s"))
+        return f"{port * 8 / 1e9:g} Gb/s" if port else "?"
     if device.kind not in ("gpu", "npu", "pci_switch"):
         return ""
     rates = [x.bandwidth_bytes_per_s for x in graph.links_of(device.id) if x.bandwidth_bytes_per_s]

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from sagellm.core.protocols import Device, TopologyInfo
 
+from ._numbers import whole_number
 from ._vendors import VISIBLE_VARIABLES
 
 __all__ = ["apply_visibility"]
@@ -98,12 +99,13 @@ def _choose(
 
 def _named(entry: str, devices: Sequence[Device]) -> Device | None:
     """The device an entry means: index, UUID prefix without doubt, or the parent of a MIG id."""
-    if entry.isdigit():
+    position = whole_number(entry)
+    if position is not None:
         # `devices` are in driver order, so the position stands in for an unknown index.
         indices = {d.index: d for d in devices if d.index is not None}
         if len(indices) == len(devices):
-            return indices.get(int(entry))
-        return devices[int(entry)] if int(entry) < len(devices) else None
+            return indices.get(position)
+        return devices[position] if position < len(devices) else None
     if entry.startswith("MIG-"):
         for d in devices:
             parts = d.attrs.get("mig", "").split(",")

@@ -70,14 +70,16 @@ def _check(code: int, what: str) -> None:
 
 
 class Nixl(End):
-    """D reads with descriptors of the whole pool that were prepared once, as vLLM does.
+    """One side moves the blocks, by descriptors of the whole pool that were prepared once.
 
     Args:
         role: P or D.
         case: With regions.
         host: Address.
         progress_thread: Whether the library's thread polls, which is its default.
-        told: Whether D begins only when P says, by a byte on a socket, that it has the blocks.
+        how: `read`: D reads, as vLLM does. `told`: so it does, but begins only when P says, by a
+            byte on a socket, that it has the blocks. `write`: P writes, and a notification that
+            comes after the bytes tells D.
 
     """
 
@@ -88,7 +90,7 @@ class Nixl(End):
         host: str,
         *,
         progress_thread: bool,
-        told: bool = False,
+        how: str = "read",
     ) -> None:
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
         os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
@@ -98,8 +100,10 @@ class Nixl(End):
         )
 
         super().__init__(role, case, host)
-        self._bell = Bell(self.sends, host) if told else None
+        self._bell = Bell(self.sends, host) if how == "told" else None
         self._threaded = progress_thread
+        self._operation = "WRITE" if how == "write" else "READ"
+        self._moves = self.sends == (how == "write")
         config = nixl_agent_config(enable_prog_thread=progress_thread, backends=["UCX"])
         self._agent = nixl_agent(role, config)
         base, block = self.blocks.ctypes.data, case["block_bytes"]
@@ -116,20 +120,21 @@ class Nixl(End):
         if self._bell is not None:
             self._bell.meet(where)
         self._peer = self._agent.add_remote_agent(metadata)
-        if not self.sends:
+        if self._moves:
             self._ours = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", self._rows, "DRAM")
             self._theirs = self._agent.prep_xfer_dlist(self._peer, rows, "DRAM")
 
     def finish(self, turn: Turn) -> None:
-        if self.sends:
-            if self._bell is not None:
-                self._bell.ring()
+        if self._bell is not None:
+            (self._bell.ring if self.sends else self._bell.wait)()
+        if not self._moves:
             self._wait_notified()
             return
-        if self._bell is not None:
-            self._bell.wait()
+        ours, theirs = turn.source, turn.target
+        if not self.sends:
+            ours, theirs = theirs, ours
         handle = self._agent.make_prepped_xfer(
-            "READ", self._ours, turn.target, self._theirs, turn.source, b"done"
+            self._operation, self._ours, ours, self._theirs, theirs, b"done"
         )
         state = self._agent.transfer(handle)
         while state == "PROC":
@@ -137,16 +142,16 @@ class Nixl(End):
             state = self._agent.check_xfer_state(handle)
         self._agent.release_xfer_handle(handle)
         if state != "DONE":
-            raise RuntimeError(f"NIXL's READ ended in {state}")
+            raise RuntimeError(f"NIXL's {self._operation} ended in {state}")
 
     def _wait_notified(self) -> None:
-        """P has to know when it may give its blocks back, which is in no hurry."""
+        """P learns when it may give its blocks back, which is in no hurry; D waits for data."""
         end = time.monotonic() + 60
         while not self._agent.get_new_notifs():
             if time.monotonic() > end:
                 raise TimeoutError("NIXL sent no notification")
-            if self._threaded:  # without a thread of its own the library moves only when asked
-                time.sleep(0.0005)
+            # without a thread of its own the library moves only when asked
+            time.sleep(0.0005 if self._threaded and self.sends else 0)
 
     def close(self) -> None:
         if hasattr(self, "_ours"):

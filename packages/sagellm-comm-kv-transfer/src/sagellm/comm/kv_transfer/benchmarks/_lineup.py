@@ -13,7 +13,7 @@ from sagellm.core.protocols.netns import ShapedHosts
 from ._pair import Pair
 from ._worker import Spec
 
-__all__ = ["HOST", "PEERS", "best", "figure", "medians", "ours", "run_pairs"]
+__all__ = ["HOST", "PEERS", "best", "fastest", "figure", "medians", "ours", "run_pairs"]
 
 HOST = "CPU host, loopback"
 """Stands beside every figure: links of a network and their devices are unverified here."""
@@ -73,6 +73,11 @@ def medians(rows: Sequence[Row], **where: object) -> dict[str, dict[str, float]]
 def best(*names: str) -> Callable[[Mapping[str, float]], float | None]:
     """The best of several settings of one library, where bigger is better."""
     return lambda case: max((case[n] for n in names if n in case), default=None)
+
+
+def fastest(*names: str) -> Callable[[Mapping[str, float]], float | None]:
+    """The best of several uses of one library, where smaller is better."""
+    return lambda case: min((case[n] for n in names if n in case), default=None)
 
 
 def figure(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from sagellm.core.protocols import DistributedRuntimeError
 
 from ._turns import MIB, Blocks, Region, Turn
 from ._worker import End
@@ -196,7 +196,7 @@ class GlooGathered(Gloo):
 
 
 class ZeroMQ(End):
-    """A message per block over TCP, sent without a copy and received in place."""
+    """A message per block over TCP, sent without a copy and received straight into its block."""
 
     def __init__(self, role: str, case: Mapping[str, Any], host: str) -> None:
         import zmq
@@ -221,7 +221,8 @@ class ZeroMQ(End):
                 self._socket.send(memoryview(blocks[i]), copy=False)
             return
         for i in turn.target.tolist():
-            blocks[i] = np.frombuffer(self._socket.recv(copy=False).buffer, np.uint8)
+            if (got := self._socket.recv_into(blocks[i].data)) != blocks.shape[1]:
+                raise DistributedRuntimeError(f"a message of {got} bytes for block {i}")
 
     def close(self) -> None:
         self._socket.close()

@@ -177,10 +177,8 @@ def _obey(end: End, case: Mapping[str, Any], command: str, argument: Any) -> obj
         case "stamp":  # what an earlier turn left can never pass for this turn's data
             end.blocks[turn.source, :8].reshape(-1, 8).view("int64")[:] = argument
             return None
-        case "all sums" | "some sums":
-            every = max(1, len(turn.source) // 16) if command == "some sums" else 1
-            ids = turn.source if end.sends else turn.target
-            return sums(end.blocks, ids[::every])
+        case "sums":
+            return sums(end.blocks, turn.source if end.sends else turn.target)
         case "begin":
             end.begin(turn)
             return None

@@ -65,10 +65,10 @@ class SocketConnection(KVConnection):
     ) -> int:
         """Call until all is moved, or anything if `partly`; returns the number of calls."""
         calls = 0
-        last = time.monotonic()
         for start in range(0, len(views), IOV_MAX):
             batch = list(views[start : start + IOV_MAX])
-            while batch:
+            left, last = sum(map(len, batch)), time.monotonic()
+            while True:
                 try:
                     moved = call(batch)
                 except (BlockingIOError, InterruptedError):  # the kernel's tick: look around
@@ -83,13 +83,15 @@ class SocketConnection(KVConnection):
                     raise
                 except OSError as e:
                     raise PeerLostError(f"the connection to {self._peer} broke: {e}") from e
-                if moved == 0 and any(map(len, batch)):
+                if moved == 0 and left:
                     raise PeerLostError(f"{self._peer} closed the connection")
                 calls += 1
                 if partly:
                     return calls
-                batch = _rest(batch, moved)
-                last = time.monotonic() if batch else last
+                left -= moved
+                if not left:
+                    break
+                batch, last = _rest(batch, moved), time.monotonic()
         return calls
 
     def abort(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology.cost_model import CostModel
 from sagellm.core.protocols import BackendUnavailableError, Estimate, TopologyInfo
 
@@ -17,6 +18,7 @@ from ._source import Commands, byte_count, device_id, read_topology
 
 __all__ = ["add_commands"]
 
+_MOST_RANKS = 1 << 20
 _CALIBRATION = "sagellm.topology.calibration/1"
 _PREDICTION = "sagellm.topology.prediction/1"
 
@@ -148,8 +150,9 @@ def _predict(args: argparse.Namespace) -> int:
 def _group(info: TopologyInfo, text: str | None) -> int | tuple[str, ...]:
     if text is None:
         return tuple(d.id for d in info.accelerators) if info.num_devices > 1 else 2
-    if text.isdigit():
-        return int(text)
+    size = whole_number(text, most=_MOST_RANKS)
+    if size is not None:
+        return size
     return tuple(device_id(info, name) for name in text.split(","))
 
 

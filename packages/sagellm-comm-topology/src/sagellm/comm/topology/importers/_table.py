@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["ACCELERATOR", "Table", "read_tables"]
 
-ACCELERATOR = re.compile(r"^(GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|Phy-ID)(\d+)$", re.IGNORECASE)
+ACCELERATOR = re.compile(r"^(GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|Phy-ID)([0-9]{1,7})$", re.IGNORECASE)
 """Labels of accelerators; every other label is a NIC's."""
 
 _LABEL = r"(?:GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|NIC|HCA|Phy-ID)\d+"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
+from sagellm.comm.topology._numbers import number, whole_number
 from sagellm.comm.topology._pcitree import vertices_above
 from sagellm.comm.topology._sysfs import normal_bdf
 from sagellm.comm.topology._vendors import VENDORS, role
@@ -101,18 +102,17 @@ def _remember(obj: Element, known: str | None, reading: _Reading) -> None:
 
 
 def _numa(obj: Element, reading: _Reading) -> str | None:
-    text = obj.attrs.get("os_index", "")
-    if not text.isdigit() or len(text) > 5:
+    node = whole_number(obj.attrs.get("os_index"), most=99_999)
+    if node is None:
         return None
     cpus = cpu_mask_list(obj.attrs.get("cpuset"))
-    memory = obj.attrs.get("local_memory", "")
-    name = f"numa:{int(text)}"
+    name = f"numa:{node}"
     reading.devices[name] = Device(
         name,
         "numa",
-        numa_nodes=(int(text),),
+        numa_nodes=(node,),
         cpulist=cpus or None,
-        memory_bytes=int(memory) if memory.isdigit() and len(memory) < 19 else None,
+        memory_bytes=whole_number(obj.attrs.get("local_memory"), most=1 << 60),
         attrs={"cpuless": "yes"} if cpus == "" else {},
     )
     return name
@@ -145,7 +145,7 @@ def _function(obj: Element, place: _Place, reading: _Reading) -> str | None:
         "pci_device": f"0x{match[3].lower()}",
         **{k: v for k in ("ib", "netdev") if (v := facts.get(k))},
     }
-    index, memory = facts.get("index"), facts.get("memory")
+    memory = whole_number(facts.get("memory"))
     reading.devices[bdf] = Device(
         bdf,
         kind,
@@ -154,8 +154,8 @@ def _function(obj: Element, place: _Place, reading: _Reading) -> str | None:
         bdf=bdf,
         uuid=facts.get("uuid"),
         numa_nodes=place.nodes,
-        index=int(index) if index else None,
-        memory_bytes=int(memory) * 1024 if memory else None,
+        index=whole_number(facts.get("index")),
+        memory_bytes=memory * 1024 if memory else None,
         attrs=attrs,
     )
     reading.places.append((obj, bdf, place))
@@ -188,11 +188,8 @@ def _facts(obj: Element) -> dict[str, str]:
 
 def _speed(obj: Element) -> float | None:
     """Bytes per second and direction; hwloc writes gigabytes, 0 when unknown."""
-    try:
-        value = float(obj.attrs.get("pci_link_speed", "0"))
-    except ValueError:
-        return None
-    return value * 1e9 if 0 < value < 1e4 else None
+    value = number(obj.attrs.get("pci_link_speed"))
+    return value * 1e9 if value and value < 1e4 else None
 
 
 def _join(obj: Element, bdf: str, place: _Place, shared: Counter[str], reading: _Reading) -> None:
@@ -229,12 +226,13 @@ def _matrix(
     """A matrix of NUMA distances, or of bandwidths between GPUs, switches and packages."""
     name = matrix.attrs.get("name", "")
     words = " ".join(c.text for c in matrix.named("indexes")).split()
-    values = " ".join(c.text for c in matrix.named("u64values")).split()
+    texts = " ".join(c.text for c in matrix.named("u64values")).split()
+    values = [v for t in texts if (v := whole_number(t, most=(1 << 64) - 1)) is not None]
     size = len(words)
-    if size > _MAX_MATRIX or len(values) != size * size or not all(v.isdigit() for v in values):
+    if size > _MAX_MATRIX or not len(texts) == len(values) == size * size:
         reading.warnings.append(f"matrix {name[:40]!r} does not add up; left out")
         return
-    table = [[int(v) for v in values[i * size : (i + 1) * size]] for i in range(size)]
+    table = [values[i * size : (i + 1) * size] for i in range(size)]
     kind_of = matrix.attrs.get("type", "")
     ends = [w if ":" in w else f"{kind_of}:{w}" for w in words]
     if name == "NUMALatency" and kind_of == "NUMANode":

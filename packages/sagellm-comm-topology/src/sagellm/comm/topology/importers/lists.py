@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology._sysfs import normal_bdf
 from sagellm.comm.topology._vendors import VENDORS, role
 from sagellm.core.protocols import Device, SwitchDomain, TopologyFragment
@@ -86,7 +87,8 @@ def _function(match: re.Match[str], warnings: list[str]) -> Device | None:
 
 def _detail(device: Device, line: str) -> Device:
     if match := _NUMA.match(line):
-        return replace(device, numa_nodes=(int(match[1]),))
+        node = whole_number(match[1], most=99_999)
+        return device if node is None else replace(device, numa_nodes=(node,))
     facts: dict[str, str] = {}
     if match := _LINK.match(line):
         facts = {"max_link_speed": match[1], "max_link_width": match[2]}
@@ -116,7 +118,7 @@ def read_smi_list(
                     vendor=vendor or "nvidia",
                     model=match[2] or None,
                     uuid=uuid,
-                    index=int(match[1]),
+                    index=whole_number(match[1]),
                 )
             )
             continue

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
+from sagellm.comm.topology._numbers import whole_number
 from sagellm.core.protocols import (
     Device,
     DeviceKind,
@@ -38,6 +39,7 @@ _FABRICS: Mapping[str, LinkKind] = {
     "IX": "ixlink", "C2C": "c2c",
 }  # fmt: skip
 _PEER = frozenset(("OK", "CNS", "GNS", "TNS", "NS", "DR"))
+_MOST_LANES = 1 << 16
 _UNKNOWN = frozenset(("NA", "N/A", "?", "-", "U", "UNK", "UNKNOWN"))
 _SELF = frozenset(("X", "0"))
 _FABRIC = re.compile(r"^([A-Z]+(?:_SW)?)(\d*)$")
@@ -133,11 +135,15 @@ def _read(table: Table, vendor: str, legend: Mapping[str, str], reading: _Readin
             _note(reading, key, path=_PATHS[cell])
         elif cell in _VIA:
             _note(reading, key, via=_VIA[cell])
-        elif (match := _FABRIC.match(cell)) and match[1] in _FABRICS:
+        elif (
+            (match := _FABRIC.match(cell))
+            and match[1] in _FABRICS
+            and (count := whole_number(match[2] or "1", most=_MOST_LANES))
+        ):
             kind = _FABRICS[match[1]]
             through = match[1].endswith("_SW")
             where = reading.through_switch if through else reading.bundles
-            where.setdefault(kind, []).append((*key, int(match[2] or 1)))
+            where.setdefault(kind, []).append((*key, count))
         else:
             reading.warnings.append(f"{a} - {b}: class {cell} is not known; left out")
 
@@ -148,7 +154,7 @@ def _device(label: str, vendor: str, legend: Mapping[str, str]) -> Device:
         return nic_device(legend.get(label.upper(), label))
     gpu = vendor in ("nvidia", "amd", "metax", "mthreads", "iluvatar", "intel", "biren")
     kind: DeviceKind = "gpu" if gpu else "npu"
-    index = int(match[2])
+    index = whole_number(match[2])
     return Device(f"{vendor}:{index}", kind, vendor=vendor, index=index)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 
+from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology._sysfs import gt_per_s, normal_bdf, pcie_bytes_per_s
 from sagellm.comm.topology._vendors import VENDORS, role
 from sagellm.core.protocols import (
@@ -107,7 +108,7 @@ class _Reading:
 
     def _cpu(self, cpu: Element, number: int) -> None:
         text = cpu.attrs.get("numaid", "")
-        node = int(text) if text.isdigit() and len(text) < 6 else None
+        node = whole_number(text, most=99_999)
         root = f"pci-cpu:{number if node is None else node}"
         numa = "" if node is None else f"numa:{node}"
         self._devices[root] = Device(root, "pci_root", numa_nodes=() if node is None else (node,))
@@ -206,10 +207,9 @@ class _Reading:
     def _gpu(self, gpu: Element, bdf: str, numa: str) -> None:
         device = self._devices[bdf]
         facts = {k: v for k in ("sm", "gcn", "rank") if (v := gpu.attrs.get(k))}
-        dev = gpu.attrs.get("dev", "")
         self._devices[bdf] = replace(
             device,
-            index=int(dev) if dev.isdigit() and len(dev) < 6 else None,
+            index=whole_number(gpu.attrs.get("dev"), most=99_999),
             attrs={**device.attrs, **facts},
         )
         self._fabrics += [(bdf, numa, child) for child in gpu.children]
@@ -271,8 +271,7 @@ def _class(pci: Element) -> int:
 
 
 def _number(element: Element, name: str) -> int | None:
-    text = element.attrs.get(name, "")
-    return int(text) if text.isdigit() and 0 < len(text) < 10 and int(text) else None
+    return whole_number(element.attrs.get(name), most=999_999_999) or None
 
 
 def _has(element: Element, tag: str) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from itertools import combinations
 
+from sagellm.comm.topology._numbers import whole_number
 from sagellm.core.protocols import Device, Pair, TopologyFragment
 
 from ._fabric import Bundle, switched
@@ -50,7 +51,7 @@ def read_rocm(
             "gpu" if found == "amd" else "npu",
             vendor=found,
             numa_nodes=numa.get(label, ()),
-            index=int(name.rpartition(":")[2]),
+            index=whole_number(name.rpartition(":")[2]),
         )
         for label, name in ids.items()
     }

@@ -76,9 +76,14 @@ def test_as_transformers_has_them(name):
 
     if name == "default":
         pytest.skip("newer releases compute it elsewhere; the formula is tested above")
-    parameters = {"rope_theta": 10000.0, **VARIANTS[name]}
-    fields = {k: v for k, v in BASE.items() if k != "rope_theta"}
-    config = transformers.LlamaConfig(**fields, rope_parameters=parameters)
+    named = {**BASE, "rope_theta": 10000.0, "rope_scaling": VARIANTS[name]}
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        named["rope_parameters"] = {"rope_theta": named.pop("rope_theta"), **VARIANTS[name]}
+        del named["rope_scaling"]
+    elif name == "longrope":  # which looks for this one on the configuration
+        key = "original_max_position_embeddings"
+        named[key] = VARIANTS[name][key]
+    config = transformers.LlamaConfig(**named)
     want, _ = ROPE_INIT_FUNCTIONS[name](config, "cpu", seq_len=5000)
 
     got = RopeSpec.from_config({**BASE, "rope_scaling": VARIANTS[name]}, tokens=5000)

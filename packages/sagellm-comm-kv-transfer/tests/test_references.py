@@ -6,12 +6,26 @@ import socket
 import struct
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
-from sagellm.core.protocols import AuthenticationError, CommError, IntegrityError, MemoryRuns
+from sagellm.comm.kv_transfer import auth
+from sagellm.comm.kv_transfer._flows import Inflow
+from sagellm.comm.kv_transfer._reader import DataReader
+from sagellm.comm.kv_transfer.frames import HEADER_BYTES, REF, Header
+from sagellm.comm.kv_transfer.memory import TensorExtent
+from sagellm.comm.kv_transfer.transfer import TransferHandle
+from sagellm.core.protocols import (
+    AuthenticationError,
+    CommError,
+    IntegrityError,
+    MemoryRuns,
+    TransferKey,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
@@ -264,26 +278,56 @@ def test_a_reference_to_what_the_peer_has_not_shown_is_refused(connected, what):
     theirs._meeting = theirs._meeting._replace(peek=peek)
 
 
+def test_a_frame_refers_to_as_many_bytes_as_its_blocks_have():
+    handle = TransferHandle(TransferKey("k"), "receive", 10, lambda _: False)
+    flow = Inflow(handle, 1, TensorExtent([torch.zeros(4, dtype=torch.uint8)], 1))
+    reader = DataReader({}, lambda *_: None, io_timeout_s=1, scratch_bytes=1, traffic=None)
+    packed = Header(1, 0, 0, 4, 10, REF).pack(bytes(32))
+    head, sums = Header.unpack(packed[:HEADER_BYTES]), memoryview(packed[HEADER_BYTES:])
+
+    for size in (3, 5):
+        with pytest.raises(IntegrityError, match=f"refers to {size} bytes for blocks of 4"):
+            reader._take(None, None, flow, head, sums, SimpleNamespace(total_bytes=size))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
-def test_processes_of_other_users_are_turned_away(eventually):
+def test_processes_of_other_users_are_turned_away_with_a_right_token_too():
     from sagellm.comm.kv_transfer.transports import ShmTransport
 
-    transport = ShmTransport()
+    transport, token = ShmTransport(), b"t" * 32
+    refused = []
+
+    def accept():
+        try:
+            transport.accept(token, 20)
+        except CommError as e:
+            refused.append(str(e))
+
+    thread = threading.Thread(target=accept)
+    thread.start()
     child = os.fork()
     if child == 0:
-        outcome = 1
+        got = b"what was never said"
         try:
             os.setuid(65534)
-            ShmTransport.connect(transport, transport.endpoint(), b"t" * 32, 2.0)
-        except CommError:
-            outcome = 0
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(10)
+            try:
+                sock.connect("\0" + transport.endpoint().partition("/")[2])
+                sock.sendall(auth.token_id(token) + auth.token_proof(token, initiator=True))
+                got = sock.recv(32)
+            except ConnectionError:
+                got = b""
         finally:
-            os._exit(outcome)
+            os._exit(len(got))
     try:
         _, status = os.waitpid(child, 0)
+        transport.forget(token)
+        thread.join(10)
 
         assert os.waitstatus_to_exitcode(status) == 0
-        eventually(lambda: transport.rejected == 1)
+        assert transport.rejected == 1
+        assert refused == ["nobody wants it now"]
     finally:
         transport.close()
 

@@ -88,7 +88,7 @@ def test_nobody_joins_a_receive_that_has_landed(met, eventually):
     arrivals = into._engine.receiving.arrivals
     r = into.receive(key, [4], source_node=0)
     eventually(lambda: len(link.invitations) == 1)
-    owner, books, arrivals._landed = r.owner, arrivals._landed, lambda r: None  # as if the loop came late
+    owner, books, arrivals._landed = r.owner, arrivals._landed, lambda r: None  # the loop is late
     t = out.transfer([1], 1, key=key)
     r.wait(10)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sagellm.comm.kv_transfer import KVTransferSettings, wire
+from sagellm.comm.kv_transfer._granting import Granter
 from sagellm.core.protocols import (
     CommTimeoutError,
     ConfigError,
@@ -441,3 +442,20 @@ def test_a_failure_that_is_remembered_holds_no_offer(pair, attacker, eventually)
 
     eventually(lambda: not offers())
     assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+def test_those_that_wait_for_memory_are_not_all_tried_at_every_end(channel, monkeypatch):
+    into = channel(settings=KVTransferSettings(max_bounce_bytes=1 << 14))
+    out, many = channel(), 60
+    tried, plan = [], Granter.plan
+    monkeypatch.setattr(Granter, "plan", lambda *args: tried.append(args) or plan(*args))
+    received = [into.receive(TransferKey("k", i)) for i in range(many)]
+
+    sent = [
+        out.transfer([torch.ones(1 << 13, dtype=torch.uint8)], into.node_id, key=r.key)
+        for r in received
+    ]
+    for handle in (*received, *sent):
+        handle.wait(20)
+
+    assert len(tried) <= 4 * many

@@ -331,8 +331,13 @@ class Receiving:
         return gone
 
     def _feed(self) -> None:
-        """Let those try again that wait for memory."""
+        """Let those try again that wait for memory, in turn, until there is none."""
         starved, self._starved = self._starved, []
-        for waiting, link, offer in starved:
+        for i, (waiting, link, offer) in enumerate(starved, 1):
             if waiting.error is None:
                 self._join(waiting, link, offer)
+            else:  # it has failed since this began
+                link.send(failure(offer.tid, waiting.error))
+            if self._starved:
+                self._starved += starved[i:]
+                return

@@ -101,7 +101,9 @@ class Sending:
             if p.pool is not None:
                 p.pool.lease(p, f"{p.key.id}/{p.key.attempt}", read=p.blocks)
             link = self.engine.links.ready(p.target)
-            if link is not None and self._begin_here(p, link):
+            if link is None:
+                self.engine.links.look_up(p.target)
+            elif self._begin_here(p, link):
                 return p
             if link is None or not self.engine.loop.call(lambda: self._begin(p, link)):
                 self.engine.loop.run(

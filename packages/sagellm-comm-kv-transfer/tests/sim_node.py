@@ -1,8 +1,8 @@
 """A channel without sockets, threads and clocks: the real books, and links that a test moves.
 
-`KVTransferChannel`, `Engine`, `Sending`, `Receiving`, `Offering`, `Link`, the flows, the pool and the
-table are those of the package. The event loop, the lanes' threads and the network are queues here,
-whose next step a scheduler chooses.
+`KVTransferChannel`, `Engine`, `Sending`, `Receiving`, `Offering`, `Link`, the flows, the pool and
+the table are those of the package. The event loop, the lanes' threads and the network are queues
+here, whose next step a scheduler chooses.
 """
 
 import heapq
@@ -12,21 +12,33 @@ from types import SimpleNamespace
 
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferChannel, KVTransferSettings
-from sagellm.comm.kv_transfer._backlog import Room
-from sagellm.comm.kv_transfer._engine import Engine
+from sagellm.comm.kv_transfer import (
+    KVTransferChannel,
+    KVTransferSettings,
+    _engine,
+    _limits,
+    transfer,
+)
 from sagellm.comm.kv_transfer._link import Link
 from sagellm.comm.kv_transfer._loop import Timer
-from sagellm.comm.kv_transfer._meters import Meters
-from sagellm.comm.kv_transfer._receiving import Receiving
-from sagellm.comm.kv_transfer._records import CompletionQueue
-from sagellm.comm.kv_transfer._sending import Sending
 from sagellm.comm.kv_transfer.frames import REF, Header, block_sums
 from sagellm.comm.kv_transfer.pool import RegisteredPool
 from sagellm.core.protocols import CacheGroup, IntegrityError, KVLayout, PeerLostError, Shard
 
 HEADS, LAYERS, BLOCKS, DIM = 2, 2, 10, 4
+CLOCK = SimpleNamespace(now=0.0, monotonic=lambda: CLOCK.now)
+"""What transfers take for the module `time`; it stands still but for timers that go off."""
 SETTINGS = KVTransferSettings(quiesce_s=0.5, max_in_flight=16)
+
+
+def install(monkeypatch):
+    """Have engines made of these parts, and transfers look at this clock."""
+    monkeypatch.setattr(_engine, "EventLoop", Loop)
+    monkeypatch.setattr(_engine, "Links", SimLinks)
+    nowhere = SimpleNamespace(getsockname=lambda: ("", 0))
+    monkeypatch.setattr(_engine, "listen", lambda host, port: nowhere)
+    for module in (transfer, _limits):
+        monkeypatch.setattr(module, "time", CLOCK, raising=False)
 
 
 class BrokenError(Exception):
@@ -46,9 +58,12 @@ def layout(rank=None):
 class Loop:
     """An event loop whose callbacks run when the scheduler says so."""
 
-    def __init__(self, clock):
-        self.clock, self.calls, self.timers = clock, deque(), []
+    def __init__(self, name):
+        self.calls, self.timers = deque(), []
         self._ids = itertools.count()
+
+    def start(self):
+        pass
 
     def call(self, callback):
         self.calls.append(callback)
@@ -66,7 +81,7 @@ class Loop:
 
     def call_later(self, delay_s, callback):
         timer = Timer(callback)
-        heapq.heappush(self.timers, (self.clock.now + delay_s, next(self._ids), timer))
+        heapq.heappush(self.timers, (CLOCK.now + delay_s, next(self._ids), timer))
         return timer
 
     def next_at(self):
@@ -78,7 +93,7 @@ class Loop:
     def ring(self):
         """Set off the next timer."""
         at, _, timer = heapq.heappop(self.timers)
-        self.clock.now = max(self.clock.now, at)
+        CLOCK.now = max(CLOCK.now, at)
         timer.callback()
 
 
@@ -133,7 +148,7 @@ class SimLink(Link):
 
 
 class Pair:
-    """Both ends of a link and what is on the way: control in order, frames in two lanes each way."""
+    """Both ends of a link and what is on the way: control in order, frames in two lanes."""
 
     def __init__(self, opener, acceptor):
         self.ends, self.cut = (opener, acceptor), False
@@ -151,8 +166,9 @@ class SimLinks:
     rejected = 0
     data = SimpleNamespace(both_ways=lambda link: None)
 
-    def __init__(self, node):
+    def __init__(self, node, listener, paths, tls):
         self.node, self.all, self.outgoing = node, [], {}
+        self.lost = 0
 
     def __iter__(self):
         return iter(list(self.all))
@@ -181,33 +197,24 @@ class SimLinks:
         return "not dialled"
 
     def on_lost(self, link, error):
+        self.lost += 1
         self.all.remove(link)
         if self.outgoing.get(link.peer) is link:
             del self.outgoing[link.peer]
         self.node.link_lost(link, error, was_up=link.transport != "")
 
 
-class Node(Engine):
+class Node(_engine.Engine):
     """The engine of a channel, over these links."""
 
-    def __init__(self, node_id, clock, rank=None):
-        self.node_id, self.settings, self.clock = node_id, SETTINGS, clock
-        self.discovery = SimpleNamespace(node_id=node_id)
-        self.loop = Loop(clock)
-        self.completions = CompletionQueue(SETTINGS.max_remembered)
-        self.meters = Meters()
-        self.ignored, self._ends, self._causes = Counter(), Counter(), Counter()
-        self._closed = False
-        self.inquiries = SimpleNamespace(link_lost=lambda link, error: None)
-        self.links = SimLinks(self)
-        self.address = f"node:{node_id}"
+    def __init__(self, node_id, rank=None):
+        super().__init__(
+            SimpleNamespace(node_id=node_id), SETTINGS, None, host="", port=0, advertise="sim"
+        )
         kind = layout(rank)
         heads = kind.groups[0].block_shape[0]
         memory = {n: torch.zeros(BLOCKS, heads, 1, DIM, dtype=torch.uint8) for n in kind.layers}
         self.pool = RegisteredPool(kind, memory)
-        self.waiting = Room(SETTINGS.max_waiting_bytes)
-        self.receiving = Receiving(self)
-        self.sending = Sending(self)
         self.heads = range(HEADS) if rank is None else (rank,)
         self.channel = KVTransferChannel.__new__(KVTransferChannel)
         self.channel._engine = self
@@ -253,7 +260,7 @@ class Written:
 
 
 class Read:
-    """A thread that takes one frame: it looks the transfer up, claims, copies, verifies, reports."""
+    """A thread that takes one frame: it looks the transfer up, claims, copies and verifies."""
 
     def __init__(self, link, frame):
         self.link, self.frame = link, frame
@@ -285,7 +292,7 @@ class Read:
         _count(flow.handle, len(payload), head.count - len(bad))
         fresh, again = flow.landed(head, bad)
         flow.leave()
-        link.node.receiving.on_frame(link, flow, head, fresh, again)
+        link.node.receiving.arrivals.on_frame(link, flow, head, fresh, again)
         return True
 
 

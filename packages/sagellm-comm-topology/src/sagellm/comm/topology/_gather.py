@@ -97,7 +97,7 @@ def _portable(info: TopologyInfo) -> TopologyInfo:
                 d,
                 visible_index=None,
                 uuid=None,
-                attrs={k: v for k, v in d.attrs.items() if k != "mig"},
+                attrs={k: v for k, v in d.attrs.items() if k not in ("mig", "visible_indices")},
             )
             for d in info.devices
         ),

@@ -11,28 +11,33 @@ from dataclasses import replace
 
 from sagellm.core.protocols import Device, TopologyFragment
 
+from ._specs import USER
 from ._sysfs import normal_bdf
+from ._sysfs_numa import cpu_numbers
 
-__all__ = ["merge_devices"]
+__all__ = ["differ", "merge_devices"]
 
 _FIRST_KNOWN = ("vendor", "model", "uuid", "cpulist", "index", "memory_bytes")
-_MUST_AGREE = ("kind", "uuid", "numa_nodes")
+_MUST_AGREE = (
+    "kind", "bdf", "uuid", "vendor", "model", "numa_nodes", "cpulist", "memory_bytes", "index",
+)  # fmt: skip
+_TOLERANCE = 0.1  # of sizes and rates that sources measure or round in their own ways
 
 
 def merge_devices(
-    fragments: Sequence[TopologyFragment], notes: list[str]
+    fragments: Sequence[tuple[int, TopologyFragment]], notes: list[str]
 ) -> tuple[dict[str, Device], dict[str, str]]:
     """Devices by final id, and every name that a source used to its final id.
 
     Args:
-        fragments: The most trusted first.
+        fragments: With their precedence, the most trusted first.
         notes: Conflicts are appended.
 
     """
     merging = _Merging(notes)
-    for fragment in fragments:
+    for precedence, fragment in fragments:
         for device in fragment.devices:
-            merging.add(device, fragment.source)
+            merging.add(device, fragment.source, from_file=precedence >= USER)
     merging.join_by_order()
     return merging.finish()
 
@@ -44,23 +49,47 @@ class _Merging:
         self._names: dict[str, str] = {}
         self._weak: dict[str, str] = {}
         self._sources: dict[str, str] = {}
+        self._numbered_by_file: set[str] = set()
 
-    def add(self, device: Device, source: str) -> None:
+    def add(self, device: Device, source: str, *, from_file: bool) -> None:
         bdf = normal_bdf(device.bdf) if device.bdf else None
         strong = [k for k in (bdf, device.uuid, device.id) if k]
         weak = _weak_names(device)
         known = next((self._names[k] for k in strong if k in self._names), None)
         if known is None:
             known = next((at for k in weak if (at := self._match(k, device)) is not None), None)
+        numbered = known is not None and self._devices[known].index is not None
+        if device.index is not None and known is not None and not from_file:
+            self._renumber(known, device, source)
         if known is None:
             known = bdf or device.id
             self._devices[known] = replace(device, id=known, bdf=bdf)
             self._sources[known] = source
         else:
             self._combine(known, replace(device, bdf=bdf), source)
+        if from_file and device.index is not None and not numbered:
+            self._numbered_by_file.add(known)
         self._names.update(dict.fromkeys(strong, known))
         for name in weak:
             self._weak.setdefault(name, known)
+
+    def _renumber(self, known: str, device: Device, source: str) -> None:
+        """Let a driver's number replace a file's: drivers count what is here, a file what was."""
+        first = self._devices[known]
+        if known not in self._numbered_by_file:
+            return
+        self._numbered_by_file.remove(known)
+        if first.index == device.index:
+            return
+        self._notes.append(
+            f"{first.id}: index is {first.index} by {self._sources[known]} but {device.index} by "
+            f"{source}; the driver's is believed"
+        )
+        for name in _weak_names(first):
+            if self._weak.get(name) == known:
+                del self._weak[name]
+        self._devices[known] = replace(first, index=device.index)
+        self._weak.update(dict.fromkeys(_weak_names(self._devices[known]), known))
 
     def _match(self, weak: str, device: Device) -> str | None:
         """The device of a weak name, unless both have names of their own that differ."""
@@ -108,9 +137,7 @@ class _Merging:
         first = self._devices[known]
         for name in _MUST_AGREE:
             a, b = getattr(first, name), getattr(second, name)
-            if name == "numa_nodes" and (set(a) <= set(b) or set(b) <= set(a)):
-                continue  # one source is merely coarser, or does not know
-            if a is not None and b is not None and a != b:
+            if a is not None and b is not None and _differ(name, a, b):
                 mine = self._sources[known]
                 self._notes.append(
                     f"{first.id}: {name} is {a} by {mine} but {b} by {source}; {mine} is believed"
@@ -123,6 +150,27 @@ class _Merging:
             numa_nodes=first.numa_nodes or second.numa_nodes,
             attrs={**second.attrs, **first.attrs},
         )
+
+
+def _differ(name: str, a: object, b: object) -> bool:
+    """Whether two sources contradict each other; one may merely be coarser than the other."""
+    if name in ("numa_nodes", "cpulist"):
+        one, two = (
+            set(cpu_numbers(x)) if isinstance(x, str) else set(x)  # type: ignore[call-overload]
+            for x in (a, b)
+        )
+        return not (one <= two or two <= one)
+    if name == "model":
+        one, two = (str(x).casefold() for x in (a, b))
+        return one not in two and two not in one
+    if name == "memory_bytes" and isinstance(a, int) and isinstance(b, int):
+        return differ(a, b)
+    return a != b
+
+
+def differ(a: float, b: float) -> bool:
+    """Whether two figures for one thing are too far apart to be one."""
+    return abs(a - b) > _TOLERANCE * max(a, b)
 
 
 def _weak_names(device: Device) -> list[str]:

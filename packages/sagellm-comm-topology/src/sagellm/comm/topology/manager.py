@@ -29,7 +29,7 @@ from ._sysfs import Tree
 from .detector import installed_detectors, make_context, run_detectors
 from .graph import TopologyGraph
 from .merge import merge
-from .visibility import apply_visibility
+from .visibility import apply_visibility, visible_indices
 
 __all__ = ["TopologyManager"]
 
@@ -155,9 +155,9 @@ class TopologyManager(TopologyManagerProtocol):
         """
         visible = [d for d in self.detect().accelerators if d.visible_index is not None]
         for device in visible:
-            if device.visible_index == local_rank:
+            if local_rank in visible_indices(device):
                 return device
-        listed = ", ".join(f"{d.visible_index}: {d.id}" for d in visible)
+        listed = ", ".join(f"{i}: {d.id}" for d in visible for i in visible_indices(d))
         raise ConfigError(f"no accelerator {local_rank} is visible; visible: {listed or 'none'}")
 
     def path(self, a: str, b: str) -> Path:

@@ -20,7 +20,14 @@ from sagellm.core.protocols import (
 )
 
 from ._fingerprint import fingerprint
-from ._same_device import merge_devices
+from ._same_device import differ, merge_devices
+from ._same_fabric import (
+    Speakers,
+    drop_idle_switches,
+    fabric_speakers,
+    is_overruled,
+    merge_domains,
+)
 from ._sysfs_numa import cpu_numbers
 from .graph import TopologyGraph
 
@@ -45,11 +52,13 @@ def merge(
     notes = [*warnings]
     for _, fragment in ordered:
         notes += [f"{fragment.source}: {w}" for w in fragment.warnings]
-    devices, names = merge_devices([f for _, f in ordered], notes)
+    devices, names = merge_devices(ordered, notes)
     _place_by_cpus(devices)
-    links = _merge_links([f for _, f in ordered], devices, names, notes)
-    domains = _merge_domains([f for _, f in ordered], devices, names, notes)
-    pairs = _merge_pairs([f for _, f in ordered], devices, names, notes)
+    sources = [f for _, f in ordered]
+    speakers = fabric_speakers(sources, devices, names)
+    domains = merge_domains(sources, devices, names, speakers, notes)
+    links = _merge_links(sources, devices, names, speakers, notes)
+    pairs = _merge_pairs(sources, devices, names, notes)
     _materialise(domains, devices, links)
     _join_roots(devices, links)
     chosen = tuple(sorted(devices.values(), key=_order))
@@ -100,13 +109,17 @@ def _merge_links(
     fragments: Sequence[TopologyFragment],
     devices: dict[str, Device],
     names: dict[str, str],
+    speakers: Speakers,
     notes: list[str],
 ) -> dict[tuple[str, str, str], Link]:
     links: dict[tuple[str, str, str], Link] = {}
     parents: dict[str, str] = {}
     moved = False
-    for fragment in fragments:
+    conflicts: list[str] = []
+    left: set[str] = set()
+    for number, fragment in enumerate(fragments):
         unknown: dict[str, None] = {}
+        overruled = 0
         for link in fragment.links:
             a, b = names.get(link.a, link.a), names.get(link.b, link.b)
             absent = [end for end in (a, b) if end not in devices]
@@ -114,6 +127,10 @@ def _merge_links(
                 unknown.update(dict.fromkeys(x for x in absent if not x.startswith("numa:")))
                 continue
             a, b = sorted((a, b))
+            if (a, b, link.kind) not in links and is_overruled(a, b, link.kind, number, speakers):
+                overruled += 1
+                left.update((a, b))
+                continue
             below = _below(devices[a], devices[b]) if link.kind == "pcie" else None
             if below and parents.setdefault(below, fragment.source) != fragment.source:
                 # A device hangs in one place: where the source that is believed first puts it.
@@ -128,6 +145,12 @@ def _merge_links(
                     f"{a} - {b}: {known.count} {link.kind} by {known.source} but {link.count} "
                     f"by {link.source}; {known.source} is believed"
                 )
+            rates = known.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s
+            if known.source != link.source and rates[0] and rates[1] and differ(*rates):
+                conflicts.append(
+                    f"{a} - {b}: {rates[0] / 1e9:.1f} GB/s by {known.source} but "
+                    f"{rates[1] / 1e9:.1f} by {link.source}; {known.source} is believed"
+                )
             links[a, b, link.kind] = replace(
                 known,
                 bandwidth_bytes_per_s=known.bandwidth_bytes_per_s or link.bandwidth_bytes_per_s,
@@ -136,6 +159,13 @@ def _merge_links(
         if unknown:
             some = ", ".join(list(unknown)[:4]) + (" …" if len(unknown) > 4 else "")
             notes.append(f"{fragment.source}: links to unknown {some} left out")
+        if overruled:
+            notes.append(
+                f"{fragment.source}: {overruled} links of a fabric left out; sources that are "
+                "believed more say how these devices are joined"
+            )
+    notes += _few(conflicts, "links")
+    drop_idle_switches(left, devices, links)
     if moved:
         _prune(devices, links)
     return links
@@ -180,6 +210,7 @@ def _merge_pairs(
     notes: list[str],
 ) -> tuple[Pair, ...]:
     pairs: dict[tuple[str, str], Pair] = {}
+    conflicts: list[str] = []
     for fragment in fragments:
         for pair in fragment.pairs:
             a, b = sorted((names.get(pair.a, pair.a), names.get(pair.b, pair.b)))
@@ -195,12 +226,19 @@ def _merge_pairs(
                     f"{a} - {b}: {known.path} by {known.source} but {pair.path} by "
                     f"{pair.source}; {known.source} is believed"
                 )
+            conflicts += [
+                f"{a} - {b}: {name} is {known.peer[name]} by {known.source} but {word} by "
+                f"{pair.source}; {known.source} is believed"
+                for name, word in pair.peer.items()
+                if known.peer.get(name, word) != word
+            ]
             pairs[a, b] = replace(
                 known,
                 path=known.path or pair.path,
                 via=known.via or pair.via,
                 peer={**pair.peer, **known.peer},
             )
+    notes += _few(conflicts, "pairs")
     return tuple(pairs[k] for k in sorted(pairs))
 
 
@@ -221,28 +259,12 @@ def _contradictions(info: TopologyInfo) -> list[str]:
                 f"{pair.a} - {pair.b}: {pair.path} by {pair.source}, but the links of {sources} "
                 f"make it {path.kind}"
             )
-    if len(found) > _MOST_CONTRADICTIONS:
-        rest = len(found) - _MOST_CONTRADICTIONS
-        found[_MOST_CONTRADICTIONS:] = [f"and {rest} more pairs of this kind"]
-    return found
+    return _few(found, "pairs")
 
 
-def _merge_domains(
-    fragments: Sequence[TopologyFragment],
-    devices: dict[str, Device],
-    names: dict[str, str],
-    notes: list[str],
-) -> list[SwitchDomain]:
-    domains: dict[str, SwitchDomain] = {}
-    for fragment in fragments:
-        for domain in fragment.domains:
-            members = tuple(names.get(m, m) for m in domain.members)
-            absent = [m for m in members if m not in devices]
-            if absent:
-                notes.append(f"{fragment.source}: {domain.id} names unknown member {absent[0]}")
-                members = tuple(m for m in members if m in devices)
-            domains.setdefault(domain.id, replace(domain, members=members))
-    return sorted(domains.values(), key=lambda d: d.id)
+def _few(told: list[str], what: str) -> list[str]:
+    rest = len(told) - _MOST_CONTRADICTIONS
+    return told if rest <= 0 else [*told[:-rest], f"and {rest} more {what} of this kind"]
 
 
 def _materialise(

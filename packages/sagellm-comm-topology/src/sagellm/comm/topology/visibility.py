@@ -1,7 +1,8 @@
 """Which accelerators this process sees, and by which number.
 
 `CUDA_VISIBLE_DEVICES` and its cousins hold driver indices, UUIDs (or their beginnings) or MIG ids,
-in the order in which the process numbers them. As CUDA does, the first entry that names nothing
+in the order in which the process numbers them. A device with several partitions in it has several
+numbers. As CUDA does, the first entry that names nothing
 ends the list, and a device named twice empties it.
 """
 
@@ -15,7 +16,9 @@ from sagellm.core.protocols import Device, TopologyInfo
 from ._numbers import whole_number
 from ._vendors import VISIBLE_VARIABLES
 
-__all__ = ["apply_visibility"]
+__all__ = ["apply_visibility", "visible_indices"]
+
+_SEVERAL = "visible_indices"
 
 
 def apply_visibility(info: TopologyInfo, environ: Mapping[str, str]) -> TopologyInfo:
@@ -26,7 +29,7 @@ def apply_visibility(info: TopologyInfo, environ: Mapping[str, str]) -> Topology
         environ: The environment to honour.
 
     """
-    numbers: dict[str, int] = {}
+    numbers: dict[str, list[int]] = {}
     warnings: list[str] = []
     vendors = dict.fromkeys(d.vendor for d in info.accelerators)
     for vendor in vendors:
@@ -37,14 +40,28 @@ def apply_visibility(info: TopologyInfo, environ: Mapping[str, str]) -> Topology
         ]
         seen, notes = _visible(vendor or "", mine, environ)
         warnings += notes
-        numbers.update({d.id: i for i, d in reversed(list(enumerate(seen)))})
+        for i, d in enumerate(seen):
+            numbers.setdefault(d.id, []).append(i)
     if not info.accelerators:
         return info
     devices = tuple(
-        replace(d, visible_index=numbers.get(d.id)) if d.kind in ("gpu", "npu") else d
-        for d in info.devices
+        _numbered(d, numbers.get(d.id, [])) if d.kind in ("gpu", "npu") else d for d in info.devices
     )
     return replace(info, devices=devices, warnings=(*info.warnings, *warnings))
+
+
+def visible_indices(device: Device) -> tuple[int, ...]:
+    """Every number by which this process sees a device: one for each of its partitions."""
+    listed = device.attrs.get(_SEVERAL, "").split(",")
+    several = tuple(i for x in listed if (i := whole_number(x)) is not None)
+    return several or (() if device.visible_index is None else (device.visible_index,))
+
+
+def _numbered(device: Device, numbers: Sequence[int]) -> Device:
+    attrs = {k: v for k, v in device.attrs.items() if k != _SEVERAL}
+    if len(numbers) > 1:
+        attrs[_SEVERAL] = ",".join(map(str, numbers))
+    return replace(device, visible_index=numbers[0] if numbers else None, attrs=attrs)
 
 
 def _visible(
@@ -89,10 +106,12 @@ def _choose(
             if entry not in ("", "-1", "NoDevFiles"):
                 notes.append(f"{name} names {entry!r}, which is not here; it ends the list")
             break
-        if entry in entries:
+        # Partitions of one device are devices of their own; `0`, `00` and its UUID are one.
+        name_of = entry if entry.startswith("MIG-") else found.id
+        if name_of in entries:
             notes.append(f"{name} names {entry!r} twice; nothing is visible")
             return []
-        entries.add(entry)
+        entries.add(name_of)
         chosen.append(found)
     return chosen
 

@@ -199,7 +199,7 @@ class ZeroMQ(End):
     """A message per block over TCP, sent without a copy and received straight into its block."""
 
     def __init__(self, role: str, case: Mapping[str, Any], host: str) -> None:
-        import zmq
+        import zmq  # type: ignore[import-not-found,unused-ignore]  # a peer of benchmarks only
 
         super().__init__(role, case, host)
         self._context = zmq.Context()

@@ -413,14 +413,16 @@ def test_what_is_over_holds_no_memory(pair, eventually):
             held += [weakref.ref(x) for x in (r, t, r.blocks[0].tensor)]
             del r, t
         stuck = into.receive(TransferKey("stuck"))
-        stuck.cancel()
-        with pytest.raises(KVTransferError):
-            stuck.wait(10)
-        held.append(weakref.ref(stuck))
-        del stuck
+        offer = into.offer(TransferKey("offer"), [1], num_tokens=4, ttl_s=60)
+        for handle in (stuck, offer):
+            handle.cancel()
+            with pytest.raises(KVTransferError):
+                handle.wait(10)
+        held += [weakref.ref(stuck), weakref.ref(offer)]
+        del stuck, offer, handle
 
         # a data thread may still name the last one that it has served
-        eventually(lambda: all(ref() is None for ref in (*held[:9], held[-1])))
+        eventually(lambda: all(ref() is None for ref in (*held[:9], *held[-2:])))
     finally:
         gc.enable()
 

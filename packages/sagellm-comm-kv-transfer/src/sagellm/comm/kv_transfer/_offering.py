@@ -178,6 +178,7 @@ class Offering:
             error = transfer_error(o.handle.key, "offered", o.error)
         o.pool.release(o)
         o.handle.take(Event.IDLE, error=error, first=lambda: self._engine.report(o.handle, error))
+        o.watch = None  # it refers to it
         self._engine.completed(o.handle, error)
 
 

@@ -305,3 +305,33 @@ def test_five_hundred_equal_hosts_are_joined_and_sent_in_a_moment(hgx):
     assert len(text) < 2 << 20
     assert decode_info(text.encode()) == joined
     assert time.process_time() - started < 20
+
+
+class Dying(FileStore):
+    """A store of a rank that dies before it publishes what it promised."""
+
+    def set(self, key, value):
+        if "/body/" in key:
+            raise OSError("killed here")
+        super().set(key, value)
+
+
+@pytest.mark.parametrize("first", ["its own host", "another host"])
+def test_a_rank_that_dies_with_the_description_leaves_it_to_others(tmp_path, look, first):
+    folder = tmp_path / "store"
+    roots = [draw_hgx(tmp_path / f"h{i}", functions=60 + 12 * i).root for i in range(2)]
+    for i, root in enumerate(roots):
+        (root / "proc/sys/kernel/random").mkdir(parents=True)
+        (root / "proc/sys/kernel/random/boot_id").write_text(f"boot-{i}")
+        if i:
+            next(root.glob("sys/devices/system/node/node0/meminfo")).write_text("MemTotal: 5 kB")
+    other = first == "another host"
+    dying = look(roots[other], rank=3, world_size=4)
+    with pytest.raises(OSError, match="killed"):
+        dying.gather(Dying(folder), timeout_s=4)
+    others = [look(roots[other and r > 0], rank=r, world_size=4) for r in range(3)]
+
+    results = together(others, FileStore(folder), timeout_s=4.0)
+
+    assert [r.num_nodes for r in results] == [1 + other] * 3
+    assert [r.missing_nodes for r in results] == [(3,)] * 3

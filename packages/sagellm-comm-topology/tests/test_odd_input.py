@@ -1,6 +1,7 @@
 """Text, plug-ins and drivers that are not what they should be: a hole, never a crash."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from sagellm.comm.topology._numbers import number, whole_number
 from sagellm.comm.topology.benchmarks.fake_machine import GPU, StubNvml
 from sagellm.comm.topology.export import from_json, to_matrix, to_nccl_xml
 from sagellm.comm.topology.importers import import_topology
+from sagellm.comm.topology.importers._text import numa_numbers
 from sagellm.comm.topology.merge import merge
 from sagellm.comm.topology.render import render_svg, render_table
 from sagellm.core.protocols import (
@@ -318,3 +320,117 @@ def test_a_recorded_machine_runs_no_tool_of_this_one(machine, tmp_path, monkeypa
     TopologyManager(root=machine.root, environ={}, allow_commands=True).detect(deadline_s=5)
 
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(tmp_path, capsys):
+    from sagellm.comm.topology.__main__ import main
+    from sagellm.comm.topology.export import to_json
+
+    name = "[/red]x"
+    devices = (Device(name, "gpu", model="[bold]H[/]", vendor="[/]"), Device("b", "gpu"))
+    link = Link(name, "b", "nvlink", source="[/x]")
+    info = merge([(60, TopologyFragment("x", devices, (link,)))], hostname="[/h]")
+    (tmp_path / "t.json").write_text(to_json(info))
+
+    assert main(["show", "--from", str(tmp_path / "t.json")]) == 0
+    assert main(["explain", "--from", str(tmp_path / "t.json"), name, "b"]) == 0
+
+    out = capsys.readouterr().out
+    assert out.count(name) >= 2
+    assert "[/h]: 2 accelerators" in out
+
+
+def test_a_device_or_pipe_is_no_input(tmp_path, capsys):
+    import os
+
+    from sagellm.comm.topology.__main__ import main
+
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe")):
+        assert main(["import", path]) == 2
+        assert "no regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--nodes", "100000000"], ["--gpus", "0"], ["--nics", "²"]])
+def test_a_cluster_too_large_to_draw_is_refused(arguments, capsys):
+    from sagellm.comm.topology.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["plan", *arguments])
+    assert "is no number from 1 to" in capsys.readouterr().err
+
+
+def test_what_this_shell_hides_is_not_hidden_in_a_recorded_tree(machine, monkeypatch, capsys):
+    from sagellm.comm.topology.__main__ import main
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    machine.pci(A, "pci0000:00", GPU, vendor=0x10DE)
+
+    assert main(["show", "--from", str(machine.root), "--json"]) == 0
+
+    assert from_json(capsys.readouterr().out).accelerators[0].visible_index == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "01:00.0 " + " " * 100_000 + "x",
+        "GPU 0: " + " " * 100_000,
+        "GPU 0: x (UUID: GPU-1)\n  MIG " + " " * 100_000,
+        "GPU 0: x (UUID: GPU-1)\n  MIG 1g Device " + " " * 100_000,
+        "01:00.0 3D controller [0302]: " + "[a" * 50_000,
+        "01:00.0 3D controller [0302]: N [10de:2330]\n\tLnkCap:" + "Speed 1GT/s" * 9_000,
+    ],
+)
+def test_long_lines_of_lists_take_no_time(line):
+    start_s = time.process_time()
+    try:
+        import_topology(line.encode())
+    except IntegrityError:
+        pass
+    assert time.process_time() - start_s < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<system version="1">' + "".join(f'<cpu numaid="{i}"/>' for i in range(3000)) + "</system>",
+        '<topology><object type="Machine">'
+        + "".join(f'<object type="NUMANode" os_index="{i}"/>' for i in range(3000))
+        + "</object></topology>",
+    ],
+)
+def test_thousands_of_nodes_take_no_time_and_are_told(text):
+    start_s = time.process_time()
+    info = import_topology(text.encode())
+
+    assert time.process_time() - start_s < 5
+    assert sum(d.kind == "numa" for d in info.devices) == 3000
+    assert any("only the first 256 are joined" in w for w in info.warnings)
+
+
+def test_a_list_of_nodes_is_bounded():
+    start_s = time.process_time()
+
+    assert numa_numbers(",".join(["0-1000"] * 10_000)) == ()
+    assert numa_numbers("3,0-2,1") == (3, 0, 1, 2)
+    assert time.process_time() - start_s < 1
+
+
+@pytest.mark.parametrize("extra", ["", " (prog-if 00 [VGA controller])"])
+def test_the_model_of_lspci_ends_where_the_ids_begin(extra):
+    line = "01:00.0 VGA compatible controller [0300]: NVIDIA GA102 [RTX 3090] [10de:2204] (rev a1)"
+
+    info = import_topology((line + extra).encode())
+
+    assert info.accelerators[0].model == "RTX 3090"
+
+
+def test_json_of_a_job_is_read_as_it_was_written():
+    from sagellm.comm.topology._join import join_hosts
+    from sagellm.comm.topology.export import to_json
+
+    host = merge([(60, TopologyFragment("x", (Device(A, "gpu", bdf=A),)))])
+    job = join_hosts([host, host])
+
+    assert import_topology(to_json(job).encode()) == job

@@ -38,7 +38,8 @@ def fault(fragment: object) -> str | None:
     for device in fragment.devices:
         if wrong := _device(device):
             return f"device {device.id!r}: {wrong}"
-    for edge in (*fragment.links, *fragment.pairs):
+    edges: tuple[Link | Pair, ...] = (*fragment.links, *fragment.pairs)
+    for edge in edges:
         if not (isinstance(edge.a, str) and isinstance(edge.b, str)):
             return f"{type(edge).__name__} {edge.a!r} - {edge.b!r}: its ends are no texts"
     for link in fragment.links:

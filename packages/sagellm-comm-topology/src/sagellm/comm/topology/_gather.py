@@ -70,7 +70,8 @@ def gather(
     plain = _portable(info)
     text = encode_info(plain)
     body = hashlib.sha256(text.encode()).hexdigest()[:32]
-    if store.add(f"{prefix}/claim/{body}", 1) == 1:
+    first = store.add(f"{prefix}/claim/{body}", 1) == 1
+    if first:
         store.set(f"{prefix}/body/{body}", text)
     mine = _Record(_host_key(root, info.hostname), body, dict(labels))
     record = msgspec.json.encode(mine).decode()
@@ -78,8 +79,11 @@ def gather(
         raise ConfigError(f"labels of {len(record)} bytes, more than {_MAX_RECORD_BYTES}")
     store.set(f"{prefix}/rank/{rank}", record)
     if rank == 0:
-        agreed = _collect(plain, store, prefix, world_size, start_s + timeout_s / 2)
+        bodies = {body: plain}
+        agreed = _collect(plain, bodies, store, prefix, world_size, start_s + timeout_s / 2)
         store.set(f"{prefix}/agreed", encode_info(agreed))
+    elif not first and not _wait(store, f"{prefix}/body/{body}", start_s + timeout_s / 8):
+        store.set(f"{prefix}/body/{body}", text)  # who wanted to did not: it died, perhaps
     if not _wait(store, f"{prefix}/agreed", start_s + timeout_s):
         raise CommTimeoutError(
             f"rank 0 of {world_size} published no topology within {timeout_s} s; "
@@ -129,11 +133,15 @@ def _wait(store: Store, key: str, deadline_s: float) -> bool:
 
 
 def _collect(
-    mine: TopologyInfo, store: Store, prefix: str, world_size: int, deadline_s: float
+    mine: TopologyInfo,
+    bodies: dict[str, TopologyInfo],
+    store: Store,
+    prefix: str,
+    world_size: int,
+    deadline_s: float,
 ) -> TopologyInfo:
     hosts: dict[str, TopologyInfo] = {}
     places: list[Mapping[str, str]] = []
-    bodies: dict[str, TopologyInfo] = {}
     missing: list[int] = []
     warnings: list[str] = []
     for rank in range(world_size):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import stat
 
 from sagellm.core.protocols import (
     DetectionContext,
@@ -14,10 +13,11 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
+from ._input import read_regular
+
 __all__ = ["TopoFileDetector"]
 
 _DEFAULT = "/var/run/nvidia-topologyd/virtualTopology.xml"
-_MAX_BYTES = 64 << 20
 
 
 class TopoFileDetector:
@@ -28,7 +28,7 @@ class TopoFileDetector:
         named = ctx.environ.get("NCCL_TOPO_FILE", "")
         path = os.fspath(ctx.root).rstrip("/") + "/" + (named or _DEFAULT).lstrip("/")
         try:
-            data = _content(path)
+            data = read_regular(path)
         except OSError as e:
             if not named:
                 return TopologyFragment("topo-file")
@@ -43,15 +43,3 @@ class TopoFileDetector:
 
 def _nothing(warning: str) -> TopologyFragment:
     return TopologyFragment("topo-file", warnings=(warning,))
-
-
-def _content(path: str) -> bytes:
-    """Bytes of a regular file; a pipe or a device is refused without waiting for it."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        facts = os.fstat(fd)
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError(f"{path} is no regular file")
-        if facts.st_size > _MAX_BYTES:
-            raise OSError(f"{path} has {facts.st_size} bytes, more than the {_MAX_BYTES} read")
-        return file.read(_MAX_BYTES)

@@ -145,11 +145,11 @@ def _merge_links(
                     f"{a} - {b}: {known.count} {link.kind} by {known.source} but {link.count} "
                     f"by {link.source}; {known.source} is believed"
                 )
-            rates = known.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s
-            if known.source != link.source and rates[0] and rates[1] and differ(*rates):
+            mine, other = known.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s
+            if known.source != link.source and mine and other and differ(mine, other):
                 conflicts.append(
-                    f"{a} - {b}: {rates[0] / 1e9:.1f} GB/s by {known.source} but "
-                    f"{rates[1] / 1e9:.1f} by {link.source}; {known.source} is believed"
+                    f"{a} - {b}: {mine / 1e9:.1f} GB/s by {known.source} but "
+                    f"{other / 1e9:.1f} by {link.source}; {known.source} is believed"
                 )
             links[a, b, link.kind] = replace(
                 known,

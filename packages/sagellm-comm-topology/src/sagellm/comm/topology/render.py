@@ -54,8 +54,8 @@ def render_table(info: TopologyInfo) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title=f"{hosts}{count} accelerator{'' if count == 1 else 's'}",
-        caption=f"fingerprint {info.fingerprint}" if info.fingerprint else None,
+        title=Text(f"{hosts}{count} accelerator{'' if count == 1 else 's'}"),
+        caption=Text(f"fingerprint {info.fingerprint}") if info.fingerprint else None,
         title_justify="left",
         caption_justify="left",
     )
@@ -72,7 +72,7 @@ def render_table(info: TopologyInfo) -> Table:
         if device.kind in ("pci_switch", "fabric_switch") and not device.numa_nodes:
             numa = ""
         has_memory = device.kind in ("gpu", "npu", "numa", "cxl_mem")
-        table.add_row(
+        cells = (
             device.id,
             _KIND_NAMES.get(device.kind, device.kind),
             describe(device),
@@ -82,6 +82,7 @@ def render_table(info: TopologyInfo) -> Table:
             _widest_link(graph, device),
             _visible(device),
         )
+        table.add_row(*map(Text, cells))  # never markup: words of other programs are in them
     return table
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from sagellm.comm.topology._input import MAX_BYTES, read_regular
+from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology.detector import installed_detectors, make_context, run_detectors
 from sagellm.comm.topology.export import column_labels, from_json
 from sagellm.comm.topology.manager import TopologyManager
@@ -18,14 +20,13 @@ from sagellm.core.protocols import TopologyFragment, TopologyInfo
 __all__ = [
     "Commands",
     "byte_count",
+    "count_up_to",
     "device_id",
     "named_topology",
     "read_files",
     "read_topology",
     "source_parser",
 ]
-
-_MAX_BYTES = 64 << 20
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a group of commands adds its parsers."""
@@ -40,7 +41,9 @@ def source_parser() -> argparse.ArgumentParser:
         "instead of this machine",
     )  # fmt: skip
     source.add_argument("--tools", action="store_true", help="run vendors' tools too (slow)")
-    source.add_argument("--deadline", type=float, default=1.0, metavar="SECONDS")
+    source.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="longest time (1, with --tools 10)"
+    )
     return source
 
 
@@ -48,8 +51,11 @@ def read_topology(args: argparse.Namespace) -> TopologyInfo:
     """The topology that the options of `source_parser` choose."""
     if args.source and not Path(args.source).is_dir():
         return read_files([args.source])
-    manager = TopologyManager(root=args.source or "/", allow_commands=args.tools)
-    return manager.detect(deadline_s=args.deadline)
+    # A recorded tree is another machine's: what this shell hides is not hidden there.
+    environ: dict[str, str] | None = {} if args.source else None
+    manager = TopologyManager(root=args.source or "/", environ=environ, allow_commands=args.tools)
+    deadline_s = args.deadline if args.deadline is not None else 10.0 if args.tools else 1.0
+    return manager.detect(deadline_s=deadline_s)
 
 
 def named_topology(name: str) -> TopologyInfo:
@@ -84,7 +90,7 @@ def read_files(
 
     fragments: list[tuple[int, TopologyFragment]] = []
     for i, name in enumerate(names):
-        data = sys.stdin.buffer.read(_MAX_BYTES + 1) if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" else read_regular(name)
         if len(names) == 1 and not live and data.lstrip()[:1] == b"{":
             return from_json(data)  # as it was written, host names and all
         fragment = read_fragment(data, form=known_format(form), vendor=vendor)
@@ -108,6 +114,18 @@ def device_id(info: TopologyInfo, name: str) -> str:
         if name in names - {""}:
             return device.id
     return name
+
+
+def count_up_to(most: int) -> Callable[[str], int]:
+    """Reads a number from 1 to `most` on the command line."""
+
+    def read(text: str) -> int:
+        count = whole_number(text, most=most)
+        if not count:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number from 1 to {most}")
+        return count
+
+    return read
 
 
 def byte_count(text: str) -> int:

@@ -54,7 +54,7 @@ def _diff(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(markup=False)
     if found:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         sides = (Path(args.a).name, Path(args.b).name)
@@ -92,7 +92,7 @@ def _print(visits: list[Visit], findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("detector", style="bold", no_wrap=True)
     for name in ("devices", "links", "pairs", "ms"):

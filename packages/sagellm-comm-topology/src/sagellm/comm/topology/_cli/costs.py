@@ -77,7 +77,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     for op in dict.fromkeys(row["op"] for row in rows):
         console.print(_measured(model, op, args.backend, [r for r in rows if r["op"] == op]))
     for d in drifted:
@@ -140,7 +140,7 @@ def _predict(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     console.print(_estimates(args.op, args.bytes, size, found, chosen))
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)

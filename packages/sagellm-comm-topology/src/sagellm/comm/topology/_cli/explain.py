@@ -36,7 +36,7 @@ def _explain(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     console.print(_headline(path), highlight=False, soft_wrap=True)
     if path.links:
         console.print(_table(path))

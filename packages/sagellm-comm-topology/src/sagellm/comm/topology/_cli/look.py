@@ -67,7 +67,7 @@ def _print(info: TopologyInfo, *, as_json: bool, matrix: bool) -> None:
 
     from sagellm.comm.topology.render import render_matrix, render_table
 
-    console = Console()
+    console = Console(markup=False)
     console.print(render_table(info))
     if matrix:
         console.print(render_matrix(info))

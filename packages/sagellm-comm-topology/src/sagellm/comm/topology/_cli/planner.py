@@ -12,11 +12,13 @@ from sagellm.comm.topology.cluster import ClusterShape, make_cluster
 from sagellm.comm.topology.planning import Plan, PlanRow, plan
 from sagellm.core.protocols import TopologyInfo
 
-from ._source import Commands, byte_count, read_topology
+from ._source import Commands, byte_count, count_up_to, read_topology
 
 __all__ = ["add_commands"]
 
 _SCHEMA = "sagellm.topology.plan/1"
+
+_MOST_HOSTS, _MOST_PER_HOST = 4096, 64
 
 
 def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
@@ -26,15 +28,21 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
         description="Simulates a cluster of equal hosts: drawn ones, or copies of the host that "
         "--from names.",
     )  # fmt: skip
-    parser.add_argument("--nodes", type=int, default=8, help="hosts (default: 8)")
+    parser.add_argument(
+        "--nodes", type=count_up_to(_MOST_HOSTS), default=8, help="hosts (default: 8)"
+    )
     parser.add_argument("--op", default="all_reduce", help="operation (default: all_reduce)")
     parser.add_argument(
         "--bytes", type=byte_count, default=256 << 20, metavar="SIZE", help="payload (256M)"
     )
     parser.add_argument("--algorithms", metavar="NAME,…", help="only these")
     drawn = ClusterShape()
-    parser.add_argument("--gpus", type=int, default=drawn.gpus, help="per host (8)")
-    parser.add_argument("--nics", type=int, help="ports per host (one for each GPU)")
+    parser.add_argument(
+        "--gpus", type=count_up_to(_MOST_PER_HOST), default=drawn.gpus, help="per host (8)"
+    )
+    parser.add_argument(
+        "--nics", type=count_up_to(_MOST_PER_HOST), help="ports per host (one for each GPU)"
+    )
     for name, value, what in (
         ("fabric", drawn.fabric_bytes_per_s, "of a GPU into its host's fabric; 0: none"),
         ("pcie", drawn.pcie_bytes_per_s, "of a PCIe link"),
@@ -44,7 +52,12 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
             f"--{name}", type=float, default=value / 1e9, metavar="GB/s",
             help=f"bandwidth {what} ({value / 1e9:g})",
         )  # fmt: skip
-    parser.add_argument("--rack", type=int, default=drawn.rack_nodes, help="hosts in a rack (32)")
+    parser.add_argument(
+        "--rack",
+        type=count_up_to(_MOST_HOSTS),
+        default=drawn.rack_nodes,
+        help="hosts in a rack (32)",
+    )
     parser.add_argument(
         "--oversubscription", type=float, default=1.0, metavar="RATIO",
         help="ports of a leaf switch over its way to the spine (1)",
@@ -96,7 +109,7 @@ def _show(found: Plan, elapsed_s: float) -> None:
     from sagellm.comm.topology._chart import chart
     from sagellm.comm.topology.render import bytes_text
 
-    console = Console()
+    console = Console(markup=False)
     nodes = max(row.nodes for row in found.rows)
     console.print(_table(found, nodes, bytes_text(found.nbytes)))
     counts = sorted({row.nodes for row in found.rows})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 
 from sagellm.core.protocols import Confidence, Device, Link, LinkKind, SwitchDomain
 
-__all__ = ["Bundle", "FabricParts", "join_switch", "switched"]
+__all__ = ["Bundle", "FabricParts", "join_switch", "socket_links", "switched"]
 
 Bundle = tuple[str, str, int]
 """Two device ids and the number of links that a source prints for the pair."""
@@ -16,6 +17,7 @@ FabricParts = tuple[list[Device], list[Link], list[SwitchDomain]]
 # No GPU so far has more NVLinks. An even count to every peer that adds up to more than this can
 # only lead through switches; a smaller sum may be wires (H100 boards of four have six to each).
 _MOST_NVLINKS = 18
+_MOST_SOCKETS = 256
 
 
 def switched(kind: LinkKind, bundles: Iterable[Bundle], source: str) -> FabricParts:
@@ -55,6 +57,16 @@ def join_switch(
     links = [Link(m, name, kind, n, source=source, confidence=confidence) for m, n in lanes.items()]
     domain = SwitchDomain(name, kind, tuple(lanes), confidence=confidence)
     return [Device(name, "fabric_switch")], links, [domain]
+
+
+def socket_links(nodes: Sequence[str], source: str, warnings: list[str]) -> list[Link]:
+    """Ways between all NUMA nodes: that there are some is a conclusion."""
+    if len(nodes) > _MOST_SOCKETS:
+        warnings.append(f"{len(nodes)} NUMA nodes; only the first {_MOST_SOCKETS} are joined")
+    return [
+        Link(a, b, "socket", source=source, confidence="inferred")
+        for a, b in combinations(nodes[:_MOST_SOCKETS], 2)
+    ]
 
 
 def _components(counts: Mapping[tuple[str, str], int]) -> list[list[str]]:

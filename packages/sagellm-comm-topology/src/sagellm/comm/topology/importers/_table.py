@@ -17,7 +17,9 @@ ACCELERATOR = re.compile(r"^(GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|Phy-ID)([0-9]{1,7})
 
 _LABEL = r"(?:GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|NIC|HCA|Phy-ID)\d+"
 _GLUED_LABELS = re.compile(rf"(?:{_LABEL}){{2,}}", re.IGNORECASE)
-_NAME = re.compile(r"^[A-Za-z][\w.\-]*\d[\w.\-]*$")
+_NAME = re.compile(r"^[A-Za-z][\w.\-]*\d[\w.\-]*(?::\d+)?$")  # the last is the port
+_WORD = re.compile(r"^[A-Za-z][\w.\-]*(?::\d+)?$", re.ASCII)
+_BLANK_IN_LIST = re.compile(r"(?<=\d), +(?=\d)")
 _TITLE = re.compile(
     r"(?P<own>GPU\s+NUMA\s+ID|NPU\s+NUMA\s+ID)"
     r"|(?P<cpu>CPU\s+Affinity)"
@@ -42,7 +44,8 @@ class Table:
     Attributes:
         title: The nearest line with words above it.
         labels: Columns that stand for devices, in order.
-        titles: What the columns after them hold: `cpu`, `numa`, `own`.
+        titles: What the other columns hold: `cpu`, `numa`, `own`; `""` for what nobody knows.
+        first: How many of the other columns come before the devices.
         rows: Label to its cells, one for each column; None where a cell is missing.
         tails: Label to what the columns after them say; only cells that are filled.
         warnings: What could not be read.
@@ -52,6 +55,7 @@ class Table:
     title: str
     labels: list[str]
     titles: list[str]
+    first: int = 0
     rows: dict[str, list[str | None]] = field(default_factory=dict)
     tails: dict[str, dict[str, str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -63,8 +67,9 @@ def read_tables(lines: Iterable[str]) -> Iterator[Table]:
     """Every table in the lines; lines that are no rows do not end one, the next header does."""
     table: Table | None = None
     title = ""
-    for line in lines:
-        header = _header(line, title)
+    for text in lines:
+        line = _BLANK_IN_LIST.sub(",", _without_bars(text))
+        header = _header(line, title) or _tab_header(line, title)
         if header is not None:
             if table is not None:
                 yield _checked(table)
@@ -76,6 +81,14 @@ def read_tables(lines: Iterable[str]) -> Iterator[Table]:
             title = line.strip(" =-\t")
     if table is not None:
         yield _checked(table)
+
+
+def _without_bars(line: str) -> str:
+    """A row of a table drawn with bars as one with tabs."""
+    plain = line.strip()
+    if not (plain.startswith("|") and plain.endswith("|") and len(plain) > 1):
+        return line
+    return "\t".join(cell.strip() for cell in plain[1:-1].split("|"))
 
 
 def _checked(table: Table) -> Table:
@@ -91,7 +104,9 @@ def _header(line: str, title: str) -> Table | None:
         return None
     line = line.expandtabs()
     spans = [(m.lastgroup or "", m.start()) for m in _TITLE.finditer(line)]
-    names = line[: spans[0][1]] if spans else line
+    ends = [m.end() for m in _TITLE.finditer(line)]
+    first = len(spans) if spans and not line[: spans[0][1]].strip() else 0
+    names = line[ends[-1] :] if first else line[: spans[0][1]] if spans else line
     labels: list[str] = []
     for word in names.split():
         if _GLUED_LABELS.fullmatch(word):
@@ -100,7 +115,7 @@ def _header(line: str, title: str) -> Table | None:
             labels.append(word)
         else:
             return None
-    if not labels or not ACCELERATOR.match(labels[0]) or len(set(labels)) < len(labels):
+    if not _are_labels(labels):
         return None
     if len(labels) == 1 and not spans and not line[:1].isspace():
         return None  # a word at the start of a line, not the header of one device
@@ -108,9 +123,41 @@ def _header(line: str, title: str) -> Table | None:
         title,
         labels,
         [kind for kind, _ in spans],
+        first,
         _offset=line.rfind(labels[-1], 0, spans[0][1] if spans else len(line)),
         _spans=spans,
     )
+
+
+def _are_labels(labels: Sequence[str]) -> bool:
+    return any(map(ACCELERATOR.match, labels)) and len(set(labels)) == len(labels)
+
+
+def _tab_header(line: str, title: str) -> Table | None:
+    """The table that a line with tabs opens whose words say less than their places.
+
+    NICs may have names without a digit, and titles may be in any language.
+    """
+    if "\t" not in line or not line[:1].isspace():
+        return None
+    labels: list[str] = []
+    before: list[str] = []
+    after: list[str] = []
+    for cell in filter(None, (c.strip() for c in line.split("\t"))):
+        words = cell.split()
+        match = _TITLE.fullmatch(cell)
+        is_label = match is None and (
+            all(map(_NAME.match, words)) or (bool(labels) and bool(_WORD.match(cell)))
+        )
+        if is_label and after:
+            return None
+        if is_label:
+            labels += words
+        else:
+            (after if labels else before).append(match.lastgroup or "" if match else "")
+    if not _are_labels(labels) or any(map(_WHOLE.match, labels)):
+        return None
+    return Table(title, labels, [*before, *after], len(before))
 
 
 def _row(table: Table, line: str) -> bool:
@@ -123,8 +170,11 @@ def _row(table: Table, line: str) -> bool:
     if label not in table.labels or label in table.rows:
         return False
     if "\t" in line:
-        cells, tail = _cells_of_tabs(rest.split("\t"), len(table.labels))
-        found = _tail_of_tabs(table, tail)
+        fields = _filled(table, label, rest.split("\t"))
+        head, fields = fields[: table.first], fields[table.first :]
+        cells, tail = _cells_of_tabs(fields, len(table.labels))
+        found = dict(zip(table.titles, map(str.strip, head), strict=False))
+        found |= _tail_of_tabs(table, tail)
     else:
         cells, found = _words(table, line)
     if not any((c and _CELLS.match(c)) or (c and c.isdigit()) for c in cells):
@@ -138,7 +188,7 @@ def _row(table: Table, line: str) -> bool:
         table.warnings.append(f"row {label} is cut: {missing} of {len(table.labels)} cells missing")
         cells += [None] * missing
     table.rows[label] = cells
-    table.tails[label] = {k: v for k, v in found.items() if v}
+    table.tails[label] = {k: v for k, v in found.items() if k and v}
     return True
 
 
@@ -147,6 +197,14 @@ def _split(word: str) -> list[str]:
     if _WHOLE.match(word) or not _CELLS.match(word):
         return [word]
     return _ONE_CELL.findall(word)
+
+
+def _filled(table: Table, label: str, fields: list[str]) -> list[str]:
+    """The fields without empty ones, where it is plain that these only part the others."""
+    filled = [f for f in fields if f.strip()]
+    full = len(table.labels) + len(table.titles)
+    lone = len(table.labels) if not ACCELERATOR.match(label) and not table.first else full
+    return filled if len(filled) in (full, lone) else fields
 
 
 def _cells_of_tabs(fields: Sequence[str], wanted: int) -> tuple[list[str | None], list[str]]:
@@ -164,9 +222,10 @@ def _cells_of_tabs(fields: Sequence[str], wanted: int) -> tuple[list[str | None]
 
 def _tail_of_tabs(table: Table, tail: list[str]) -> dict[str, str]:
     """Affinity cells by position; tools put a second tab before the last column."""
-    while len(tail) > len(table.titles) and "" in tail:
+    titles = table.titles[table.first :]
+    while len(tail) > len(titles) and "" in tail:
         del tail[len(tail) - 1 - tail[::-1].index("")]
-    return dict(zip(table.titles, tail, strict=False))
+    return dict(zip(titles, tail, strict=False))
 
 
 def _words(table: Table, line: str) -> tuple[list[str | None], dict[str, str]]:
@@ -174,12 +233,16 @@ def _words(table: Table, line: str) -> tuple[list[str | None], dict[str, str]]:
     words = [(m.group(), m.start()) for m in re.finditer(r"\S+", line)][1:]
     cells: list[str | None] = []
     last = 0
+    ahead: dict[str, str] = {}
+    if table.first and len(words) >= table.first + len(table.labels):
+        ahead = {k: words.pop(0)[0] for k in table.titles[: table.first]}
     while words and len(cells) < len(table.labels):
         word, last = words.pop(0)
         cells += _split(word)
-    if len(words) == len(table.titles):
-        return cells, {k: w for k, (w, _) in zip(table.titles, words, strict=True)}
-    found: dict[str, str] = {}
+    titles = table.titles[table.first :]
+    if len(words) == len(titles):
+        return cells, ahead | {k: w for k, (w, _) in zip(titles, words, strict=True)}
+    found = ahead
     # A cell is blank: columns decide, moved by what the header lost on its left.
     shift = last - table._offset
     for word, start in words:

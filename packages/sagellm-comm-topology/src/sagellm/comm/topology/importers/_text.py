@@ -14,6 +14,7 @@ MAX_BYTES = 64 << 20
 MAX_LINE = 128 << 10
 """Characters of a line that are read; a row of a thousand devices takes a tenth of it."""
 
+_MOST_NUMBERS = 1024  # the kernel has no more NUMA nodes
 _MAX_LINES = 200_000
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _NUMBERS = re.compile(r"^\d{1,5}(?:-\d{1,5})?(?:,\d{1,5}(?:-\d{1,5})?)*$")
@@ -47,13 +48,15 @@ def numa_numbers(text: str) -> tuple[int, ...]:
     """
     if not _NUMBERS.match(text):
         return ()
-    found: list[int] = []
+    found: dict[int, None] = {}
+    total = 0
     for part in text.split(","):
         first, _, last = part.partition("-")
         span = range(int(first), int(last or first) + 1)
-        if len(span) > 1024:
+        total += len(span)
+        if total > _MOST_NUMBERS:
             return ()
-        found += [n for n in span if n not in found]
+        found.update(dict.fromkeys(span))
     return tuple(found)
 
 

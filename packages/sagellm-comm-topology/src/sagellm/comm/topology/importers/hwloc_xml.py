@@ -14,7 +14,7 @@ from sagellm.comm.topology._sysfs import normal_bdf
 from sagellm.comm.topology._vendors import VENDORS, role
 from sagellm.core.protocols import Device, Link, LinkKind, SwitchDomain, TopologyFragment
 
-from ._fabric import join_switch
+from ._fabric import join_switch, socket_links
 from ._text import cpu_mask_list, numa_numbers
 from ._xml import Element
 
@@ -55,10 +55,7 @@ def read_hwloc(topology: Element, *, source: str = "") -> TopologyFragment:
     for element, bdf, place in reading.places:
         _join(element, bdf, place, shared, reading)
     numas = [d.id for d in reading.devices.values() if d.kind == "numa"]
-    sockets = [
-        Link(a, b, "socket", source=reading.source, confidence="inferred")
-        for a, b in combinations(numas, 2)
-    ]
+    sockets = socket_links(numas, reading.source, reading.warnings)
     links = [*reading.links.values(), *sockets]
     domains: list[SwitchDomain] = []
     for matrix in topology.children:

@@ -14,17 +14,18 @@ from sagellm.core.protocols import Device, SwitchDomain, TopologyFragment
 __all__ = ["read_lspci", "read_smi_list"]
 
 _FUNCTION = re.compile(
-    r"^(?P<bdf>(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\s+"
-    r"(?P<what>.*?)\s*\[(?P<class>[0-9a-f]{4})\](?::\s*(?P<name>.*))?$",
+    r"^(?P<bdf>(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\s"
+    r"[^\[]*\[(?P<class>[0-9a-f]{4})\](?::\s*(?P<name>.*))?$",
     re.IGNORECASE,
 )
 _IDS = re.compile(r"\[([0-9a-f]{4}):([0-9a-f]{4})\]", re.IGNORECASE)
-_MODEL = re.compile(r"\[([^\[\]]*[A-Za-z][^\[\]]*)\]")
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+_MOST_DETAIL = 512  # characters of a line of details that are read
 _NUMA = re.compile(r"^\s+NUMA node:\s*(\d+)\s*$")
 _LINK = re.compile(r"^\s+LnkCap:.*Speed\s+([0-9.]+\s*GT/s).*Width\s+x(\d+)")
 _DRIVER = re.compile(r"^\s+Kernel driver in use:\s*(\S+)")
-_GPU = re.compile(r"^\s*GPU\s+(\d+):\s*(.*?)\s*\(UUID:\s*([\w\-]+)\)?")
-_MIG = re.compile(r"^\s*MIG\s+(.*?)\s+Device\s+(\d+):\s*\(UUID:\s*([\w\-/]+)\)?")
+_GPU = re.compile(r"^\s*GPU\s+(\d+):(.*?)\(UUID:\s*([\w\-]+)\)?")
+_MIG = re.compile(r"^\s*MIG\s+(\S.*?)Device\s+(\d+):\s*\(UUID:\s*([\w\-/]+)\)?")
 _LANE = re.compile(r"^\s*Link\s+\d+:\s*([0-9.]+)\s*GB/s")
 
 
@@ -45,7 +46,7 @@ def read_lspci(
             if device is not None:
                 devices[device.id] = device
         elif current is not None and line[:1].isspace():
-            devices[current] = _detail(devices[current], line)
+            devices[current] = _detail(devices[current], line[:_MOST_DETAIL])
         else:
             current = None
     if not seen:
@@ -65,15 +66,20 @@ def _function(match: re.Match[str], warnings: list[str]) -> Device | None:
     if bdf is None:
         return None
     name = match["name"] or ""
-    ids = _IDS.findall(name)
+    found = list(_IDS.finditer(name))
+    ids = found[0].groups() if found else None
     if not ids:
         warnings.append(f"{bdf}: no [vendor:device]; `lspci -nn` prints it")
-    vendor, device = (f"0x{x.lower()}" for x in ids[-1]) if ids else (None, None)
+    vendor, device = (f"0x{x.lower()}" for x in ids) if ids else (None, None)
     code = int(match["class"], 16) << 8
     kind = role(code, vendor, on_root_bus=bdf.split(":")[1] == "00")
     if kind is None:
         return None
-    words = _MODEL.findall(_IDS.sub("", name))
+    words = [
+        w
+        for w in _BRACKETS.findall(name[: found[0].start()] if found else name)
+        if re.search("[A-Za-z]", w)
+    ]
     attrs = {"pci_class": f"0x{code:06x}", "pci_vendor": vendor, "pci_device": device}
     return Device(
         bdf,
@@ -116,7 +122,7 @@ def read_smi_list(
                     uuid,
                     "gpu",
                     vendor=vendor or "nvidia",
-                    model=match[2] or None,
+                    model=match[2].strip() or None,
                     uuid=uuid,
                     index=whole_number(match[1]),
                 )
@@ -128,7 +134,9 @@ def read_smi_list(
         if match := _MIG.match(line):
             attrs["mig_mode"] = "enabled"
             attrs["mig"] = ",".join(x for x in (attrs.get("mig"), match[3]) if x)
-            attrs["mig_profiles"] = ",".join(x for x in (attrs.get("mig_profiles"), match[1]) if x)
+            attrs["mig_profiles"] = ",".join(
+                x for x in (attrs.get("mig_profiles"), match[1].strip()) if x
+            )
         elif _LANE.match(line):
             attrs["nvlinks"] = str(int(attrs.get("nvlinks", "0")) + 1)
         devices[-1] = replace(devices[-1], attrs=attrs)

@@ -63,7 +63,7 @@ _MAKERS = (
 
 def maker(lines: Sequence[str], labels: Sequence[str]) -> str | None:
     """Whose tool printed the lines; None when nothing in them tells."""
-    match = ACCELERATOR.match(labels[0]) if labels else None
+    match = next(filter(None, map(ACCELERATOR.match, labels)), None)
     by_label = _LABEL_MAKERS.get(match[1].upper()) if match else None
     if by_label:
         return by_label

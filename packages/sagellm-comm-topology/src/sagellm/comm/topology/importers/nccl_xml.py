@@ -7,7 +7,6 @@ there. Skeletons have no `gpu`: their links are unknown, and live data adds them
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
 
 from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology._sysfs import gt_per_s, normal_bdf, pcie_bytes_per_s
@@ -22,7 +21,7 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
-from ._fabric import join_switch
+from ._fabric import join_switch, socket_links
 from ._text import cpu_mask_list
 from ._xml import Element
 from .matrix import nic_device
@@ -73,10 +72,7 @@ class _Reading:
         for bdf, numa, element in self._fabrics:
             self._fabric(bdf, numa, element)
         nodes = [d.id for d in self._devices.values() if d.kind == "numa"]
-        self._links += [
-            Link(a, b, "socket", source=self._source, confidence="inferred")
-            for a, b in combinations(nodes, 2)
-        ]
+        self._links += socket_links(nodes, self._source, self._warnings)
         self._links += [
             Link(a, b, kind, n, source=self._source) for (a, b, kind), n in self._bundles.items()
         ]

@@ -22,6 +22,8 @@ Threads, Iluvatar, Kunlun and Cambricon, `topo -p2p`, `npu-smi info -t topo` and
 FORMATS: tuple[Format, ...] = get_args(Format)
 """Every format that can be read."""
 
+_LEADING = b"\xef\xbb\xbf \t\r\n"
+
 USER_FILE = 100
 """Precedence of a file that a user names."""
 
@@ -61,6 +63,11 @@ def import_topology(
         ConfigError: `form` is not known.
 
     """
+    form = known_format(form)
+    if _is_json(data, form):
+        from sagellm.comm.topology.export import from_json
+
+        return from_json(data)  # as it was written, hosts and all
     from sagellm.comm.topology.merge import merge
 
     return merge([(USER_FILE, read_fragment(data, form=form, vendor=vendor, source=source))])
@@ -75,12 +82,17 @@ def read_fragment(
 ) -> TopologyFragment:
     """What a file says, to be merged with what others say; see `import_topology`."""
     form = known_format(form)
-    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    start = data[:512].lstrip(_LEADING)
     if form in ("nccl-xml", "hwloc-xml") or (form is None and start.startswith(b"<")):
         return _xml(data, source)
-    if form == "json" or (form is None and start.startswith((b"{", b"["))):
+    if _is_json(data, form):
         return _json(data, source)
     return _text(data, form, vendor, source)
+
+
+def _is_json(data: bytes, form: Format | None) -> bool:
+    start = data[:512].lstrip(_LEADING)
+    return form == "json" or (form is None and start.startswith((b"{", b"[")))
 
 
 def _xml(data: bytes, source: str) -> TopologyFragment:

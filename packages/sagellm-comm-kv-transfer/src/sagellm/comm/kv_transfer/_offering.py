@@ -53,7 +53,9 @@ class Offering:
         self.offers: dict[str, Offered] = {}
         self.ending: set[Offered] = set()
         self.serving: set[Push] = set()
-        self.fetches: Backlog[wire.Fetch] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
+        self.fetches: Backlog[wire.Fetch] = Backlog(
+            limits.max_in_flight, limits.max_backlog_bytes, engine.waiting
+        )
 
     def offer(self, o: Offered) -> None:
         """Let peers fetch.
@@ -183,6 +185,7 @@ class Offering:
             error = transfer_error(o.handle.key, "offered", o.error)
         o.pool.release(o)
         o.handle.take(Event.IDLE, error=error, first=lambda: self._engine.report(o.handle, error))
+        o.watch = None  # it refers to it
         self._engine.completed(o.handle, error)
 
 

@@ -45,7 +45,7 @@ from serving.svg_topology import Flow, write_topology
 from serving.trace import write_trace
 
 from sagellm.comm.kv_transfer import create_codec
-from sagellm.comm.kv_transfer.transports import load_transport
+from sagellm.comm.kv_transfer.transports import load_spec
 from sagellm.comm.topology import TopologyManager
 from sagellm.core.protocols import BackendUnavailableError, CommError, ConfigError
 from sagellm.core.protocols.selection import backend_registry
@@ -82,7 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tp-decode", type=int, default=1, metavar="N", help="decode ranks (default: 1)")
     add("--backend", default="auto", help="collective backend: auto, gloo, … (default: auto)")
     add("--codec", default="none", help="codec of the KV: none, lz4 or zstd (default: none)")
-    add("--transport", default="tcp", help="transport of the KV (default: tcp)")
+    add("--transport", default="tcp", help="transport of the KV, or auto (default: tcp)")
     add("--sabotage-layer", type=int, metavar="I", help="zero the received KV of this layer")
     add("--checkpoint", type=Path, default=TINY_LLAMA, help="a Llama with tokenizer.json")
     add("--out", type=Path, default=Path("demo-out"), help="folder for trace and pictures")
@@ -152,7 +152,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Job, list[Prompt]]:
     if args.backend != "auto":
         _check_backend(args.backend)
     create_codec(args.codec)
-    load_transport(args.transport)
+    if args.transport != "auto":
+        load_spec(args.transport)
     prompts, _ = load_prompts(args.checkpoint, args.prompt)
     lengths = [len(p.tokens) + args.max_new_tokens for p in prompts]
     if max(lengths) > config.max_positions:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sagellm.core.protocols import (
+    CommTimeoutError,
     ConfigError,
     KVTransferError,
     TransferKey,
@@ -270,3 +271,19 @@ def test_one_of_several_nodes_that_fails_fails_the_fetch(channel, layout, tensor
     assert f.exception().invalid_blocks == (3, 4)
     with pytest.raises(ConfigError, match="no node to fetch from"):
         into.fetch(TransferKey("o"), [], [3, 4])
+
+
+def test_an_offer_that_just_stands_holds_up_no_drain(pair, eventually):
+    out, _, into, _ = pair()
+    out.offer(TransferKey("o"), [1], num_tokens=4, ttl_s=30)
+    out.drain(1)
+
+    busy = out.offer(TransferKey("b"), [1], num_tokens=4, ttl_s=30, after=Never())
+    into.fetch(TransferKey("b"), 0, [5])
+    eventually(lambda: out._engine.sending.offering.serving)
+    with pytest.raises(CommTimeoutError, match=r"1 transfers still in flight .*: b/0"):
+        out.drain(0.05)
+    busy.cancel()
+    out.drain(5)
+
+    assert out.get_stats().in_flight == 1

@@ -1,17 +1,24 @@
 import asyncio
 import select
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, transfer
+from sagellm.comm.kv_transfer.state import Role
+from sagellm.comm.kv_transfer.transfer import TransferHandle
 from sagellm.core.protocols import (
+    CacheGroup,
     CommTimeoutError,
     ConfigError,
     KVBlock,
+    KVLayout,
     KVTransferError,
+    PeerLostError,
     ResourceError,
     TransferKey,
     TransferState,
@@ -296,6 +303,9 @@ def test_a_wait_that_gives_up_leaves_nothing_behind(pair):
         (lambda c: c.transfer([1], 1, dst_blocks=[1, 2]), "differ in number"),
         (lambda c: c.transfer([1], 1, key="k"), "TransferKey"),
         (lambda c: c.receive(None, [1, 1]), "come twice"),
+        (lambda c: c.receive(None, [1], source_node=[]), "names no node"),
+        (lambda c: c.add_peer(7, "a..b:80"), "not host:port"),
+        (lambda c: c.add_peer(7, "a" * 64 + ":80"), "not host:port"),
         (lambda c: c.fetch(("k", 0), 1, [1], layers=[5]), "layers"),
     ],
 )
@@ -363,3 +373,121 @@ def test_bounce_memory_is_bounded_and_waits_for_room(channel):
     got = [other.receive(None) for _ in fitting]
 
     assert [r.wait(10).blocks[0].tensor[0].item() for r in got] == list(range(6))
+
+
+def test_a_landed_key_that_is_repeated_is_reported_again(pair):
+    out, _, into, b = pair()
+    key = TransferKey("k")
+    r = into.receive(key, [4])
+    out.transfer([1], into.node_id, key=key).wait(10)
+    r.wait(10)
+    assert [c.status for c in (*out.poll(), *into.poll())] == ["landed", "landed"]
+    b["layer0"][4] = 7
+
+    t = out.transfer([1], into.node_id, key=key)
+    r = into.receive(key, [4])
+
+    assert t.done()
+    assert r.done()
+    assert [(c.key, c.status, c.direction) for c in out.poll()] == [(key, "landed", "send")]
+    assert [(c.key, c.status, c.direction) for c in into.poll()] == [(key, "landed", "receive")]
+    assert (b["layer0"][4] == 7).all(), "it was done once more"
+    with pytest.raises(ConfigError, match="in other blocks"):
+        into.receive(key, [5])
+
+
+def test_a_receive_that_landed_in_buffers_gives_them_again_while_they_live(channel):
+    out, into = channel(), channel()
+    key = TransferKey("k")
+    t = out.transfer([torch.arange(5)], into.node_id, key=key)
+    r = into.receive(key).wait(10)
+    t.wait(10)
+
+    again = into.receive(key)
+
+    assert again is r
+    assert torch.equal(again.wait(0).blocks[0].tensor, torch.arange(5))
+    ends = into._engine.receiving.arrivals.ended
+    ends[key] = ends.get(key)._replace(handle=lambda: None)  # a reference that is dead
+    with pytest.raises(ConfigError, match="dropped with its handle"):
+        into.receive(key)
+
+
+def test_one_key_under_way_stands_for_one_thing(pair):
+    out, _, into, _ = pair()
+    ones, key = torch.ones(4), TransferKey("tensors")
+    t = out.transfer([ones], into.node_id, key=key)
+    strided = torch.arange(12).reshape(3, 4).T
+    s = out.transfer([strided], into.node_id, key=TransferKey("strided"))
+    d = out.transfer([1], into.node_id, key=TransferKey("blocks"), dst_blocks=[2])
+
+    assert out.transfer([ones], into.node_id, key=key) is t
+    assert out.transfer([strided], into.node_id, key=TransferKey("strided")) is s
+    assert out.transfer([1], into.node_id, key=TransferKey("blocks"), dst_blocks=[2]) is d
+    for blocks, name, named in (
+        ([torch.zeros(4)], "tensors", None),
+        ([torch.ones(5)], "tensors", None),
+        ([ones, ones], "tensors", None),
+        ([strided.T], "strided", None),
+        ([1], "blocks", [3]),
+        ([1], "blocks", None),
+        ([2], "blocks", [2]),
+    ):
+        with pytest.raises(ConfigError, match="other blocks or destinations"):
+            out.transfer(blocks, into.node_id, key=TransferKey(name), dst_blocks=named)
+
+
+def test_blocks_that_must_not_be_read_are_told_by_group(channel):
+    groups = [
+        CacheGroup(n, "kv", (f"{n}0",), ("block", "dim"), (8,), "float32") for n in ("kv", "state")
+    ]
+    into = channel()
+    tensors = {"kv0": torch.zeros(4, 8), "state0": torch.zeros(4, 8)}
+    into.register(KVLayout(tuple(groups)), tensors)
+
+    r = into.receive(TransferKey("k"), {"kv": [2, 1], "state": [3, 2]}, deadline_s=0.1)
+    with pytest.raises(KVTransferError) as caught:
+        r.wait(10)
+
+    for told in (caught.value, into.poll()[0]):
+        assert told.invalid_blocks == (1, 2, 3)
+        assert told.invalid_by_group == {"kv": (1, 2), "state": (2, 3)}
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anybody_has_come(pair):
+    out, _, into, _ = pair()
+    handles = [
+        into.receive(TransferKey("r"), [1]),
+        into.fetch(TransferKey("f"), 0, [2]),
+        out.transfer([1], 1, key=TransferKey("t")),
+    ]
+
+    for handle in handles:
+        with pytest.raises(ConfigError, match=r"layer 3 is not in 0\.\.2"):
+            handle.wait_layer(3, 5)
+
+
+def test_nobody_waits_long_for_a_transfer_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(transfer, "_GRACE_S", 0.05)
+
+    def stuck(deadline_s=0.05):
+        return TransferHandle(TransferKey("k"), "send", deadline_s, lambda _: False, Role.OFFER)
+
+    with pytest.raises(CommTimeoutError, match="has not landed"):
+        asyncio.run(asyncio.wait_for(_coroutine(stuck()), 5))
+    for wait in (lambda h: h.wait(), lambda h: asyncio.run(_coroutine(h))):
+        renewed = stuck()
+        threading.Timer(0.02, renewed.renew, (0.4,)).start()
+        began = time.monotonic()
+        with pytest.raises(CommTimeoutError, match="has not landed"):
+            wait(renewed)
+        assert 0.4 < time.monotonic() - began < 5
+
+
+def test_a_closed_channel_has_no_descriptor(channel):
+    c = channel()
+    assert c.fileno() >= 0
+    c.close()
+
+    with pytest.raises(PeerLostError, match="closed"):
+        c.fileno()

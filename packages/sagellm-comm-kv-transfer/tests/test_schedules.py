@@ -4,6 +4,8 @@ A fault is a link cut, a message lost, repeated or late, a frame damaged or repe
 restart, a cancel or a deadline. Each seed is one schedule, and is named when it breaks something.
 """
 
+import os
+
 import pytest
 from sim_node import BrokenError, install
 from sim_world import World, explore
@@ -17,6 +19,8 @@ from sagellm.comm.kv_transfer._offering import Offering
 from sagellm.comm.kv_transfer._receive import Receive
 from sagellm.comm.kv_transfer._sending import Sending
 from sagellm.comm.kv_transfer.state import TABLE, Event, Phase, Role
+
+ROUNDS = int(os.environ.get("SAGELLM_KV_SCHEDULES", "400"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def test_without_faults_everything_lands_on_all_sides():
 
 
 def test_no_schedule_with_faults_breaks_an_invariant():
-    assert explore_all(60, 400) > 40_000
+    assert explore_all(60, ROUNDS) > 40_000
 
 
 def test_schedules_reach_what_is_to_be_explored():

@@ -21,7 +21,7 @@ that is none of these is a bug in this project.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -153,7 +153,8 @@ class KVTransferError(CommError, RuntimeError):
     Attributes:
         key: (transfer id, attempt) of the failed transfer.
         cause: The `code` of what went wrong beneath, such as `peer_lost`.
-        invalid_blocks: Destination blocks whose content must not be used.
+        invalid_blocks: Destination blocks whose content must not be used, of all groups together.
+        invalid_by_group: The same by cache group.
 
     """
 
@@ -166,11 +167,13 @@ class KVTransferError(CommError, RuntimeError):
         key: tuple[str, int] | None = None,
         cause: str = "kv_transfer_failed",
         invalid_blocks: Sequence[int] = (),
+        invalid_by_group: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(message)
         self.key = key
         self.cause = cause
         self.invalid_blocks = tuple(invalid_blocks)
+        self.invalid_by_group = {g: tuple(ids) for g, ids in (invalid_by_group or {}).items()}
 
 
 class DistributedRuntimeError(CommError, RuntimeError):

@@ -123,10 +123,11 @@ class Completion:
         direction: Whether this node sent or received; one key may end in both on one node.
         cause: `code` of the error, empty on success.
         message: The error's text, empty on success.
-        invalid_blocks: Destination blocks that must not be read.
+        invalid_blocks: Destination blocks that must not be read, of all cache groups together.
+        invalid_by_group: The same by cache group, whose block ids may be told apart by group only.
         blocks_safe: True when no late byte can reach the blocks any more: only then do they
             go back to the allocator.
-        num_tokens: Tokens that the blocks hold, as the sender has said on `seal` or `offer`; else 0.
+        num_tokens: Tokens that the blocks hold, as `seal` or `offer` has said; else 0.
 
     """
 
@@ -138,6 +139,7 @@ class Completion:
     invalid_blocks: tuple[int, ...] = ()
     blocks_safe: bool = True
     num_tokens: int = 0
+    invalid_by_group: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class Transfer(Awaitable["Transfer"], Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the blocks hold, once it has landed, as `seal` or `offer` has said; else 0."""
+        """Tokens that the blocks hold, as `seal` or `offer` has said, once it has landed."""
         ...
 
     @property
@@ -109,7 +109,8 @@ class Transfer(Awaitable["Transfer"], Protocol):
         """Block until it has landed, and return it.
 
         Args:
-            timeout_s: Longest wait in seconds; None is the transfer's own deadline.
+            timeout_s: Longest wait in seconds; None waits for its end, which comes by the
+                transfer's own deadline, and some seconds more for one that does not end.
 
         Raises:
             KVTransferError: It failed; `cause` and `invalid_blocks` say how. A more precise
@@ -369,7 +370,7 @@ class KVTransferChannelProtocol(ABC):
 
     @abstractmethod
     def drain(self, deadline_s: float) -> None:
-        """Block until nothing is in flight.
+        """Block until nothing is in flight but offers that nobody fetches just now.
 
         Raises:
             CommTimeoutError: Some still are; the message names them.

@@ -160,7 +160,7 @@ class Arrivals:
         """Keep the books of a receive that has landed, and tell its senders."""
         self._free(r)
         if r.fetch_from is None:
-            self.ended[r.key] = End(None, r.fingerprint())
+            self.ended[r.key] = End.landed(r)
         for s in r.sources:
             s.link.send(wire.Done(s.inflow.tid))
         self._follow(r)

@@ -198,6 +198,7 @@ class Engine:
                 cause=error.cause,
                 message=str(error),
                 invalid_blocks=error.invalid_blocks,
+                invalid_by_group=error.invalid_by_group,
             )
         )
 
@@ -220,6 +221,10 @@ class Engine:
                 self.receiving.arrivals.fail(owner, error)
             case Offered():
                 self.sending.offering.fail(owner, error)
+
+    def moving(self) -> list[TransferHandle]:
+        """Those in flight except offers that nobody fetches just now."""
+        return self.sending.moving() + self.receiving.in_flight()
 
     def in_flight(self) -> list[TransferHandle]:
         """Transfers that have not ended."""

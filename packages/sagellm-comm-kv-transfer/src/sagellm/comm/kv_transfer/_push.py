@@ -60,6 +60,8 @@ class Push:
         self.error: CommError | None = None
         self.nacked = 0
         self.watch: Watch | None = None
+        if pool is not None:
+            handle.expect(0, 0, len(pool.group_names))
 
     @property
     def key(self) -> TransferKey:
@@ -67,11 +69,12 @@ class Push:
         return self.handle.key
 
     def sends_what(self, other: Push) -> bool:
-        """Whether both were given the same blocks; of plain tensors only their number counts."""
-        if self.tensors is not None and other.tensors is not None:
-            return len(self.tensors) == len(other.tensors)
-        return self.blocks.keys() == other.blocks.keys() and all(
-            np.array_equal(ids, other.blocks[n]) for n, ids in self.blocks.items()
+        """Whether both were given the same memory, and the same destinations."""
+        return (
+            self.tensor_infos() == other.tensor_infos()
+            and all(map(_same_bytes, self.tensors or (), other.tensors or ()))
+            and _same_tables(self.blocks, other.blocks)
+            and _same_tables(self.dst_blocks or {}, other.dst_blocks or {})
         )
 
     def tensor_infos(self) -> list[wire.TensorInfo] | None:
@@ -101,6 +104,22 @@ class Push:
         link = self.link
         if link is not None and self.flow.extent is not None:
             link.writer.add(self.flow)
+
+
+def _same_tables(one: BlockTable, other: BlockTable) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(ids, other[n]) for n, ids in one.items()
+    )
+
+
+def _same_bytes(one: KVBlock, other: KVBlock) -> bool:
+    """Whether two blocks of one shape are the same, or copies of the same strided tensor."""
+    import torch
+
+    a, b = one.tensor, other.tensor
+    if a.data_ptr() == b.data_ptr():
+        return True
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 class Offered:

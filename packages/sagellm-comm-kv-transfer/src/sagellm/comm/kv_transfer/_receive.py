@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from sagellm.core.protocols import CommError, ConfigError, KVLayout, KVTransferError, TransferKey
@@ -24,6 +25,15 @@ class End(NamedTuple):
 
     error: CommError | None
     fingerprint: int | None
+    handle: Callable[[], TransferHandle | None] = lambda: None
+    """Its handle, for as long as somebody has it: it may own what came."""
+    num_tokens: int = 0
+
+    @classmethod
+    def landed(cls, r: Receive) -> End:
+        """How this one did."""
+        handle = r.handle
+        return cls(None, r.fingerprint(), weakref.ref(handle), handle.num_tokens)
 
 
 class Source:
@@ -92,6 +102,7 @@ class Receive:
         self.lock = threading.RLock()
         """Held while senders join or leave, and while it lands: no sender joins what has."""
         self.watch: Watch | None = None
+        self.expect()
 
     @property
     def key(self) -> TransferKey:
@@ -139,8 +150,11 @@ class Receive:
         self.handle.expect(
             sum(s.inflow.total_bytes for s in self.sources),
             sum(s.inflow.total_units for s in self.sources),
-            max((s.inflow.extent.layers for s in self.sources), default=0),
+            max((s.inflow.extent.layers for s in self.sources), default=self._own_layers()),
         )
+
+    def _own_layers(self) -> int:
+        return 0 if self.pool is None else len(self.pool.group_names)
 
     def leave(self, source: Source) -> None:
         """Do without a sender; readers look at both, and must not see a layer without its gap."""
@@ -204,15 +218,10 @@ class Receive:
         assert self.error is not None, "only failed receives have one"
         nodes = sorted(self.came | (self.senders or frozenset()))
         who = f"from node {', '.join(map(str, nodes))}" if nodes else "from any node"
-        return transfer_error(self.key, who, self.error, self.destination_ids())
+        return transfer_error(self.key, who, self.error, self.blocks or {})
 
     def fingerprint(self) -> int | None:
         """Tells destinations apart; None when there are none."""
         if self.blocks is None:
             return None
         return hash(tuple((n, ids.tobytes()) for n, ids in sorted(self.blocks.items())))
-
-    def destination_ids(self) -> tuple[int, ...]:
-        """Blocks of our pool that it writes."""
-        tables = self.blocks or {}
-        return tuple(sorted({i for ids in tables.values() for i in ids.tolist()}))

@@ -121,9 +121,19 @@ class Receiving:
             r.handle.take(ending(end.error))
             r.error = end.error
             self.arrivals.quiet(r)
-        elif end.fingerprint is not None and end.fingerprint == r.fingerprint():
+        elif r.blocks is None and (earlier := end.handle()) is not None:
+            return earlier
+        elif r.blocks is None:
+            raise ConfigError(
+                f"{r.key.id}/{r.key.attempt} has landed here before, and what it brought was "
+                "dropped with its handle; another try needs another attempt number"
+            )
+        elif end.fingerprint == r.fingerprint():
+            r.handle.num_tokens = end.num_tokens
             r.handle.take(Event.ACCEPT)
-            r.handle.take(Event.COMPLETE)
+            r.handle.take(Event.COMPLETE, first=lambda: self._engine.report(r.handle, None))
+            r.handle.take(Event.RELEASE)
+            self._engine.completed(r.handle, None)
         else:
             raise ConfigError(
                 f"{r.key.id}/{r.key.attempt} has landed here before, in other blocks; "

@@ -66,6 +66,10 @@ class Sending:
         offers = (*self.offering.offers.values(), *self.offering.ending)
         return [p.handle for p in self.live if p.offered is None] + [o.handle for o in offers]
 
+    def moving(self) -> list[TransferHandle]:
+        """Pushes, fetches that are served, and offers that end: all but offers that just stand."""
+        return [p.handle for p in self.live] + [o.handle for o in self.offering.ending]
+
     # -- from this node ---------------------------------------------------------------------
 
     def push(self, p: Push) -> Push:
@@ -79,7 +83,8 @@ class Sending:
                 if not same.sends_what(p):
                     raise ConfigError(
                         f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way "
-                        "already, with other blocks; another try needs another attempt number"
+                        "already, with other blocks or destinations; another try needs another "
+                        "attempt number"
                     )
                 return same
             known = self._landed.get(name) or self._failed.get(p.key) is not None
@@ -113,8 +118,9 @@ class Sending:
     def _repeat(self, p: Push) -> None:
         """End a push as its key has ended before."""
         if (error := self._failed.get(p.key)) is None:
-            for event in (Event.ACCEPT, Event.DONE, Event.IDLE):
+            for event in (Event.ACCEPT, Event.DONE):
                 p.handle.take(event)
+            self._quiet(p)
             return
         p.handle.take(ending(error))
         p.error = error

@@ -290,6 +290,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if source_node is not None:
             many = [source_node] if isinstance(source_node, int) else source_node
             senders = frozenset(many)
+            if not senders:
+                raise ConfigError("source_node names no node; None takes a push from any")
         name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
@@ -358,17 +360,25 @@ class KVTransferChannel(KVTransferChannelProtocol):
     # -- ends -------------------------------------------------------------------------------
 
     def poll(self, max_n: int | None = None) -> list[Completion]:
-        """Completions not reported before. Never blocks."""
+        """Completions not reported before. Never blocks.
+
+        The one of a handle that is done, or whose `wait` has returned, is among them.
+        """
         return self._engine.completions.take(max_n)
 
     def fileno(self) -> int:
-        """A descriptor that is readable while `poll` has something to report."""
+        """A descriptor that is readable while `poll` has something to report.
+
+        Raises:
+            PeerLostError: The channel is closed.
+
+        """
         return self._engine.completions.fileno()
 
     def drain(self, deadline_s: float) -> None:
-        """Block until nothing is in flight."""
+        """Block until nothing is in flight but offers that nobody fetches just now."""
         end = time.monotonic() + deadline_s
-        while handles := self._engine.loop.run(self._engine.in_flight):
+        while handles := self._engine.loop.run(self._engine.moving):
             for handle in handles:
                 try:
                     handle.wait(max(0.0, end - time.monotonic()))

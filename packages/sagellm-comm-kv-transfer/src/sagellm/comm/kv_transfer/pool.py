@@ -469,6 +469,7 @@ def _share(one: Tensor, other: Tensor) -> bool:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
     a, b = (t.detach().view(kinds[t.element_size()]).numpy() for t in (one, other))
     try:
-        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type,unused-ignore]  # stubs allow 0 and -1
+        # numpy's stubs allow 0 and -1 only
+        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type,unused-ignore]
     except RuntimeError:  # too hard to tell, which no sound layout is
         return True

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from sagellm.core.protocols import (
     CommError,
@@ -22,6 +24,7 @@ from sagellm.core.protocols import (
 )
 
 from ._arguments import check_deadline
+from .memory import Ints
 from .state import RULES, TABLE, Event, Phase, Role, Step
 
 __all__ = ["TransferHandle", "transfer_error"]
@@ -122,6 +125,10 @@ class TransferHandle:
     def wait(self, timeout_s: float | None = None) -> TransferHandle:
         """Block until it has landed, and return it.
 
+        Args:
+            timeout_s: Longest wait in seconds; None waits for its end, which comes by its
+                deadline, and gives up 10 s after that.
+
         Raises:
             KVTransferError: It failed or was cancelled.
             CommTimeoutError: Still in flight after `timeout_s`; the transfer goes on.
@@ -178,7 +185,7 @@ class TransferHandle:
         return self._error
 
     def __await__(self) -> Generator[Any, None, TransferHandle]:
-        """Wait without blocking the running event loop; its own deadline holds."""
+        """Wait without blocking the running event loop, as long as `wait()`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -187,7 +194,10 @@ class TransferHandle:
                 future.set_result(None)
 
         self._when_over(lambda: loop.call_soon_threadsafe(settle))
-        yield from future
+        while not future.done():
+            yield from asyncio.wait([future], timeout=self.left_s + _GRACE_S).__await__()
+            if not self.left_s:  # an offer may have been renewed
+                break
         return self.wait(0.0)
 
     # -- what the channel does --------------------------------------------------------------
@@ -208,8 +218,7 @@ class TransferHandle:
         """
         if self._over:
             return
-        if timeout_s is None:
-            timeout_s = self.left_s + _GRACE_S
+        wait_s = self.left_s + _GRACE_S if timeout_s is None else max(0.0, timeout_s)
         gate = threading.Lock()
         gate.acquire()
         entry = (layer, gate)
@@ -219,7 +228,9 @@ class TransferHandle:
             self._gates.append(entry)
         opened = False
         try:
-            opened = gate.acquire(timeout=max(0.0, timeout_s))
+            opened = gate.acquire(timeout=wait_s)
+            while not opened and timeout_s is None and self.left_s:  # renewed meanwhile
+                opened = gate.acquire(timeout=self.left_s + _GRACE_S)
         finally:
             if not opened:
                 with self._lock:
@@ -230,7 +241,7 @@ class TransferHandle:
         if opened:
             return
         raise CommTimeoutError(
-            f"transfer {self._key.id}/{self._key.attempt}: {what} after {timeout_s:.3g} s; "
+            f"transfer {self._key.id}/{self._key.attempt}: {what} after {wait_s:.3g} s; "
             f"it is {self.state.value}, {self.progress}"
         )
 
@@ -361,9 +372,11 @@ class _Meter:
 
 
 def transfer_error(
-    key: TransferKey, what: str, cause: BaseException, invalid: Sequence[int] = ()
+    key: TransferKey, what: str, cause: BaseException, invalid: Mapping[str, Ints] | None = None
 ) -> KVTransferError:
     """The error a handle ends with, from what went wrong beneath."""
+    by_group = {name: np.unique(ids) for name, ids in (invalid or {}).items() if len(ids)}
+    every: list[int] = np.unique(np.concatenate([*by_group.values()])).tolist() if by_group else []
     if isinstance(cause, KVTransferError):
         code = cause.cause
     else:
@@ -372,7 +385,8 @@ def transfer_error(
         f"transfer {key.id}/{key.attempt} {what}: {cause}",
         key=(key.id, key.attempt),
         cause=code,
-        invalid_blocks=invalid,
+        invalid_blocks=every,
+        invalid_by_group={name: tuple(ids.tolist()) for name, ids in by_group.items()},
     )
     error.__cause__ = cause
     return error
@@ -381,7 +395,11 @@ def transfer_error(
 def _fresh(error: KVTransferError) -> KVTransferError:
     """A copy to raise, so that threads do not share one traceback."""
     copy = KVTransferError(
-        str(error), key=error.key, cause=error.cause, invalid_blocks=error.invalid_blocks
+        str(error),
+        key=error.key,
+        cause=error.cause,
+        invalid_blocks=error.invalid_blocks,
+        invalid_by_group=error.invalid_by_group,
     )
     copy.__cause__ = error.__cause__
     return copy

@@ -100,7 +100,7 @@ def _take(
     last = time.monotonic()
     while arguments.transfers is None or live.transfers < arguments.transfers:
         while len(waiting) < _WAITING:
-            waiting.append(channel.receive(None, deadline_s=_FOREVER_S))
+            waiting.append(channel.receive(None, deadline_s=_FOREVER_S, adopt=True))
         if arguments.interrupted:
             raise KeyboardInterrupt
         select.select([channel.fileno()], [], [], _TICK_S)

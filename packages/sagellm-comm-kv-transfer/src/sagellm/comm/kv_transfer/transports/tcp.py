@@ -48,9 +48,16 @@ def parse_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not _is_host(host) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"{address!r} is not host:port")
     return host, int(port)
+
+
+def _is_host(host: str) -> bool:
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:  # of no name can be looked up: an empty or too long label
+        return False
 
 
 def listen(host: str, port: int, name: str = "kv_transfer") -> socket.socket:

@@ -1,9 +1,7 @@
-"""Pools in shared memory, references to them, and copies that count only while they may."""
+"""Blocks in shared memory: references to them, and copies that count only while they may."""
 
 import gc
-import mmap
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,22 +15,14 @@ import torch
 from sagellm.comm.kv_transfer import KVTransferSettings
 from sagellm.comm.kv_transfer.transports import _shm_link
 from sagellm.core.protocols import (
-    ConfigError,
     KVTransferError,
     PeerLostError,
-    ResourceError,
     TransferKey,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
 KEY = TransferKey("k")
-
-
-@pytest.fixture(autouse=True)
-def everything_is_referred(monkeypatch):
-    """Little blocks are enough for these tests; in earnest they are sent."""
-    monkeypatch.setattr(_shm_link, "_SENT_BYTES", 0)
 
 
 SHM = {"settings": KVTransferSettings(transport="shm")}
@@ -77,99 +67,6 @@ def test_what_is_small_is_sent_and_what_is_large_is_shown(shared, monkeypatch, b
     (lane,) = next(iter(into._engine.links)).lanes
     assert len(lane._views) == maps
     assert (r.metrics.wire_bytes > r.metrics.bytes) == (not maps)
-
-
-# -- pools ----------------------------------------------------------------------------------
-
-
-def test_an_allocated_pool_is_what_its_layout_says(channel, layout):
-    wanted = layout(layers=2, dtype="bfloat16", axes=("kv", "head", "block", "token", "dim"))
-    pool = channel().allocate(wanted, 7)
-
-    assert {n: list(t.shape) for n, t in pool.tensors.items()} == {
-        "layer0": [2, 4, 7, 4, 8],
-        "layer1": [2, 4, 7, 4, 8],
-    }
-    assert all(t.dtype is torch.bfloat16 and not t.any() for t in pool.tensors.values())
-    assert dict(pool.num_blocks) == {"kv": 7}
-
-
-def test_who_has_its_descriptor_can_neither_write_nor_resize_a_pool(channel, layout):
-    from sagellm.comm.kv_transfer._segment import shared_segments
-
-    pool = channel().allocate(layout(), 4)
-    (segment,) = shared_segments()
-    again = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDWR)
-    try:
-        with pytest.raises(PermissionError):
-            mmap.mmap(again, segment.nbytes)
-        with pytest.raises(PermissionError):
-            os.write(again, b"x")
-        for size in (0, 2 * segment.nbytes):
-            with pytest.raises(PermissionError):
-                os.ftruncate(again, size)
-        assert mmap.mmap(again, segment.nbytes, prot=mmap.PROT_READ)[:4] == b"\0" * 4
-        pool.tensors["layer0"].fill_(1)
-    finally:
-        os.close(again)
-
-
-def kept():
-    """Descriptors, threads, and mappings of memory files; closed channels are cycles."""
-    gc.collect()
-    with open("/proc/self/maps") as maps:
-        mapped = sum("sagellm-kv" in line for line in maps)
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), mapped
-
-
-def test_an_allocated_pool_goes_with_its_registration(channel, layout):
-    node = channel()
-    before = kept()
-    pool = node.allocate(layout(), 10)
-    assert kept() != before
-
-    node.unregister(pool)
-
-    assert kept() == before
-    with pytest.raises(ConfigError, match="not registered"):
-        node.unregister(pool)
-
-
-def test_too_large_a_pool_is_refused_with_what_there_is(channel, layout, monkeypatch):
-    from sagellm.comm.kv_transfer import _segment
-
-    node = channel()
-    before = kept()
-    with pytest.raises(ResourceError, match=r"\d+ bytes are available here; allocate fewer"):
-        node.allocate(layout(), 1 << 32)
-    monkeypatch.setattr(_segment, "room_bytes", lambda: None)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    try:
-        with pytest.raises(ResourceError, match=r"File too large.*ulimit -f"):
-            node.allocate(layout(), 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    for wrong in (0, -1, {"other": 3}):
-        with pytest.raises(ConfigError, match="num_blocks"):
-            node.allocate(layout(), wrong)
-
-    assert kept() == before
-    node.allocate(layout(), 2)
-
-
-def test_room_is_what_the_tightest_cgroup_leaves(tmp_path, monkeypatch):
-    from sagellm.comm.kv_transfer import _segment
-
-    (tmp_path / "a").mkdir()
-    for folder, limit in ((tmp_path, "max"), (tmp_path / "a", "1000000")):
-        (folder / "memory.max").write_text(limit)
-        (folder / "memory.current").write_text("900000")
-        (folder / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
-    found = [(f, "memory.max", "memory.current") for f in (tmp_path / "a", tmp_path)]
-    monkeypatch.setattr(_segment, "_cgroups", lambda: found)
-
-    assert _segment.room_bytes() == 200_000
 
 
 # -- transfers ------------------------------------------------------------------------------
@@ -268,7 +165,7 @@ def test_unregistering_lets_peers_unmap(shared, eventually):
     eventually(lambda: not conn._views)
 
 
-def test_nothing_leaks_from_shared_memory(channel, layout, eventually):
+def test_nothing_leaks_from_shared_memory(channel, layout, eventually, kept):
     def round_trip():
         out, into = channel(), channel()
         for node in (out, into):

@@ -441,9 +441,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         engine.links.look_up(peer)
         link = engine.loop.run(begin)
         if not met.wait(wait_s):
-            raise CommTimeoutError(
-                f"node {peer} never came within {wait_s:g} s ({engine.links.why_absent(peer)})"
-            )
+            why = link.dialler.why if link.dialler is not None else "no link"
+            raise CommTimeoutError(f"node {peer} never came within {wait_s:g} s ({why})")
         if link.error is not None:
             raise link.error
         return link

@@ -280,6 +280,31 @@ def test_a_damaged_header_loses_the_link_not_the_process(channel, proxy, layout,
     again.wait(10)
 
 
+def test_a_slow_frame_of_a_cancelled_transfer_costs_no_other(channel, proxy, layout, tensors):
+    out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors, quiesce_s=0.3)
+    under_way, pause = threading.Event(), threading.Event()
+
+    def trickle(position, data):
+        if position > 1 << 18:
+            under_way.set()
+            pause.wait(0.02)
+        return data
+
+    gate.flip = trickle
+    r = into.receive(TransferKey("victim"))
+    out.transfer([torch.ones(1 << 20)], 1, key=TransferKey("victim"))
+    other = out.transfer([1, 2], 1, key=TransferKey("other"))
+    assert under_way.wait(10)
+
+    r.cancel()
+    with pytest.raises(KVTransferError, match="cancelled"):
+        r.wait(10)
+
+    into.receive(TransferKey("other"), [3, 4]).wait(10)
+    other.wait(10)
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+
+
 def test_a_silent_data_connection_fails_by_its_deadline(channel, proxy, layout, tensors):
     out, _, into, _, gate = through_proxy(channel, proxy, layout, tensors, quiesce_s=0.1)
     reached = threading.Event()

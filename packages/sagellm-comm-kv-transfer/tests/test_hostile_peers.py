@@ -1,6 +1,7 @@
 import contextlib
 import os
 import struct
+import threading
 import time
 
 import pytest
@@ -351,6 +352,17 @@ def quick():
 def resident_bytes():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_lanes_that_are_announced_and_never_come_keep_one_thread(channel, attacker, eventually):
+    settings = KVTransferSettings(transport="tcp", handshake_timeout_s=30)
+    node = channel(settings=settings)
+    enemy = attacker(node)
+
+    enemy.say(*(wire.Lane(i, "tcp") for i in range(1, 15)))
+
+    eventually(lambda: [k.lanes_promised for k in node._engine.links] == [15])
+    eventually(lambda: sum("-in-" in t.name for t in threading.enumerate()) == 1)
 
 
 def test_peers_together_have_no_more_room_than_there_is(pair, attacker, works, eventually):

@@ -364,7 +364,7 @@ def test_half_of_the_heads_does_not_fill_what_a_whole_sender_was_invited_to(
 
     out.transfer([1, 2], 1, key=TransferKey("k"))
 
-    with pytest.raises(KVTransferError) as caught:
+    with pytest.raises(KVTransferError, match="all that blocks of kv hold") as caught:
         r.wait(10)
     assert caught.value.invalid_blocks == (4, 5)
     assert all(torch.equal(b[n][[4, 5], :, 2:], before[n][[4, 5], :, 2:]) for n in b)

@@ -188,7 +188,9 @@ def test_endless_digits_in_text_are_holes(text):
     assert not info.find("numa:0")
 
 
-@pytest.mark.parametrize("data", [b"[" * 200_000, b'{"topology":' * 100_000, b'{"a":"\xff\xfe"}'])
+@pytest.mark.parametrize(
+    "data", [b"[" * 200_000, b'{"topology":' * 100_000, b'{"topology":{"hostname":"\xff\xfe"}}']
+)
 def test_json_too_deep_or_not_utf8_is_refused(data):
     with pytest.raises(IntegrityError, match="not a topology"):
         from_json(data)
@@ -434,3 +436,20 @@ def test_json_of_a_job_is_read_as_it_was_written():
     job = join_hosts([host, host])
 
     assert import_topology(to_json(job).encode()) == job
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [([], 1.0), (["--tools"], 10.0), (["--tools", "--deadline", "3"], 3.0)],
+)
+def test_tools_have_the_time_that_tools_take(monkeypatch, arguments, seconds):
+    from sagellm.comm.topology._cli import _source
+
+    asked = []
+    monkeypatch.setattr(
+        TopologyManager, "detect", lambda self, *, deadline_s: asked.append(deadline_s)
+    )
+
+    _source.read_topology(_source.source_parser().parse_args(arguments))
+
+    assert asked == [seconds]

@@ -4,7 +4,7 @@ import pytest
 
 from sagellm.comm.topology.export import pair_label
 from sagellm.comm.topology.graph import TopologyGraph
-from sagellm.comm.topology.importers import import_topology
+from sagellm.comm.topology.importers import import_topology, read_fragment
 
 PLAIN = (
     "\tGPU0\tGPU1\tmlx5_0\tCPU Affinity\tNUMA Affinity\n"
@@ -59,3 +59,30 @@ def test_a_translated_title_costs_its_column_alone():
 
     assert pair_label(TopologyGraph(info), *info.accelerators) == "NV4"
     assert [d.numa_nodes for d in info.accelerators] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("model", "switches"), [("Tesla V100-SXM3-32GB", 1), ("NVIDIA H100 80GB HBM3", 0), ("", 0)]
+)
+def test_the_model_tells_how_many_links_wires_can_be(model, switches):
+    rows = [f"GPU{i}\t" + "\t".join("X" if i == j else "NV6" for j in range(4)) for i in range(4)]
+    listed = [f"GPU {i}: {model} (UUID: GPU-{i})" for i in range(4) if model]
+    text = "\n".join([*listed, "\t" + "\t".join(f"GPU{i}" for i in range(4)), *rows])
+
+    info = import_topology(text.encode())
+
+    assert len(info.domains) == switches
+
+
+def test_a_file_of_several_hosts_is_a_job():
+    cpu = (
+        '<cpu host_hash="{}" numaid="0"><pci busid="0000:01:00.0" class="0x030200">'
+        '<gpu dev="0"/></pci></cpu>'
+    )
+    text = f'<system version="1">{cpu.format("0x1")}{cpu.format("0x2")}</system>'
+
+    info = import_topology(text.encode())
+
+    assert info.num_nodes == 2
+    assert [d.id for d in info.accelerators] == ["n0/0000:01:00.0", "n1/0000:01:00.0"]
+    assert "only the first" in read_fragment(text.encode()).warnings[0]

@@ -62,7 +62,8 @@ class Arrivals:
         r.watch = Watch(
             self._engine.loop,
             r.handle,
-            self._engine.settings.quiesce_s,
+            self._engine.settings,
+            lambda: sum(s.link.moved_bytes() for s in r.sources),
             lambda: self._expire(r),
             lambda: self._break_off(r),
         )

@@ -229,17 +229,18 @@ class Links:
     def _run_outgoing(self, link: Link) -> None:
         """Dial, open the lanes, then send on the first; the life of an outgoing link's thread."""
         assert link.dialler is not None, "outgoing links dial"
-        loop = self._engine.loop
-        dialled: Dialled | None = None
+        dialler, loop = link.dialler, self._engine.loop
         try:
-            dialled = link.dialler.dial()
-            opened = open_lanes(
-                link.peer,
-                dialled,
-                self._paths,
-                self._introduction,
-                self.data.lanes_of,
-                self._engine.settings.handshake_timeout_s,
+            dialled, opened = dialler.dial(
+                lambda dialled: open_lanes(
+                    link.peer,
+                    dialled,
+                    self._paths,
+                    self._introduction,
+                    self.data.lanes_of,
+                    self._engine.settings.handshake_timeout_s,
+                    dialler.again,
+                )
             )
         except (CommError, OSError) as e:
             lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
@@ -257,8 +258,6 @@ class Links:
             if taken:
                 link.run_data(opened.lanes[0], link.writer.run)
             return
-        if dialled is not None:
-            dialled.control.sock.close()
         loop.call(lambda: link.lose(lost))
 
     def _on_dialled(self, link: Link, dialled: Dialled, opened: Opened) -> bool:

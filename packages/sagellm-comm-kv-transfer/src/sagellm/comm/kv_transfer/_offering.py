@@ -72,7 +72,14 @@ class Offering:
             raise ResourceError(f"{limit} offers stand already, which is max_in_flight")
         o.pool.lease(o, name, read=o.blocks)
         self.offers[name] = o
-        o.watch = Watch(self._engine.loop, o.handle, 0.0, lambda: self._expire(o), lambda: None)
+        o.watch = Watch(
+            self._engine.loop,
+            o.handle,
+            self._engine.settings,
+            lambda: 0,
+            lambda: self._expire(o),
+            lambda: None,
+        )
         o.watch.follow()
         for link, fetch in self.fetches.of(name):
             self.fetches.pop(link, fetch.tid)

@@ -311,7 +311,8 @@ class Sending:
         p.watch = Watch(
             self.engine.loop,
             p.handle,
-            self.engine.settings.quiesce_s,
+            self.engine.settings,
+            lambda: 0 if p.link is None else p.link.moved_bytes(),
             lambda: self._expire(p),
             lambda: self._break_off(p),
         )
@@ -357,11 +358,11 @@ class Sending:
         link.confirmed_before(p.flow.tid)
         link.writer.add(p.flow)
 
-    @staticmethod
-    def _prepare(p: Push, link: Link) -> int:
+    def _prepare(self, p: Push, link: Link) -> int:
         """Say what will move; its bytes."""
         extent = p.flow.extent
         assert extent is not None, "granted"
+        p.flow.broken = lambda e: self.engine.loop.call(lambda: self._event_failed(p, e))
         units = [extent.units(i) for i in range(extent.layers)]
         size = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n)
         p.handle.expect(size, sum(units), extent.layers)
@@ -369,6 +370,10 @@ class Sending:
         p.handle.via(link.path)
         p.handle.take(Event.ACCEPT)
         return size
+
+    def _event_failed(self, p: Push, e: Exception) -> None:
+        text = f"the event that its blocks wait for failed: {type(e).__name__}: {e}"
+        self.fail(p, DistributedRuntimeError(text))
 
     def _expire(self, p: Push) -> None:
         state = p.handle.state

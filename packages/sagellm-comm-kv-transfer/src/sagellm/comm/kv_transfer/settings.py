@@ -41,8 +41,9 @@ class KVTransferSettings(Settings, package="kv_transfer"):
             a host and 1 MiB between hosts.
         handshake_timeout_s: A connection that has not authenticated by then is closed.
         io_timeout_s: A frame that makes no progress for so long loses its peer.
-        quiesce_s: How long a failed transfer waits for its last frame before the connection
-            that carries it is broken.
+        quiesce_s: How long a failed transfer waits for its last frame, after the last byte that
+            was seen to move, before the connection that carries it is broken; it waits no
+            longer than `io_timeout_s` in any case.
         retry_s: Longest pause between attempts to reach a peer that is not there yet.
         peer_timeout_s: A peer whose machine is silent for so long is lost, on idle links, too.
         max_message_bytes: Control messages longer than this end the connection.

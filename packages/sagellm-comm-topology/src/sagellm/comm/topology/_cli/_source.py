@@ -12,7 +12,7 @@ from typing import TypeAlias
 from sagellm.comm.topology._input import MAX_BYTES, read_regular
 from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology.detector import installed_detectors, make_context, run_detectors
-from sagellm.comm.topology.export import column_labels, from_json
+from sagellm.comm.topology.export import column_labels
 from sagellm.comm.topology.manager import TopologyManager
 from sagellm.comm.topology.visibility import apply_visibility
 from sagellm.core.protocols import TopologyFragment, TopologyInfo
@@ -84,15 +84,17 @@ def read_files(
 
     """
     # Importers are needed by few commands.
-    from sagellm.comm.topology.importers import read_fragment
+    from sagellm.comm.topology.importers import import_topology, read_fragment
     from sagellm.comm.topology.importers.reader import USER_FILE, known_format
     from sagellm.comm.topology.merge import merge
 
     fragments: list[tuple[int, TopologyFragment]] = []
     for i, name in enumerate(names):
         data = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" else read_regular(name)
-        if len(names) == 1 and not live and data.lstrip()[:1] == b"{":
-            return from_json(data)  # as it was written, host names and all
+        if len(names) == 1 and not live:
+            info = import_topology(data, form=known_format(form), vendor=vendor)
+            written = info.num_nodes > 1 or data.lstrip()[:1] == b"{"
+            return info if written else apply_visibility(info, {})
         fragment = read_fragment(data, form=known_format(form), vendor=vendor)
         fragments.append((USER_FILE + len(names) - i, fragment))
     warnings: tuple[str, ...] = ()

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from sagellm.core.protocols import Confidence, Device, Link, LinkKind, SwitchDomain
 
-__all__ = ["Bundle", "FabricParts", "join_switch", "socket_links", "switched"]
+__all__ = ["Bundle", "FabricParts", "join_switch", "most_nvlinks", "socket_links", "switched"]
 
 Bundle = tuple[str, str, int]
 """Two device ids and the number of links that a source prints for the pair."""
 
 FabricParts = tuple[list[Device], list[Link], list[SwitchDomain]]
 
-# No GPU so far has more NVLinks. An even count to every peer that adds up to more than this can
-# only lead through switches; a smaller sum may be wires (H100 boards of four have six to each).
+# No GPU so far has more NVLinks than the last number. An even count to every peer that adds up to
+# more can only lead through switches; a smaller sum may be wires (H100 boards of four have six to
+# each).
 _MOST_NVLINKS = 18
+_NVLINKS = {"P100": 4, "V100": 6, "A100": 12, "A800": 12}
+_MODEL = re.compile(rf"\b(?:Tesla |NVIDIA )*({'|'.join(_NVLINKS)})\b")
 _MOST_SOCKETS = 256
 
 
-def switched(kind: LinkKind, bundles: Iterable[Bundle], source: str) -> FabricParts:
-    """Links of one kind as wires, or as ways into a switch where wires cannot be it."""
+def most_nvlinks(lines: Iterable[str]) -> int:
+    """How many NVLinks a GPU has at most, by the one model that the lines name, if any."""
+    models = {m for line in lines for m in _MODEL.findall(line[:512])}
+    return _NVLINKS[models.pop()] if len(models) == 1 else _MOST_NVLINKS
+
+
+def switched(
+    kind: LinkKind, bundles: Iterable[Bundle], source: str, most: int = _MOST_NVLINKS
+) -> FabricParts:
+    """Links of one kind as wires, or as ways into a switch where wires cannot be it.
+
+    Args:
+        kind: Of the links.
+        bundles: Pairs of devices with their number of links.
+        source: Who says so.
+        most: Links that one device can have.
+
+    """
     counts = {(min(a, b), max(a, b)): n for a, b, n in bundles}
     links: list[Link] = []
     devices: list[Device] = []
@@ -31,7 +51,7 @@ def switched(kind: LinkKind, bundles: Iterable[Bundle], source: str) -> FabricPa
         lanes = next(iter(pairs.values()))
         even = set(pairs.values()) == {lanes}
         complete = len(pairs) == len(members) * (len(members) - 1) // 2
-        too_many = lanes * (len(members) - 1) > _MOST_NVLINKS
+        too_many = lanes * (len(members) - 1) > most
         if kind == "nvlink" and len(members) > 2 and even and complete and too_many:
             parts = join_switch(
                 kind, dict.fromkeys(members, lanes), source, "inferred", number=len(domains)

@@ -23,7 +23,7 @@ from sagellm.core.protocols import (
     TopologyFragment,
 )
 
-from ._fabric import Bundle, join_switch, switched
+from ._fabric import Bundle, join_switch, most_nvlinks, switched
 from ._table import ACCELERATOR, Table, read_tables
 from ._text import numa_numbers
 
@@ -107,7 +107,7 @@ def read_matrix(
     for table in tables:
         reading.warnings += table.warnings
         _read(table, found, legend, reading)
-    return _finish(reading)
+    return _finish(reading, most_nvlinks(lines))
 
 
 def _tool(vendor: str | None) -> str:
@@ -218,12 +218,12 @@ def _note(
     )
 
 
-def _finish(reading: _Reading) -> TopologyFragment:
+def _finish(reading: _Reading, most: int) -> TopologyFragment:
     devices = dict(reading.devices)
     links: list[Link] = []
     domains: list[SwitchDomain] = []
     for kind, bundles in reading.bundles.items():
-        parts = switched(kind, bundles, reading.source)
+        parts = switched(kind, bundles, reading.source, most)
         devices.update((d.id, d) for d in parts[0])
         links += parts[1]
         domains += parts[2]

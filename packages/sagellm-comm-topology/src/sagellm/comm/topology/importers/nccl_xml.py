@@ -26,7 +26,7 @@ from ._text import cpu_mask_list
 from ._xml import Element
 from .matrix import nic_device
 
-__all__ = ["read_nccl"]
+__all__ = ["read_nccl", "split_hosts"]
 
 _FABRIC: dict[str, LinkKind] = {"nvlink": "nvlink", "xgmi": "xgmi"}
 _CPU_MAKERS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
@@ -35,7 +35,7 @@ _NVSWITCH, _CPU_BRIDGE = "0x068000", "0x068001"
 
 
 def read_nccl(system: Element, *, source: str = "") -> TopologyFragment:
-    """What a `system` element says.
+    """What a `system` element of one host says.
 
     Raises:
         IntegrityError: It is a file of NCCL's graphs and not of a topology.
@@ -47,6 +47,16 @@ def read_nccl(system: Element, *, source: str = "") -> TopologyFragment:
             "NCCL_TOPO_DUMP_FILE writes one"
         )
     return _Reading(source or ("rccl-xml" if _has(system, "xgmi") else "nccl-xml")).read(system)
+
+
+def split_hosts(system: Element) -> list[Element]:
+    """The element once for each host that its processors belong to, in the file's order."""
+    hosts: dict[str, list[Element]] = {}
+    for cpu in system.named("cpu"):
+        hosts.setdefault(cpu.attrs.get("host_hash", ""), []).append(cpu)
+    if len(hosts) < 2:
+        return [system]
+    return [Element(system.tag, system.attrs, cpus) for cpus in hosts.values()]
 
 
 class _Reading:
@@ -62,12 +72,7 @@ class _Reading:
         self._warnings: list[str] = []
 
     def read(self, system: Element) -> TopologyFragment:
-        hosts = dict.fromkeys(c.attrs.get("host_hash", "") for c in system.named("cpu"))
-        first = next(iter(hosts), "")
-        if len(hosts) > 1:
-            self._warnings.append(f"{len(hosts)} hosts in one file; only the first is read")
-        cpus = [c for c in system.named("cpu") if c.attrs.get("host_hash", "") == first]
-        for number, cpu in enumerate(cpus):
+        for number, cpu in enumerate(system.named("cpu")):
             self._cpu(cpu, number)
         for bdf, numa, element in self._fabrics:
             self._fabric(bdf, numa, element)

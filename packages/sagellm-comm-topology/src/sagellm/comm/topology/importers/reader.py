@@ -50,7 +50,7 @@ def import_topology(
     vendor: str | None = None,
     source: str = "",
 ) -> TopologyInfo:
-    """The topology that a file describes, by itself.
+    """The topology that a file describes, by itself; several hosts are joined.
 
     Args:
         data: The file's content.
@@ -70,7 +70,12 @@ def import_topology(
         return from_json(data)  # as it was written, hosts and all
     from sagellm.comm.topology.merge import merge
 
-    return merge([(USER_FILE, read_fragment(data, form=form, vendor=vendor, source=source))])
+    hosts = [merge([(USER_FILE, f)]) for f in _fragments(data, form, vendor, source)]
+    if len(hosts) == 1:
+        return hosts[0]
+    from sagellm.comm.topology._join import join_hosts
+
+    return join_hosts(hosts)
 
 
 def read_fragment(
@@ -80,14 +85,22 @@ def read_fragment(
     vendor: str | None = None,
     source: str = "",
 ) -> TopologyFragment:
-    """What a file says, to be merged with what others say; see `import_topology`."""
-    form = known_format(form)
+    """What a file says of one host, to be merged with what others say; see `import_topology`."""
+    found, *others = _fragments(data, known_format(form), vendor, source)
+    told = [f"{1 + len(others)} hosts in one file; only the first is read"] if others else []
+    return _told(found, told)
+
+
+def _fragments(
+    data: bytes, form: Format | None, vendor: str | None, source: str
+) -> list[TopologyFragment]:
+    """What a file says of each host in it."""
     start = data[:512].lstrip(_LEADING)
     if form in ("nccl-xml", "hwloc-xml") or (form is None and start.startswith(b"<")):
         return _xml(data, source)
     if _is_json(data, form):
-        return _json(data, source)
-    return _text(data, form, vendor, source)
+        return [_json(data, source)]
+    return [_text(data, form, vendor, source)]
 
 
 def _is_json(data: bytes, form: Format | None) -> bool:
@@ -95,22 +108,22 @@ def _is_json(data: bytes, form: Format | None) -> bool:
     return form == "json" or (form is None and start.startswith((b"{", b"[")))
 
 
-def _xml(data: bytes, source: str) -> TopologyFragment:
+def _xml(data: bytes, source: str) -> list[TopologyFragment]:
     from ._xml import parse_xml
     from .hwloc_xml import read_hwloc
-    from .nccl_xml import read_nccl
+    from .nccl_xml import read_nccl, split_hosts
 
     warnings: list[str] = []
     root = parse_xml(data, warnings)
     if root.tag in ("system", "graphs"):
-        found = read_nccl(root, source=source)
+        found = [read_nccl(host, source=source) for host in split_hosts(root)]
     elif root.tag == "topology":
-        found = read_hwloc(root, source=source)
+        found = [read_hwloc(root, source=source)]
     else:
         raise IntegrityError(
             f"XML of <{root.tag[:40]}>; NCCL writes <system>, hwloc writes <topology>"
         )
-    return _told(found, warnings)
+    return [_told(fragment, warnings) for fragment in found]
 
 
 def _json(data: bytes, source: str) -> TopologyFragment:

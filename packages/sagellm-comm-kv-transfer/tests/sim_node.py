@@ -176,7 +176,7 @@ class SimLinks:
     def traffic(self):
         return Counter(late=0)
 
-    def look_up(self, peer):
+    def look_up(self, *peers):
         """Every node is known."""
 
     def make(self, peer, *, outgoing):

@@ -108,10 +108,11 @@ class Links:
 
     # -- meeting a peer ---------------------------------------------------------------------
 
-    def look_up(self, peer: int) -> None:
-        """Find out about a node that is not known yet; before `to`, and off the loop."""
-        if peer not in self._outgoing and peer not in self._engine.discovery.known():
-            self._engine.discovery.refresh()
+    def look_up(self, *peers: int) -> None:
+        """Find out about nodes that are not known yet; before `to`, and off the loop."""
+        discovery = self._engine.discovery
+        if not {*peers} <= {*self._outgoing, *discovery.known()}:
+            discovery.refresh()
 
     def to(self, peer: int, until: float) -> Link:
         """The link we opened to a peer, or are opening until then.

@@ -354,8 +354,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))
         if not peers:
             raise ConfigError("no node to fetch from: give the nodes that offer the blocks")
-        for node in peers:
-            engine.links.look_up(node)
+        engine.links.look_up(*peers)
         engine.loop.run(lambda: fetch(engine, r, peers, src_blocks=wanted, layers=layers))
         return handle
 
@@ -454,12 +453,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def _own_blocks(self, blocks: Blocks) -> BlockTable | None:
         """Ids per group; None when `blocks` are plain tensors."""
-        if isinstance(blocks, Mapping):
-            return as_block_table(self._pool(), blocks, unique=False)
-        if type(blocks) is list and blocks and type(blocks[0]) is int:  # the most frequent
-            return as_block_table(self._pool(), blocks, unique=False)
-        if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
-            return None
+        ids = type(blocks) is list and blocks and type(blocks[0]) is int  # the most frequent
+        if not ids and not isinstance(blocks, Mapping):
+            if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
+                return None
         return as_block_table(self._pool(), blocks, unique=False)  # type: ignore[arg-type]
 
     def _push(

@@ -456,3 +456,14 @@ def test_tools_have_the_time_that_tools_take(monkeypatch, arguments, seconds):
     _source.read_topology(_source.source_parser().parse_args(arguments))
 
     assert asked == [seconds]
+
+
+def test_characters_that_xml_forbids_leave_drawings_and_files_readable():
+    from xml.dom.minidom import parseString
+
+    odd = "a\x00\x1b\ud800\uffff"
+    nic = Device(A, "nic", bdf=A, model=odd, attrs={"ib": odd})
+    info = merge([(60, TopologyFragment("x", (nic,)))], hostname=odd)
+
+    assert "a\ufffd" in parseString(render_svg(info)).toxml()
+    assert "a\ufffd" in parseString(to_nccl_xml(info)).toxml()

@@ -176,6 +176,9 @@ class SimLinks:
     def traffic(self):
         return Counter(late=0)
 
+    def look_up(self, peer):
+        """Every node is known."""
+
     def make(self, peer, *, outgoing):
         link = SimLink(self.node, peer, outgoing=outgoing)
         self.all.append(link)

@@ -1,7 +1,9 @@
 """Blocks over a communication backend that was handed in: gloo, two ranks in this process."""
 
+import gc
 import itertools
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -168,5 +170,36 @@ def test_a_sender_whose_receiver_does_not_read_begins_no_operation(backends, mon
 
     assert failed
     assert not begun
+    for x in (ours, theirs, *ends):
+        x.close()
+
+
+class FailedWork:
+    """An operation of a group that has failed, which may write its memory still."""
+
+    over = False
+
+    def synchronize(self, timeout_s):
+        raise PeerLostError("another rank died")
+
+    def done(self):
+        return self.over
+
+
+def test_memory_of_an_operation_that_failed_is_kept_until_it_has_ended(backends):
+    ends, ours, theirs = connected(backends)
+    work, tensor = FailedWork(), torch.zeros(8)
+    gone = weakref.ref(tensor)
+
+    with pytest.raises(PeerLostError, match="another rank died"):
+        ours._wait(work, tensor, 5)
+    del tensor
+    gc.collect()
+    assert gone() is not None
+
+    work.over = True
+    ends[0].keep(FailedWork(), torch.zeros(8))
+    gc.collect()
+    assert gone() is None
     for x in (ours, theirs, *ends):
         x.close()

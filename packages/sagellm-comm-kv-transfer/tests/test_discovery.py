@@ -1,6 +1,7 @@
 """Finding nodes: a file that changes under us, a store that goes away, arguments that cannot be."""
 
 import json
+import threading
 from datetime import timedelta
 
 import pytest
@@ -25,6 +26,30 @@ def test_a_node_written_into_the_file_later_is_found(tmp_path, channel):
     file.write_text(json.dumps({"1": second.address}))
 
     assert first.connect(1, 10.0).address == second.address
+
+
+def test_the_event_loop_reads_no_file(tmp_path, channel, monkeypatch):
+    file = tmp_path / "peers.json"
+    file.write_text("{}")
+    first, second = (channel(node_id=i, peers=file, key=KEY) for i in range(2))
+    readers, read = [], StaticPeers._read
+
+    def note(path):
+        readers.append(threading.current_thread())
+        return read(path)
+
+    monkeypatch.setattr(StaticPeers, "_read", staticmethod(note))
+    file.write_text(json.dumps({"1": second.address, "0": first.address}))
+    t = first.transfer([torch.ones(2)], 1)
+    second.receive(None).wait(10)
+    t.wait(10)
+    second.connect(0, 10.0)
+    first.explain(5)
+    with pytest.raises(ConfigError, match="no node 5"):
+        first.connect(5, 1.0)
+
+    assert readers
+    assert not {c._engine.loop._thread for c in (first, second)} & set(readers)
 
 
 def test_a_file_that_is_being_written_does_no_harm(tmp_path, caplog):

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import KVTransferSettings
+from sagellm.comm.kv_transfer import KVTransferSettings, wire
 from sagellm.core.protocols import (
     CommTimeoutError,
     IntegrityError,
@@ -57,12 +57,12 @@ def test_a_receiver_that_never_receives_fails_the_sender(pair):
         t.wait(10)
 
 
-def test_a_failed_key_stays_failed_on_the_other_side(pair, eventually):
+def test_a_failed_key_stays_failed_on_the_other_side(pair):
     out, _, into, _ = pair()
     t = out.transfer([1], 1, key=TransferKey("k"), deadline_s=0.2)
     with pytest.raises(KVTransferError):
         t.wait(10)
-    eventually(lambda: into._engine.receiving.arrivals.ended.get(TransferKey("k")))
+    out.inspect(1)  # what was said before has come, too
 
     late = into.receive(TransferKey("k"), [1])
     with pytest.raises(KVTransferError, match="has not said"):
@@ -280,6 +280,31 @@ def test_a_damaged_header_loses_the_link_not_the_process(channel, proxy, layout,
     again.wait(10)
 
 
+def test_a_slow_frame_of_a_cancelled_transfer_costs_no_other(channel, proxy, layout, tensors):
+    out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors, quiesce_s=0.3)
+    under_way, pause = threading.Event(), threading.Event()
+
+    def trickle(position, data):
+        if position > 1 << 18:
+            under_way.set()
+            pause.wait(0.02)
+        return data
+
+    gate.flip = trickle
+    r = into.receive(TransferKey("victim"))
+    out.transfer([torch.ones(1 << 20)], 1, key=TransferKey("victim"))
+    other = out.transfer([1, 2], 1, key=TransferKey("other"))
+    assert under_way.wait(10)
+
+    r.cancel()
+    with pytest.raises(KVTransferError, match="cancelled"):
+        r.wait(10)
+
+    into.receive(TransferKey("other"), [3, 4]).wait(10)
+    other.wait(10)
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+
+
 def test_a_silent_data_connection_fails_by_its_deadline(channel, proxy, layout, tensors):
     out, _, into, _, gate = through_proxy(channel, proxy, layout, tensors, quiesce_s=0.1)
     reached = threading.Event()
@@ -385,3 +410,73 @@ def test_a_refused_layout_is_told_with_both(channel, layout, tensors):
     assert "float32" in seen["bad"].theirs
     assert "float16" in str(seen["good"])
     assert str(seen["good"]).count("ours:") == 1
+
+
+def test_a_node_fails_nothing_that_it_has_no_part_in(channel, layout, tensors):
+    out, into, stranger = channel(), channel(), channel()
+    for c in (out, into):
+        c.register(layout(), tensors(layout()))
+    stranger.connect(into.node_id)
+    stranger.connect(out.node_id)
+    keys = [TransferKey(name) for name in ("running", "later")]
+    r = into.receive(keys[0], [1], source_node=out.node_id)
+    t = out.transfer([2], into.node_id, key=TransferKey("unreceived"))
+
+    for peer in (into, out):
+        link = stranger._engine.links.ready(peer.node_id)
+        for key in (*keys, t.key):
+            message = wire.KeyFail(key.id, key.attempt, "peer_lost", "because I say so")
+            stranger._engine.loop.run(lambda k=link, m=message: k.send(m))
+        stranger.inspect(peer.node_id)  # the messages before it have come, too
+
+    received = [r, *(into.receive(k, [b], source_node=0) for k, b in ((keys[1], 3), (t.key, 4)))]
+    sent = [out.transfer([2], into.node_id, key=key) for key in keys]
+    for handle in (*received, *sent, t):
+        handle.wait(10)
+
+
+def test_a_stranger_makes_nobody_forget_what_has_landed(channel, layout, tensors):
+    few = KVTransferSettings(max_remembered=4)
+    out, into, stranger = channel(), channel(settings=few), channel()
+    for c in (out, into):
+        c.register(layout(), tensors(layout()))
+    key = TransferKey("k")
+    out.transfer([2], into.node_id, key=key)
+    into.receive(key, [1]).wait(10)
+    stranger.connect(into.node_id)
+    link = stranger._engine.links.ready(into.node_id)
+    failures = [wire.KeyFail(f"q{i}", 0, "peer_lost", "") for i in range(8)]
+    offers = [wire.Offer(100 + i, f"p{i}", 0, {"kv": 1}) for i in range(8)]
+    fails = [wire.Fail(100 + i, "peer_lost", "") for i in range(8)]
+
+    stranger._engine.loop.run(lambda: [link.send(m) for m in (*failures, *offers, *fails)])
+    stranger.inspect(into.node_id)
+
+    assert into.receive(key, [1], deadline_s=1).wait(10).done()
+
+
+def test_a_sender_that_failed_before_they_met_fails_the_receive_that_names_it(pair):
+    out, _, into, _ = pair()
+    out.connect(into.node_id)
+    link = out._engine.links.ready(into.node_id)
+    out._engine.loop.run(lambda: link.send(wire.KeyFail("k", 0, "peer_lost", "it is gone")))
+    out.inspect(into.node_id)
+
+    for named in ({"source_node": out.node_id}, {}):
+        with pytest.raises(KVTransferError, match="it is gone"):
+            into.receive(TransferKey("k"), [1], **named).wait(5)
+
+
+def test_many_words_of_failures_hold_nobody_up(pair):
+    out, _, into, _ = pair()
+    for i in range(2000):
+        out.transfer([torch.zeros(1)], into.node_id, key=TransferKey(f"x{i}"), deadline_s=60)
+    into.connect(out.node_id)
+    link = into._engine.links.ready(out.node_id)
+    words = [wire.KeyFail(f"q{i}", 0, "peer_lost", "") for i in range(5000)]
+    into._engine.loop.run(lambda: [link.send(m) for m in words])
+
+    started = time.monotonic()
+    into.inspect(out.node_id, 30.0)
+
+    assert time.monotonic() - started < 1.0

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import struct
+import threading
 import time
 
 import pytest
@@ -351,3 +352,34 @@ def quick():
 def resident_bytes():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_lanes_that_are_announced_and_never_come_keep_one_thread(channel, attacker, eventually):
+    settings = KVTransferSettings(transport="tcp", handshake_timeout_s=30)
+    node = channel(settings=settings)
+    enemy = attacker(node)
+
+    enemy.say(*(wire.Lane(i, "tcp") for i in range(1, 15)))
+
+    eventually(lambda: [k.lanes_promised for k in node._engine.links] == [15])
+    eventually(lambda: sum("-in-" in t.name for t in threading.enumerate()) == 1)
+
+
+def test_peers_together_have_no_more_room_than_there_is(pair, attacker, works, eventually):
+    """Each within its own bound: it is their sum that would fill the memory."""
+    most = 1 << 20
+    honest, _, b, _ = pair(receiver={"settings": KVTransferSettings(max_waiting_bytes=most)})
+    enemies = [attacker(b, node_id=20 + i, instance=bytes([i]) * 16) for i in range(4)]
+    ids = {"kv": bytes(1 << 17)}
+    for enemy in enemies:
+        enemy.say(*(wire.Offer(i, f"o{i}", 0, {"kv": 1 << 14}, None, 0, ids) for i in range(3)))
+        fetch = wire.Fetch(9, "f", 0, {"kv": 1 << 14}, {"kv": wire.Part("", 0, 1)}, ids)
+        enemy.say(fetch, wire.Ask(1))
+        enemy.answer(wire.Answer)  # all before it has come
+
+    assert b._engine.waiting.used <= most
+    assert 5 <= len(b.snapshot()["waiting"]) <= 8
+    for enemy in enemies:
+        enemy.sock.close()
+    assert works(honest, b)
+    eventually(lambda: not b._engine.waiting.used)

@@ -1,5 +1,8 @@
 """What a node tells a peer of itself, and what happens when it does not."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from sagellm.comm.kv_transfer import wire
@@ -70,3 +73,28 @@ def test_an_answer_nobody_asked_for_is_passed_over_and_one_that_is_none_ends_the
     with pytest.raises(DistributedRuntimeError, match="its report is no JSON object"):
         out.inspect(into.node_id)
     eventually(lambda: into.get_stats().peers == 0)
+
+
+def test_a_flood_of_questions_leaves_the_loop_to_others(pair):
+    out, _, into, _ = pair(blocks=1000)
+    for i in range(1000):
+        into.receive(TransferKey(f"r{i}"), [i], deadline_s=60)
+    out.connect(into.node_id)
+    link = out._engine.links.ready(into.node_id)
+    out._engine.loop.run(lambda: [link.send(wire.Ask(10**6 + i)) for i in range(500)])
+    started = time.monotonic()
+
+    while into.get_stats().ignored.get("ask", 0) < 400:
+        assert time.monotonic() - started < 5
+
+    assert time.monotonic() - started < 1.0
+    assert len(out.inspect(into.node_id)["transfers"]) == 256
+
+
+def test_questions_of_many_are_all_answered(pair):
+    out, _, into, _ = pair()
+    out.connect(into.node_id)
+    with ThreadPoolExecutor(6) as threads:
+        told = list(threads.map(lambda _: out.inspect(into.node_id), range(6)))
+
+    assert {t["node_id"] for t in told} == {into.node_id}

@@ -88,7 +88,7 @@ def test_nobody_joins_a_receive_that_has_landed(met, eventually):
     arrivals = into._engine.receiving.arrivals
     r = into.receive(key, [4], source_node=0)
     eventually(lambda: len(link.invitations) == 1)
-    books, arrivals._landed = arrivals._landed, lambda r: None  # as if the loop came late
+    owner, books, arrivals._landed = r.owner, arrivals._landed, lambda r: None  # the loop is late
     t = out.transfer([1], 1, key=key)
     r.wait(10)
 
@@ -98,7 +98,7 @@ def test_nobody_joins_a_receive_that_has_landed(met, eventually):
     eventually(lambda: out._engine.ignored["done"] == 1)
 
     assert 99 not in theirs.inflows
-    into._engine.loop.run(lambda: books(r.owner))
+    into._engine.loop.run(lambda: books(owner))
     t.wait(10)
 
 
@@ -195,7 +195,8 @@ def test_an_offer_that_crosses_its_invitation_withdraws_it(met, eventually):
     push = threading.Thread(target=out.transfer, args=([1], 1), kwargs={"key": TransferKey("k")})
     with holding(out) as loop:
         r = into.receive(TransferKey("k"), [4], source_node=0)
-        eventually(lambda: r.owner.sources)
+        owner = r.owner
+        eventually(lambda: owner.sources)
         push.start()  # its call goes before what has come from the peer
         eventually(lambda: loop._calls)
     push.join(10)
@@ -203,7 +204,7 @@ def test_an_offer_that_crosses_its_invitation_withdraws_it(met, eventually):
 
     assert same(a, b, [1], [4])
     assert wire.Offer in {type(m) for m in said}
-    assert len(r.owner.sources) == 1
+    assert len(owner.sources) == 1
 
 
 @pytest.mark.parametrize("end", ["cancel", "deadline"])
@@ -363,7 +364,7 @@ def test_half_of_the_heads_does_not_fill_what_a_whole_sender_was_invited_to(
 
     out.transfer([1, 2], 1, key=TransferKey("k"))
 
-    with pytest.raises(KVTransferError) as caught:
+    with pytest.raises(KVTransferError, match="all that blocks of kv hold") as caught:
         r.wait(10)
     assert caught.value.invalid_blocks == (4, 5)
     assert all(torch.equal(b[n][[4, 5], :, 2:], before[n][[4, 5], :, 2:]) for n in b)

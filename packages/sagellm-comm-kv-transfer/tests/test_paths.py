@@ -25,6 +25,7 @@ from sagellm.comm.kv_transfer.transports import (
 from sagellm.comm.kv_transfer.transports.tcp import TcpConnection
 from sagellm.core.protocols import (
     BackendUnavailableError,
+    CommTimeoutError,
     ConfigError,
     PeerLostError,
     Probe,
@@ -129,13 +130,52 @@ def test_a_named_transport_is_never_replaced_by_another(pair, channel, bus):
     named = {"settings": KVTransferSettings(transport="bus")}
     out, _, _, _ = pair(sender=named)
 
-    with pytest.raises(PeerLostError, match="bus: the bus is broken"):
-        out.connect(1, timeout_s=5)
+    with pytest.raises(CommTimeoutError, match="bus: the bus is broken"):
+        out.connect(1, timeout_s=0.3)
     bus.fault = "probe"
     with pytest.raises(BackendUnavailableError, match="no bus in this machine"):
         channel(**named)
     with pytest.raises(ConfigError, match="tcp"):
         channel(settings=KVTransferSettings(transport="tpc"))
+
+
+def test_a_data_connection_that_fails_for_a_while_is_tried_again(pair, bus):
+    """And the link, which the receiver knows of already, is still the same."""
+    bus.fault = "connect"
+    named = {"settings": KVTransferSettings(transport="bus")}
+    out, a, into, b = pair(sender=named)
+    r = into.receive(TransferKey("k"), [3, 4], source_node=0)
+    t = out.transfer([1, 2], 1, key=TransferKey("k"))
+    with pytest.raises(CommTimeoutError, match="bus: the bus is broken"):
+        out.connect(1, timeout_s=0.3)
+
+    bus.fault = ""
+
+    t.wait(10)
+    r.wait(10)
+    assert all(torch.equal(a[n][[1, 2]], b[n][[3, 4]]) for n in a)
+    assert "bus not taken" not in out.explain(1)
+
+
+@pytest.mark.parametrize("lanes", [0, 3])
+def test_one_data_connection_is_enough_to_begin_with(pair, monkeypatch, lanes):
+    from sagellm.comm.kv_transfer.transports.tcp import TcpTransport
+
+    real, opened = TcpTransport.connect, []
+
+    def connect(self, *args):
+        if opened:
+            raise PeerLostError("no second one")
+        opened.append(real(self, *args))
+        return opened[0]
+
+    monkeypatch.setattr(TcpTransport, "connect", connect)
+    settings = KVTransferSettings(transport="tcp", lanes=lanes)
+    out, a, into, b = pair(sender={"settings": settings})
+
+    assert moves(out, a, into, b)
+
+    assert out.path(1) == "tcp:1"
 
 
 def test_channels_without_a_common_transport_say_so(pair, bus):

@@ -1,14 +1,17 @@
 import asyncio
+import gc
 import select
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from sagellm.comm.kv_transfer import KVTransferSettings, transfer
+from sagellm.comm.kv_transfer import KVTransferSettings, transfer, wire
+from sagellm.comm.kv_transfer._granting import Granter
 from sagellm.comm.kv_transfer.state import Role
 from sagellm.comm.kv_transfer.transfer import TransferHandle
 from sagellm.core.protocols import (
@@ -373,6 +376,101 @@ def test_bounce_memory_is_bounded_and_waits_for_room(channel):
     got = [other.receive(None) for _ in fitting]
 
     assert [r.wait(10).blocks[0].tensor[0].item() for r in got] == list(range(6))
+
+
+def test_a_waiter_whose_event_loop_is_closed_hinders_nobody(pair):
+    out, a, into, b = pair()
+    key = TransferKey("given-up")
+    r = into.receive(key, [1, 2])
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(_coroutine(r))
+    loop.run_until_complete(asyncio.sleep(0))  # it waits now
+    task._log_destroy_pending = False
+    loop.close()
+
+    out.transfer([3, 4], into.node_id, key=key, deadline_s=5).wait(10)
+
+    r.wait(10)
+    assert [c.status for c in into.poll()] == ["landed"]
+    assert all(torch.equal(a[n][[3, 4]], b[n][[1, 2]]) for n in a)
+
+
+def test_a_waiter_that_gives_up_is_forgotten(channel):
+    c = channel()
+    r = c.receive(TransferKey("never"), deadline_s=60)
+
+    async def give_up():
+        for _ in range(5):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(_coroutine(r), 0.01)
+
+    asyncio.run(give_up())
+
+    assert r._callbacks == []
+
+
+def test_what_is_over_holds_no_memory(pair, eventually):
+    out, _, into, _ = pair()
+    gc.collect()
+    gc.disable()  # a cycle would live on
+    try:
+        held = []
+        for i in range(4):
+            t = out.transfer([torch.ones(8)], into.node_id, key=TransferKey("t", i))
+            r = into.receive(TransferKey("t", i))
+            r.wait(10)
+            t.wait(10)
+            held += [weakref.ref(x) for x in (r, t, r.blocks[0].tensor)]
+            del r, t
+        stuck = into.receive(TransferKey("stuck"))
+        offer = into.offer(TransferKey("offer"), [1], num_tokens=4, ttl_s=60)
+        for handle in (stuck, offer):
+            handle.cancel()
+            with pytest.raises(KVTransferError):
+                handle.wait(10)
+        held += [weakref.ref(stuck), weakref.ref(offer)]
+        del stuck, offer, handle
+
+        # a data thread may still name the last one that it has served
+        eventually(lambda: all(ref() is None for ref in (*held[:9], *held[-2:])))
+    finally:
+        gc.enable()
+
+
+def test_a_failure_that_is_remembered_holds_no_offer(pair, attacker, eventually):
+    _, _, into, _ = pair()
+    enemy = attacker(into)
+    ids = np.full(1 << 10, 99, dtype=np.int64).tobytes()
+    r = into.receive(TransferKey("t"))
+    enemy.say(wire.Offer(1, "t", 0, {"kv": 1 << 10}, None, 4096, {"kv": ids}, True, 0))
+    with pytest.raises(KVTransferError):
+        r.wait(10)
+
+    error = into._engine.receiving.arrivals.ended.get(TransferKey("t")).error
+
+    def offers():
+        gc.collect()
+        return [o for o in gc.get_objects() if type(o) is wire.Offer]
+
+    eventually(lambda: not offers())
+    assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+def test_those_that_wait_for_memory_are_not_all_tried_at_every_end(channel, monkeypatch):
+    into = channel(settings=KVTransferSettings(max_bounce_bytes=1 << 14))
+    out, many = channel(), 60
+    tried, plan = [], Granter.plan
+    monkeypatch.setattr(Granter, "plan", lambda *args: tried.append(args) or plan(*args))
+    received = [into.receive(TransferKey("k", i)) for i in range(many)]
+
+    sent = [
+        out.transfer([torch.ones(1 << 13, dtype=torch.uint8)], into.node_id, key=r.key)
+        for r in received
+    ]
+    for handle in (*received, *sent):
+        handle.wait(20)
+
+    assert len(tried) <= 4 * many
 
 
 def test_a_landed_key_that_is_repeated_is_reported_again(pair):

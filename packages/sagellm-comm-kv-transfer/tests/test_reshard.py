@@ -281,3 +281,13 @@ def test_a_sharded_sender_and_an_unsharded_one_fill_the_blocks_together(
     assert all(torch.equal(a[n][1], b[n][4]) for n in b)
     moved = sum(c.get_stats().bytes_sent for c in (half, full))
     assert moved == r.progress.bytes_total == sum(t[1].nbytes for t in a.values())
+
+
+def test_no_layer_is_there_while_nobody_sends(channel, layout, tensors):
+    into = channel()
+    into.register(layout(), tensors(layout()))
+    r = into.receive(TransferKey("r"), [1])
+
+    r.owner.check_layers(range(3))
+
+    assert r.progress.layers_done == 0

@@ -19,6 +19,7 @@ from sagellm.comm.kv_transfer.transports import _shm_link
 from sagellm.core.protocols import (
     ConfigError,
     KVTransferError,
+    PeerLostError,
     ResourceError,
     TransferKey,
 )
@@ -517,3 +518,21 @@ def test_a_copy_worker_ends_with_its_parent(layout, eventually):
     eventually(gone, 10)
     process.stdin.close()
     process.stdout.close()
+
+
+def test_memory_of_a_peer_that_left_is_given_back(shared, eventually):
+    def mapped():
+        with open("/proc/self/maps") as f:
+            return sum("memfd:sagellm" in line for line in f)
+
+    out, _, into, _ = shared()
+    before = mapped()
+    r = into.receive(KEY, [1])
+    out.transfer([2], into.node_id, key=KEY).wait(10)
+    r.wait(10)
+    assert mapped() > before
+
+    link = next(iter(into._engine.links))
+    into._engine.loop.run(lambda: link.lose(PeerLostError("it left")))
+
+    eventually(lambda: mapped() == before)

@@ -190,7 +190,7 @@ def test_addresses_are_checked(address):
         parse_address(address)
 
 
-def test_memory_and_completions_are_bounded():
+def test_memory_and_completions_are_bounded(caplog):
     memory = Memory(2)
     for i in range(3):
         memory[i] = i
@@ -198,6 +198,8 @@ def test_memory_and_completions_are_bounded():
     queue = CompletionQueue(2)
     for i in range(3):
         queue.put(i)
+    assert queue.lost == 1
+    assert "2 completions wait for poll" in caplog.text
     assert queue.take(None) == [1, 2]
     queue.close()
     queue.close()

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -163,3 +164,58 @@ def test_abort_reaches_the_receiver_with_its_reason(pair):
     with pytest.raises(KVTransferError, match="the request was dropped"):
         r.wait_layer(2, 10)
     assert r.state is TransferState.CANCELLED
+
+
+class CountingEvent(Event):
+    """Notes when it was asked for the hundredth time."""
+
+    def __init__(self):
+        super().__init__()
+        self._asked, self.often = 0, threading.Event()
+
+    def query(self):
+        self._asked += 1
+        if self._asked == 100:
+            self.often.set()
+        return super().query()
+
+
+def test_an_event_that_takes_its_time_is_asked_less_and_less_often(pair):
+    out, _, into, _ = pair()
+    r = into.receive(TransferKey("s"), [1])
+    stream = out.begin(TransferKey("s"), 1, [1])
+    event = CountingEvent()
+    start = time.monotonic()
+
+    stream.send_layer(0, after=event)
+
+    assert event.often.wait(10)
+    assert time.monotonic() - start > 0.3
+    event.record()
+    r.wait_layer(0, 10)
+
+
+class FailingEvent(Event):
+    """An event of a device that has failed."""
+
+    def query(self):
+        raise RuntimeError("device-side assert")
+
+
+def test_an_event_that_raises_fails_its_own_transfer_only(pair):
+    out, a, into, b = pair()
+    other = out.begin(TransferKey("other"), 1, [5])
+    r = into.receive(TransferKey("other"), [5])
+    stream = out.begin(TransferKey("s"), 1, [1, 2])
+    into.receive(TransferKey("s"), [1, 2])
+    other.send_layer(0)
+    r.wait_layer(0, 10)
+
+    stream.send_layer(0, after=FailingEvent())
+
+    with pytest.raises(KVTransferError, match="RuntimeError: device-side assert"):
+        stream.transfer.wait(10)
+    for i in (1, 2):
+        other.send_layer(i)
+    other.seal(8).wait(10)
+    assert all(torch.equal(a[n][5], b[n][5]) for n in a)

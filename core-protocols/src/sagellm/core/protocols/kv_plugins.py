@@ -49,6 +49,13 @@ class KVConnection(ABC):
     def abort(self) -> None:
         """Break the connection at once, from any thread; pending calls raise PeerLostError."""
 
+    def moved_bytes(self) -> int:
+        """Bytes that have come and gone so far, from any thread; 0 where that is not known.
+
+        It grows in the middle of a call, too, so that a slow one can be told from a stuck one.
+        """
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """Release it. Idempotent."""

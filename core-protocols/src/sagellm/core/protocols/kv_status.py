@@ -177,7 +177,7 @@ class TransferStats:
         peers: Connected peers.
         rejected_connections: Connections that did not authenticate or broke the protocol.
         ignored: Messages that came too late, twice, for an earlier epoch or of a type not known
-            here, and late frames, by type.
+            here, late frames, and completions lost because nobody polled them, by type.
 
     """
 

@@ -17,7 +17,7 @@ from ._granting import Granter
 from ._limits import Watch
 from ._link import Link
 from ._receive import End, Receive, Source
-from ._records import Memory, ending, failure
+from ._records import Memory, bare, ending, failure
 from .frames import SEALED, Header
 from .state import RULES, Event, Phase
 
@@ -62,7 +62,8 @@ class Arrivals:
         r.watch = Watch(
             self._engine.loop,
             r.handle,
-            self._engine.settings.quiesce_s,
+            self._engine.settings,
+            lambda: sum(s.link.moved_bytes() for s in r.sources),
             lambda: self._expire(r),
             lambda: self._break_off(r),
         )
@@ -192,7 +193,7 @@ class Arrivals:
         step = r.handle.take(ending(error))
         if step is None:
             return
-        r.error = error
+        r.error = bare(error)
         self._follow(r)
         told = set()
         for link, tid in self._dismiss(r):
@@ -249,6 +250,10 @@ class Arrivals:
             self.unconfirmed.discard(r)
         if r.watch is not None:
             r.watch.follow()
+        if rule.safe and r.handle.phase is not Phase.LANDED:  # over: let go of what refers to it
+            r.watch = None
+            for s in r.sources:
+                s.inflow.idle = None
 
     def _free(self, r: Receive) -> None:
         """Give back leases and room; then let those start that waited for it."""

@@ -8,9 +8,22 @@ from typing import Generic, TypeVar
 from . import wire
 from ._link import Link
 
-__all__ = ["Backlog"]
+__all__ = ["Backlog", "Room"]
 
 M = TypeVar("M", wire.Offer, wire.Fetch)
+
+
+class Room:
+    """Memory that several backlogs share.
+
+    Args:
+        limit: Bytes that those of all links take at most, about.
+
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
 
 
 class Backlog(Generic[M]):
@@ -19,10 +32,12 @@ class Backlog(Generic[M]):
     Args:
         max_count: Of one link at most.
         max_bytes: Memory that those of one link take at most, about.
+        room: What those of all links together take.
 
     """
 
-    def __init__(self, max_count: int, max_bytes: int) -> None:
+    def __init__(self, max_count: int, max_bytes: int, room: Room) -> None:
+        self._room = room
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._by_link: dict[Link, dict[int, M]] = {}
@@ -39,11 +54,14 @@ class Backlog(Generic[M]):
         return iter([(k, m) for k, waiting in self._by_link.items() for m in waiting.values()])
 
     def add(self, link: Link, message: M) -> bool:
-        """Keep one; False when its link has too many, or they are too large."""
+        """Keep one; False when its link has too many, they are too large, or all together are."""
         waiting = self._by_link.setdefault(link, {})
-        held = self._bytes.get(link, 0) + wire.held_bytes(message)
-        if len(waiting) >= self._max_count or held > self._max_bytes:
+        size = wire.held_bytes(message)
+        held = self._bytes.get(link, 0) + size
+        full = self._room.used + size > self._room.limit
+        if full or len(waiting) >= self._max_count or held > self._max_bytes:
             return False
+        self._room.used += size
         waiting[message.tid] = message
         self._bytes[link] = held
         self._by_id.setdefault(message.id, {})[link, message.tid] = message
@@ -58,7 +76,9 @@ class Backlog(Generic[M]):
         message = self._by_link.get(link, {}).pop(tid, None)
         if message is None:
             return None
-        self._bytes[link] -= wire.held_bytes(message)
+        size = wire.held_bytes(message)
+        self._bytes[link] -= size
+        self._room.used -= size
         named = self._by_id[message.id]
         del named[link, tid]
         if not named:

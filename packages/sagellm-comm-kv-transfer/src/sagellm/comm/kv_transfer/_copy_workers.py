@@ -95,12 +95,16 @@ class CopyWorkers:
         Args:
             job: The work.
             given_up: Whether nobody waits for it any more.
-            timeout_s: A worker that takes longer is ended.
+            timeout_s: A worker that takes longer is ended; nor is a free one waited for longer.
 
         """
+        end = time.monotonic() + timeout_s
         while True:
             with self._idle:
-                self._idle.wait_for(lambda: self._free or not self._workers)
+                while self._workers and not self._free:
+                    if given_up() or time.monotonic() >= end:
+                        return None
+                    self._idle.wait(_TICK_S)
                 if not self._workers:
                     return None
                 worker = self._free.pop()

@@ -20,7 +20,7 @@ from sagellm.core.protocols import (
 )
 
 from . import auth, wire
-from ._lanes import LaneTuner
+from ._lanes import MAX_ANNOUNCED, LaneTuner
 from ._link import Link
 from ._paths import Paths
 
@@ -31,8 +31,8 @@ __all__ = ["DataConnections"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_LANES = 16
-"""Data connections that one link may announce in its life, those that failed included."""
+_MAX_OPEN = 8
+"""Data connections of a link; no setting asks for more."""
 
 
 class DataConnections:
@@ -97,7 +97,8 @@ class DataConnections:
 
     def expect(self, link: Link, lane: wire.Lane) -> None:
         """The peer is about to open a data connection; another transport is a new path."""
-        if link.outgoing or lane.number != link.lanes_promised or lane.number >= _MAX_LANES:
+        full = lane.number >= MAX_ANNOUNCED or len(link.lanes) >= _MAX_OPEN
+        if link.outgoing or lane.number != link.lanes_promised or full:
             text = f"node {link.peer} announces data connection {lane.number} out of turn"
             link.lose(DistributedRuntimeError(text))
             return
@@ -107,8 +108,8 @@ class DataConnections:
             )
             link.lose(ConfigError(text))
             return
+        self.forget(link)  # they are opened one by one: whatever has not come has failed
         if lane.transport != link.transport:
-            self.forget(link)
             self.take_path(link, lane.transport)
             link.refused = {n: f"node {link.peer}: {r[:1024]}" for n, r in lane.refused.items()}
         link.lanes_promised += 1

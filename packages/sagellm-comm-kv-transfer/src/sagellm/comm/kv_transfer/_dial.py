@@ -29,8 +29,10 @@ from .transports.tcp import parse_address
 __all__ = ["Dialled", "Dialler"]
 
 M = TypeVar("M", wire.Challenge, wire.Welcome)
+T = TypeVar("T")
 
 _LEAST_ATTEMPT_S = 0.05
+_FIRST_PAUSE_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,14 @@ class Dialler:
         self._peer_timeout_s = peer_timeout_s
         self._max_message_bytes = max_message_bytes
         self._stop = threading.Event()
+        self._pause_s = _FIRST_PAUSE_S
 
     def stop(self) -> None:
         """Let `dial` give up."""
         self._stop.set()
 
-    def dial(self) -> Dialled:
-        """A proven control connection.
+    def dial(self, go_on: Callable[[Dialled], T]) -> tuple[Dialled, T]:
+        """A proven control connection, and what was made of it; both fail and are tried together.
 
         Raises:
             CommTimeoutError: Not before `until`; the message names the node and the last failure.
@@ -102,24 +105,36 @@ class Dialler:
             CommError: The peer refused, for a reason that time does not cure.
 
         """
-        pause = 0.01
+        self._pause_s = _FIRST_PAUSE_S
         while not self._stop.is_set():
             address = None
             try:
                 address = self._address_of(self._target)
                 if address is not None:
-                    return self._attempt(address)
+                    dialled = self._attempt(address)
+                    with contextlib.ExitStack() as undo:
+                        undo.callback(dialled.control.sock.close)
+                        made = go_on(dialled)
+                        undo.pop_all()
+                    return dialled, made
             except (PeerLostError, TimeoutError, OSError) as e:
                 if isinstance(e, CommError) and not isinstance(
                     e, (PeerLostError, CommTimeoutError)
                 ):
                     raise
                 self.why = f"{address}: {e}" if address else str(e)
-            if time.monotonic() >= self.until:
+            if not self.again(self.why) and not self._stop.is_set():
                 raise CommTimeoutError(f"node {self._target} never came ({self.why})")
-            self._stop.wait(min(pause, max(0.0, self.until - time.monotonic())))
-            pause = min(2 * pause, self._retry_s)
         raise PeerLostError("the channel is closed", rank=self._target)
+
+    def again(self, why: str) -> bool:
+        """Whether to try again after a failure, for which the time has come; else it is late."""
+        self.why, left = why, self.until - time.monotonic()
+        if left <= 0:
+            return False
+        self._stop.wait(min(self._pause_s, left))
+        self._pause_s = min(2 * self._pause_s, self._retry_s)
+        return not self._stop.is_set()
 
     def _attempt(self, address: str) -> Dialled:
         left = min(self._timeout_s, max(_LEAST_ATTEMPT_S, self.until - time.monotonic()))

@@ -18,6 +18,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
+from ._backlog import Room
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -72,6 +73,7 @@ class Engine:
         self.pool: RegisteredPool | None = None
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
+        self.waiting = Room(settings.max_waiting_bytes)
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)
@@ -131,8 +133,8 @@ class Engine:
             case wire.KeyFail():
                 key = TransferKey(message.id, message.attempt)
                 error = error_of(message)
-                self.sending.fail_key(key, error)
-                self.receiving.fail_key(key, error)
+                self.sending.fail_key(link, key, error)
+                self.receiving.fail_key(link, key, error)
             case wire.LayoutChanged():
                 link.layouts_heard += 1
                 self.links.learn(link, message.layout)
@@ -159,9 +161,9 @@ class Engine:
         self.ignored[what] += 1
 
     def ignored_so_far(self) -> dict[str, int]:
-        """What was ignored, by type of message; late frames, too."""
-        late = self.links.traffic()["late"]
-        return {**self.ignored, **({"frame": late} if late else {})}
+        """What was ignored, by type of message; late frames, and completions nobody polled."""
+        more = {"frame": self.links.traffic()["late"], "completion": self.completions.lost}
+        return {**self.ignored, **{name: count for name, count in more.items() if count}}
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""

@@ -87,6 +87,8 @@ class Outflow(Flow):
         super().__init__(handle, tid)
         self.extent: Extent | None = None
         self.flags = 0
+        self.broken: Callable[[Exception], object] = lambda _: None
+        """Told of an event that cannot be asked, under the locks of whoever asked it."""
         self._pending: deque[Span] = deque()
         self._claimed_bytes = 0
         self._pledges: dict[OneSidedConnection, Pledge] = {}
@@ -135,7 +137,13 @@ class Outflow(Flow):
                 if span.first >= stop:
                     self._pending.popleft()
                     continue
-                if span.after is not None and not span.after.query():
+                try:
+                    ready = span.after is None or span.after.query()
+                except Exception as e:  # the caller's event, of whatever library
+                    self._pending.clear()
+                    self.broken(e)
+                    return None
+                if not ready:
                     self._pending.rotate(-1)
                     continue
                 unit = max(1, self.extent.unit_bytes(span.layer))

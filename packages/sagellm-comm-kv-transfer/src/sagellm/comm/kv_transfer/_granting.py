@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
 from sagellm.core.protocols import ConfigError, KVLayout
 
 from . import wire
@@ -77,7 +79,7 @@ class Granter:
             raise ConfigError(f"node {link.peer} sends {sent} blocks into {counts} destinations")
         if offer.dst_blocks is not None and r.blocks is not None:
             named = block_ids(offer.dst_blocks)
-            if any((named.get(n, ids[:0]).tolist() != ids.tolist()) for n, ids in r.blocks.items()):
+            if not all(np.array_equal(named.get(n, ids[:0]), ids) for n, ids in r.blocks.items()):
                 raise ConfigError("the sender named other destinations than the receiver")
         return self._grant(r, link, layout)
 

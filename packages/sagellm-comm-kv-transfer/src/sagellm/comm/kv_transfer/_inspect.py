@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from sagellm.core.protocols import CommError, CommTimeoutError, DistributedRunti
 
 from . import wire
 from ._link import Link
-from ._snapshot import take
+from ._snapshot import cut
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -26,21 +27,22 @@ __all__ = ["Inquiries"]
 
 _MAX_LISTED = 256
 _MAX_WAITING = 64
+_MAX_ASKED = 8
+"""Questions of one peer that wait for an answer; more are ignored."""
+_REST = 9
+"""Answers rest so many times as long as the last took: they cost a tenth of the loop at most."""
 
 Told = Callable[[dict[str, Any] | CommError], None]  # Any: JSON
 
 
 def _report(engine: Engine) -> str:
     """The snapshot, its lists cut to a length that a control message bears, and the counters."""
-    snapshot: dict[str, Any] = {**take(engine)}  # Any: a part may be cut
-    left_out = {n: len(v) - _MAX_LISTED for n, v in snapshot.items() if isinstance(v, list)}
-    for name in left_out:
-        snapshot[name] = snapshot[name][:_MAX_LISTED]
+    snapshot, left_out = cut(engine, _MAX_LISTED)
     pool = engine.pool
     return json.dumps(
         {
             **snapshot,
-            "left_out": {n: count for n, count in left_out.items() if count > 0},
+            "left_out": left_out,
             "pool": None if pool is None else dict(pool.num_blocks),
             "stats": asdict(engine.stats()),
         }
@@ -59,6 +61,8 @@ class Inquiries:
         self._engine = engine
         self._numbers = itertools.count(1)
         self._open: dict[tuple[Link, int], Told] = {}
+        self._asked: dict[Link, list[int]] = {}
+        self._rested = 0.0
 
     def inspect(self, link: Link, timeout_s: float) -> dict[str, Any]:
         """Ask a peer and wait for its answer; off the loop."""
@@ -84,13 +88,32 @@ class Inquiries:
         link.send(wire.Ask(number))
 
     def link_lost(self, link: Link, error: CommError) -> None:
-        """Tell those who asked over it."""
+        """Tell those who asked over it, and forget what it asked."""
+        self._asked.pop(link, None)
         for name in [n for n in self._open if n[0] is link]:
             self._open.pop(name)(error)
 
     def on_ask(self, link: Link, message: wire.Ask) -> None:
-        """Answer."""
-        link.send(wire.Answer(message.number, _report(self._engine)))
+        """Answer soon, with all others that ask meanwhile."""
+        if len(self._asked.get(link, ())) >= _MAX_ASKED:
+            self._engine.ignore("ask")
+            return
+        if not self._asked:
+            wait_s = max(0.0, self._rested - time.monotonic())
+            self._engine.loop.call_later(wait_s, self._answer)
+        self._asked.setdefault(link, []).append(message.number)
+
+    def _answer(self) -> None:
+        began = time.monotonic()
+        asked, self._asked = self._asked, {}
+        if not asked:
+            return
+        text = _report(self._engine)
+        for link, numbers in asked.items():
+            for number in numbers:
+                link.send(wire.Answer(number, text))
+        ended = time.monotonic()
+        self._rested = ended + _REST * (ended - began)
 
     def on_answer(self, link: Link, message: wire.Answer) -> None:
         """Hand over what was asked for; what was not is no reason to end the link."""

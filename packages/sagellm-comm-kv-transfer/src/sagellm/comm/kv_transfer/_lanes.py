@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["LaneTuner", "RateMeter"]
+__all__ = ["MAX_ANNOUNCED", "LaneTuner", "RateMeter"]
+
+MAX_ANNOUNCED = 64
+"""Data connections that one link may announce in its life, those that failed included."""
 
 _WINDOW_BYTES = 64 << 20
 _GAIN = 1.08

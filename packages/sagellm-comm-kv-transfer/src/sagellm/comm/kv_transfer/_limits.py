@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from ._loop import EventLoop, Timer
+from .settings import KVTransferSettings
 from .state import RULES, Limit
 from .transfer import TransferHandle
 
@@ -17,7 +19,9 @@ class Watch:
     Args:
         loop: The loop.
         handle: The transfer.
-        quiesce_s: How long its threads may take to leave its blocks.
+        settings: `quiesce_s` is how long its threads may take to leave its blocks while nothing
+            moves, `io_timeout_s` how long in any case.
+        moved_bytes: Grows while something moves.
         at_deadline: Called when its deadline has passed.
         break_off: Called when its threads have not left.
 
@@ -27,13 +31,15 @@ class Watch:
         self,
         loop: EventLoop,
         handle: TransferHandle,
-        quiesce_s: float,
+        settings: KVTransferSettings,
+        moved_bytes: Callable[[], int],
         at_deadline: Callable[[], None],
         break_off: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._handle = handle
-        self._quiesce_s = quiesce_s
+        self._settings = settings
+        self._moved_bytes = moved_bytes
         self._at_deadline = at_deadline
         self._break_off = break_off
         self._limit = Limit.NONE
@@ -50,7 +56,20 @@ class Watch:
         if limit is Limit.DEADLINE:
             self._timer = self._loop.call_later(self._handle.left_s, self._at_limit)
         elif limit is Limit.QUIESCE:
-            self._timer = self._loop.call_later(self._quiesce_s, self._break_off)
+            end = time.monotonic() + self._settings.io_timeout_s
+            self._await_quiet(self._moved_bytes(), end)
+
+    def _await_quiet(self, moved: int, end: float) -> None:
+        """Look after a while whether its frame is slow, or stuck."""
+
+        def look() -> None:
+            now = self._moved_bytes()
+            if now == moved or time.monotonic() >= end:
+                self._break_off()
+            else:
+                self._await_quiet(now, end)
+
+        self._timer = self._loop.call_later(self._settings.quiesce_s, look)
 
     def _at_limit(self) -> None:
         """Look whether the deadline, which a renewal may have moved, has passed."""

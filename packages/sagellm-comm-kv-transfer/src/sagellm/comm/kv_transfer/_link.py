@@ -246,6 +246,10 @@ class Link:
         for conn in self._lanes:
             conn.abort()
 
+    def moved_bytes(self) -> int:
+        """Bytes that its lanes have moved so far, as far as that is known."""
+        return sum(conn.moved_bytes() for conn in self._lanes)
+
     def release(self, timeout_s: float) -> None:
         """Join the threads and free the connections; off the loop, after `lose`."""
         for thread in self.threads:

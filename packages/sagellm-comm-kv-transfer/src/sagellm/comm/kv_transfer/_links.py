@@ -43,6 +43,9 @@ __all__ = ["Links"]
 
 logger = logging.getLogger(__name__)
 
+_FIRST_REAP_S, _LAST_REAP_S = 0.02, 1.0
+"""Pauses before a look whether the threads of lost links have ended; each is twice the last."""
+
 
 class Links:
     """The links of one node; iterating gives those that are not lost. Runs on the event loop.
@@ -66,6 +69,7 @@ class Links:
         self._links: set[Link] = set()
         self._outgoing: dict[int, Link] = {}
         self._gone: list[Link] = []
+        self._reaping = False
         self._codecs = list(codec_names())
         self._past = Counter[str]()
         self._closed = False
@@ -103,6 +107,11 @@ class Links:
         return total
 
     # -- meeting a peer ---------------------------------------------------------------------
+
+    def look_up(self, peer: int) -> None:
+        """Find out about a node that is not known yet; before `to`, and off the loop."""
+        if peer not in self._outgoing and peer not in self._engine.discovery.known():
+            self._engine.discovery.refresh()
 
     def to(self, peer: int, until: float) -> Link:
         """The link we opened to a peer, or are opening until then.
@@ -219,17 +228,18 @@ class Links:
     def _run_outgoing(self, link: Link) -> None:
         """Dial, open the lanes, then send on the first; the life of an outgoing link's thread."""
         assert link.dialler is not None, "outgoing links dial"
-        loop = self._engine.loop
-        dialled: Dialled | None = None
+        dialler, loop = link.dialler, self._engine.loop
         try:
-            dialled = link.dialler.dial()
-            opened = open_lanes(
-                link.peer,
-                dialled,
-                self._paths,
-                self._introduction,
-                self.data.lanes_of,
-                self._engine.settings.handshake_timeout_s,
+            dialled, opened = dialler.dial(
+                lambda dialled: open_lanes(
+                    link.peer,
+                    dialled,
+                    self._paths,
+                    self._introduction,
+                    self.data.lanes_of,
+                    self._engine.settings.handshake_timeout_s,
+                    dialler.again,
+                )
             )
         except (CommError, OSError) as e:
             lost = e if isinstance(e, CommError) else PeerLostError(str(e), rank=link.peer)
@@ -247,8 +257,6 @@ class Links:
             if taken:
                 link.run_data(opened.lanes[0], link.writer.run)
             return
-        if dialled is not None:
-            dialled.control.sock.close()
         loop.call(lambda: link.lose(lost))
 
     def _on_dialled(self, link: Link, dialled: Dialled, opened: Opened) -> bool:
@@ -381,6 +389,9 @@ class Links:
             del self._outgoing[link.peer]
         self._past.update(_traffic_of(link))
         self._gone.append(link)
+        if not self._reaping:
+            self._reaping = True
+            self._reap_later(_FIRST_REAP_S)
         self.data.forget(link)
         if was_up:
             logger.info(
@@ -388,8 +399,21 @@ class Links:
             )
         self._engine.link_lost(link, error, was_up=was_up)
 
+    def _reap_later(self, delay_s: float) -> None:
+        """Look again and again, until all that are gone are freed."""
+
+        def look() -> None:
+            self._reap()
+            self._reaping = bool(self._gone) and not self._closed
+            if self._reaping:
+                self._reap_later(min(2 * delay_s, _LAST_REAP_S))
+
+        self._engine.loop.call_later(delay_s, look)
+
     def _reap(self) -> None:
-        """Free links whose threads have ended."""
+        """Free links whose threads have ended; `release` does it at the end."""
+        if self._closed:
+            return
         ended = [k for k in self._gone if not any(t.is_alive() for t in k.threads)]
         for link in ended:
             self._gone.remove(link)

@@ -90,14 +90,18 @@ class EventLoop:
     def run(self, function: Callable[[], T], timeout_s: float = 10.0) -> T:
         """Run it on the loop and give its result; from another thread.
 
+        What has not begun when this raises never will.
+
         Raises:
             PeerLostError: The loop has stopped.
-            CommTimeoutError: It did not come to it in time.
+            CommTimeoutError: It did not come to it in time, or not to its end in twice that.
 
         """
         future: Future[T] = Future()
 
         def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as e:
@@ -106,9 +110,15 @@ class EventLoop:
         if not self.call(call):
             raise PeerLostError("the channel is closed")
         try:
-            return future.result(timeout_s)
-        except TimeoutError as e:
-            if future.done():
+            try:
+                return future.result(timeout_s)
+            except TimeoutError:
+                if future.cancel():
+                    raise
+            return future.result(timeout_s)  # it has begun, and cannot be taken back
+        except BaseException as e:
+            future.cancel()  # an interrupt of our caller's takes it back, too
+            if not isinstance(e, TimeoutError) or (future.done() and not future.cancelled()):
                 raise
             raise CommTimeoutError(f"the channel's thread is busy for {timeout_s:g} s") from e
 

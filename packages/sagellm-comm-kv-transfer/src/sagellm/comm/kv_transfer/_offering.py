@@ -53,7 +53,9 @@ class Offering:
         self.offers: dict[str, Offered] = {}
         self.ending: set[Offered] = set()
         self.serving: set[Push] = set()
-        self.fetches: Backlog[wire.Fetch] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
+        self.fetches: Backlog[wire.Fetch] = Backlog(
+            limits.max_in_flight, limits.max_backlog_bytes, engine.waiting
+        )
 
     def offer(self, o: Offered) -> None:
         """Let peers fetch.
@@ -70,7 +72,14 @@ class Offering:
             raise ResourceError(f"{limit} offers stand already, which is max_in_flight")
         o.pool.lease(o, name, read=o.blocks)
         self.offers[name] = o
-        o.watch = Watch(self._engine.loop, o.handle, 0.0, lambda: self._expire(o), lambda: None)
+        o.watch = Watch(
+            self._engine.loop,
+            o.handle,
+            self._engine.settings,
+            lambda: 0,
+            lambda: self._expire(o),
+            lambda: None,
+        )
         o.watch.follow()
         for link, fetch in self.fetches.of(name):
             self.fetches.pop(link, fetch.tid)
@@ -176,6 +185,7 @@ class Offering:
             error = transfer_error(o.handle.key, "offered", o.error)
         o.pool.release(o)
         o.handle.take(Event.IDLE, error=error, first=lambda: self._engine.report(o.handle, error))
+        o.watch = None  # it refers to it
         self._engine.completed(o.handle, error)
 
 

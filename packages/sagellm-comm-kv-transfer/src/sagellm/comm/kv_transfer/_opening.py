@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import logging
+import select
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sagellm.core.protocols import CommError, KVConnection, KVLayout, PeerLostError
+from sagellm.core.protocols import (
+    CommError,
+    CommTimeoutError,
+    ConfigError,
+    KVConnection,
+    KVLayout,
+    PeerLostError,
+)
 
 from . import auth, wire
 from ._dial import Dialled
+from ._lanes import MAX_ANNOUNCED
 from ._paths import Paths
 
 __all__ = ["Opened", "open_lanes"]
@@ -50,6 +60,7 @@ def open_lanes(
     introduction: Callable[[str], wire.Ready],
     lanes_of: Callable[[str], tuple[int, int]],
     limit_s: float,
+    again: Callable[[str], bool],
 ) -> Opened:
     """Introduce ourselves, and connect by the best transport that works.
 
@@ -60,10 +71,11 @@ def open_lanes(
         introduction: Makes our last message of the handshake, given the first transport to try.
         lanes_of: Lanes to begin with and at most, given the transport.
         limit_s: For each connection.
+        again: Whether to try once more, given why it failed; waits until it is time to.
 
     Raises:
-        ConfigError: No transport that both have leads there.
-        PeerLostError: None that might has worked; the message says why for each.
+        ConfigError: No transport that both have leads there, or ever will.
+        PeerLostError: None that might has worked in time; the message says why for each.
         OSError: The control connection broke.
 
     """
@@ -83,22 +95,45 @@ def open_lanes(
         opened.promised += 1
         return paths[opened.transport].connect(endpoints[opened.transport], token, limit_s)
 
-    failed: dict[str, str] = {}
-    for opened.transport in choice.names:
-        try:
-            opened.lanes.append(connect())
-            break
-        except CommError as e:
-            failed[opened.transport] = str(e)
-            opened.refused = {**choice.refused, **failed}
-            logger.warning("no %s to node %d: %s", opened.transport, peer, e)
-    else:
-        why = "; ".join(f"{n}: {w}" for n, w in failed.items())
-        raise PeerLostError(f"node {peer} cannot be reached by {why}", rank=peer)
+    names, failed = choice.names, dict[str, str]()
     try:
+        while not opened.lanes:
+            passing = []  # those that may work later
+            for opened.transport in names:
+                try:
+                    opened.lanes.append(connect())
+                    break
+                except CommError as e:
+                    failed[opened.transport] = str(e)
+                    opened.refused = {**choice.refused, **failed}
+                    logger.warning("no %s to node %d: %s", opened.transport, peer, e)
+                    if isinstance(e, PeerLostError | CommTimeoutError):
+                        passing.append(opened.transport)
+            else:
+                why = "; ".join(f"{n}: {w}" for n, w in failed.items())
+                why = f"node {peer} cannot be reached by {why}"
+                if not passing:
+                    raise ConfigError(why)
+                if opened.promised >= MAX_ANNOUNCED // 2 or not again(why):
+                    raise PeerLostError(why, rank=peer)
+                _check_open(control.sock)
+                names = tuple(passing)
+        opened.refused = {n: why for n, why in opened.refused.items() if n != opened.transport}
         while len(opened.lanes) < lanes_of(opened.transport)[0]:
-            opened.lanes.append(connect())
+            try:
+                opened.lanes.append(connect())
+            except CommError as e:
+                logger.warning("fewer lanes of %s to node %d: %s", opened.transport, peer, e)
+                break
     except BaseException:
         opened.close()
         raise
     return opened
+
+
+def _check_open(sock: socket.socket) -> None:
+    """Look whether the peer has closed the control connection; it says nothing before it is up."""
+    poll = select.poll()
+    poll.register(sock, getattr(select, "POLLRDHUP", select.POLLHUP))  # the former is Linux's
+    if poll.poll(0):
+        raise ConnectionResetError("it closed the control connection")

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from sagellm.core.protocols import (
+    CommError,
     IntegrityError,
     KVCodec,
     KVConnection,
@@ -133,7 +134,12 @@ class DataReader:
                 raise IntegrityError(
                     f"a frame refers to {reference.total_bytes} bytes for blocks of {raw}"
                 )
-            arrived = self._copy(flow, head, table, reference)
+            try:
+                arrived = self._copy(flow, head, table, reference)
+            except CommError:
+                if flow.stopped or not reference.kept():
+                    return None  # its memory may be gone by now
+                raise
             if flow.stopped or not reference.kept():
                 return None
         else:

@@ -178,7 +178,8 @@ class Receive:
         done = [
             i
             for i in layers
-            if not (names and names[i] in self.open_groups)
+            if self.sources
+            and not (names and names[i] in self.open_groups)
             and all(s.inflow.layer_complete(i) for s in self.sources)
         ]
         if done:
@@ -211,6 +212,9 @@ class Receive:
             return "any node: nobody sent it"
         if unsealed := sorted({s.link.peer for s in self.sources if not s.sealed}):
             return f"node {', '.join(map(str, unsealed))} to seal its stream"
+        counts = self.destination.counts if self.destination is not None else {}
+        if lacking := sorted(n for n in self.open_groups if counts.get(n, 1)):
+            return f"another node: nobody has sent all that blocks of {', '.join(lacking)} hold"
         return f"node {', '.join(map(str, sorted(came)))}; {self.handle.progress}"
 
     def failure(self) -> KVTransferError:

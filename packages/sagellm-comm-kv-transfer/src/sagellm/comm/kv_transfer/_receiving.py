@@ -26,7 +26,7 @@ from ._flows import Inflow
 from ._granting import Granter
 from ._link import Link
 from ._receive import End, Receive, Source
-from ._records import ending, failure
+from ._records import Memory, ending, failure
 from .state import RULES, Event, Phase
 from .transfer import TransferHandle
 
@@ -47,7 +47,10 @@ class Receiving:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         limits = engine.settings
-        self.parked: Backlog[wire.Offer] = Backlog(limits.max_in_flight, limits.max_backlog_bytes)
+        self.parked: Backlog[wire.Offer] = Backlog(
+            limits.max_in_flight, limits.max_backlog_bytes, engine.waiting
+        )
+        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(limits.max_remembered)
         self._granter = Granter(lambda: engine.pool, limits.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
         self.arrivals = Arrivals(engine, self._granter, self._dismiss, self._feed)
@@ -78,7 +81,8 @@ class Receiving:
                         f"{r.key.id}/{r.key.attempt} is being received already, in other blocks"
                     )
                 return same.handle
-            if (end := self.arrivals.ended.get(r.key)) is not None:
+            end = self.arrivals.ended.get(r.key) or self._given_up(r)
+            if end is not None:
                 return self._repeat(r, end)
         self.check_room()
         if r.pool is not None:
@@ -115,6 +119,19 @@ class Receiving:
                 f"{len(self.arrivals.live)} transfers are being received already; "
                 f"max_in_flight is {limit}"
             )
+
+    def _given_up(self, r: Receive) -> End | None:
+        """Take the word of a node it is to come from, that the attempt has failed already."""
+        senders = r.senders if r.senders is not None else {k.peer for k in self._engine.links}
+        error = next((e for n in senders if (e := self._heard.get((n, r.key))) is not None), None)
+        if error is None:
+            return None
+        self.arrivals.ended[r.key] = end = End(error, None)
+        for link, offer in self.parked.of(r.key.id):
+            if offer.attempt == r.key.attempt:
+                self.parked.pop(link, offer.tid)
+                link.send(failure(offer.tid, error))
+        return end
 
     def _repeat(self, r: Receive, end: End) -> TransferHandle:
         if end.error is not None:
@@ -192,7 +209,7 @@ class Receiving:
     def on_fail(self, link: Link, tid: int, error: CommError) -> bool:
         """The sender gave up; False when it is none of ours."""
         if (offer := self.parked.pop(link, tid)) is not None:
-            self.arrivals.ended[TransferKey(offer.id, offer.attempt)] = End(error, None)
+            self._heard[link.peer, TransferKey(offer.id, offer.attempt)] = error
             return True
         if (entry := self.arrivals.by_tid.get((link, tid))) is not None:
             self.arrivals.fail(entry[0], error)
@@ -203,17 +220,14 @@ class Receiving:
                 return True
         return False
 
-    def fail_key(self, key: TransferKey, error: CommError) -> None:
-        """The attempt has failed somewhere else."""
-        if (r := self.arrivals.active.get(key)) is not None:
+    def fail_key(self, link: Link, key: TransferKey, error: CommError) -> None:
+        """A peer gave the attempt up: so does what we receive from it, now or later."""
+        if (r := self.arrivals.active.get(key)) is None:
+            self._heard[link.peer, key] = error
+        elif r.senders is None or link.peer in r.senders:
             self.arrivals.fail(r, error)
-            return
-        for link, offer in self.parked.of(key.id):
-            if offer.attempt == key.attempt:
-                self.parked.pop(link, offer.tid)
-                link.send(failure(offer.tid, error))
-        if self.arrivals.ended.get(key) is None:
-            self.arrivals.ended[key] = End(error, None)
+        else:
+            self._engine.ignore("key_fail")
 
     def layout_changed(self, link: Link) -> None:
         """Fail what waits for a node whose layout does not fit, and invite it anew if it does."""
@@ -327,8 +341,13 @@ class Receiving:
         return gone
 
     def _feed(self) -> None:
-        """Let those try again that wait for memory."""
+        """Let those try again that wait for memory, in turn, until there is none."""
         starved, self._starved = self._starved, []
-        for waiting, link, offer in starved:
+        for i, (waiting, link, offer) in enumerate(starved, 1):
             if waiting.error is None:
                 self._join(waiting, link, offer)
+            else:  # it has failed since this began
+                link.send(failure(offer.tid, waiting.error))
+            if self._starved:
+                self._starved += starved[i:]
+                return

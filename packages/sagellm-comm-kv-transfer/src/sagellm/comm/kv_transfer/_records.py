@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import OrderedDict, deque
@@ -20,12 +21,15 @@ from sagellm.core.protocols import (
 from . import wire
 from .state import Event
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "CANCELLED",
     "LEASE_EXPIRED",
     "MAX_MESSAGE",
     "CompletionQueue",
     "Memory",
+    "bare",
     "code_of",
     "ending",
     "error_of",
@@ -52,6 +56,12 @@ def code_of(error: BaseException) -> str:
 def ending(error: BaseException) -> Event:
     """What an error is to the table of states."""
     return Event.CANCEL if code_of(error) == CANCELLED else Event.FAULT
+
+
+def bare(error: CommError) -> CommError:
+    """The same error without frames, which would keep alive what they hold: it is remembered."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def failure(tid: int, error: CommError) -> wire.Fail:
@@ -108,12 +118,15 @@ class CompletionQueue:
     """Completions until `poll` takes them, with a descriptor that tells of them. Thread-safe.
 
     Args:
-        limit: More than these are never kept; the oldest goes.
+        limit: More than these are never kept; the oldest goes, counted in `lost` and logged.
 
     """
 
     def __init__(self, limit: int) -> None:
-        self._items: deque[Completion] = deque(maxlen=limit)
+        self._items: deque[Completion] = deque()
+        self._limit = limit
+        self.lost = 0
+        self._warned = False
         self._lock = threading.Lock()
         self._pipe: tuple[int, int] | None = None
         self._closed = False
@@ -124,12 +137,24 @@ class CompletionQueue:
             if not self._items and self._pipe is not None:
                 os.write(self._pipe[1], b"x")
             self._items.append(completion)
+            over = len(self._items) > self._limit
+            if over:
+                self._items.popleft()
+                self.lost += 1
+            warn, self._warned = over and not self._warned, over or self._warned
+        if warn:
+            logger.warning(
+                "%d completions wait for poll: the oldest are lost from here on; poll more often, "
+                "or raise max_remembered",
+                self._limit,
+            )
 
     def take(self, max_n: int | None) -> list[Completion]:
         """Those not taken before."""
         with self._lock:
             count = len(self._items) if max_n is None else min(max_n, len(self._items))
             taken = [self._items.popleft() for _ in range(count)]
+            self._warned = False
             if taken and not self._items and self._pipe is not None:
                 os.read(self._pipe[0], 1)
             return taken

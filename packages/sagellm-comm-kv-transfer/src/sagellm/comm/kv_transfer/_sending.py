@@ -26,7 +26,7 @@ from ._limits import Watch
 from ._link import Link
 from ._offering import Offering
 from ._push import Push
-from ._records import Memory, ending, failure, key_failure
+from ._records import Memory, bare, ending, failure, key_failure
 from .frames import SEALED
 from .memory import TensorExtent
 from .plan import check_parts
@@ -60,6 +60,10 @@ class Sending:
         self._by_tid: dict[tuple[Link, int], Push] = {}
         self._landed: Memory[tuple[int, TransferKey], bool] = Memory(engine.settings.max_remembered)
         self._failed: Memory[TransferKey, CommError] = Memory(engine.settings.max_remembered)
+        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(
+            engine.settings.max_remembered
+        )
+        """What peers say has failed, each of its own part and never over what we know."""
 
     def in_flight(self) -> list[TransferHandle]:
         """Pushes and offers that have not ended."""
@@ -87,7 +91,7 @@ class Sending:
                         "attempt number"
                     )
                 return same
-            known = self._landed.get(name) or self._failed.get(p.key) is not None
+            known = self._landed.get(name) or self._error_of(p) is not None
             if not known:
                 if len(self._active) >= limit:
                     raise ResourceError(
@@ -102,7 +106,9 @@ class Sending:
             if p.pool is not None:
                 p.pool.lease(p, f"{p.key.id}/{p.key.attempt}", read=p.blocks)
             link = self.engine.links.ready(p.target)
-            if link is not None and self._begin_here(p, link):
+            if link is None:
+                self.engine.links.look_up(p.target)
+            elif self._begin_here(p, link):
                 return p
             if link is None or not self.engine.loop.call(lambda: self._begin(p, link)):
                 self.engine.loop.run(
@@ -117,7 +123,7 @@ class Sending:
 
     def _repeat(self, p: Push) -> None:
         """End a push as its key has ended before."""
-        if (error := self._failed.get(p.key)) is None:
+        if (error := self._error_of(p)) is None:
             for event in (Event.ACCEPT, Event.DONE):
                 p.handle.take(event)
             self._quiet(p)
@@ -125,6 +131,10 @@ class Sending:
         p.handle.take(ending(error))
         p.error = error
         self._quiet(p)
+
+    def _error_of(self, p: Push) -> CommError | None:
+        """What its key has failed with before, here or at its target."""
+        return self._failed.get(p.key) or self._heard.get((p.target, p.key))
 
     def _begin_here(self, p: Push, link: Link) -> bool:
         """Take an invitation, and send what is small, on the caller's own thread."""
@@ -273,18 +283,19 @@ class Sending:
         with self._lock:
             invite, p = link.invitations.forget(tid), self._by_tid.get((link, tid))
         if invite is not None:
-            self._failed[TransferKey(invite.id, invite.attempt)] = error
+            self._heard[link.peer, TransferKey(invite.id, invite.attempt)] = error
             return True
         if p is None:
             return False
         self.fail(p, error, told=True)
         return True
 
-    def fail_key(self, key: TransferKey, error: CommError) -> None:
-        """The attempt has failed somewhere else."""
-        self._failed[key] = error
-        for p in [p for p in list(self._active.values()) if p.key == key]:
+    def fail_key(self, link: Link, key: TransferKey, error: CommError) -> None:
+        """A peer gave the attempt up: so does what we push to it, now or later."""
+        if (p := self._active.get((link.peer, key))) is not None:
             self.fail(p, error)
+        else:
+            self._heard[link.peer, key] = error
 
     def link_lost(self, link: Link, error: CommError) -> None:
         """Fail what went over a link."""
@@ -300,7 +311,8 @@ class Sending:
         p.watch = Watch(
             self.engine.loop,
             p.handle,
-            self.engine.settings.quiesce_s,
+            self.engine.settings,
+            lambda: 0 if p.link is None else p.link.moved_bytes(),
             lambda: self._expire(p),
             lambda: self._break_off(p),
         )
@@ -346,11 +358,11 @@ class Sending:
         link.confirmed_before(p.flow.tid)
         link.writer.add(p.flow)
 
-    @staticmethod
-    def _prepare(p: Push, link: Link) -> int:
+    def _prepare(self, p: Push, link: Link) -> int:
         """Say what will move; its bytes."""
         extent = p.flow.extent
         assert extent is not None, "granted"
+        p.flow.broken = lambda e: self.engine.loop.call(lambda: self._event_failed(p, e))
         units = [extent.units(i) for i in range(extent.layers)]
         size = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n)
         p.handle.expect(size, sum(units), extent.layers)
@@ -358,6 +370,10 @@ class Sending:
         p.handle.via(link.path)
         p.handle.take(Event.ACCEPT)
         return size
+
+    def _event_failed(self, p: Push, e: Exception) -> None:
+        text = f"the event that its blocks wait for failed: {type(e).__name__}: {e}"
+        self.fail(p, DistributedRuntimeError(text))
 
     def _expire(self, p: Push) -> None:
         state = p.handle.state
@@ -374,7 +390,7 @@ class Sending:
         step = p.handle.take(ending(error))
         if step is None:
             return
-        p.error = error
+        p.error = bare(error)
         self._forget(p)
         links = set()
         if p.link is not None:
@@ -416,6 +432,7 @@ class Sending:
             return
         if p.watch is not None:
             p.watch.follow()
+        p.watch = p.flow.idle = None  # they refer to it
         self.live.discard(p)
         p.tensors = None
         p.flow.extent = None

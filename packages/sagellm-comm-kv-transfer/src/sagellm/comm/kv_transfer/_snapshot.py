@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import TYPE_CHECKING, TypedDict
 
 from ._link import Link
@@ -16,7 +17,7 @@ from .transfer import TransferHandle
 if TYPE_CHECKING:
     from ._engine import Engine
 
-__all__ = ["LinkView", "Snapshot", "TransferView", "WaitingView", "take"]
+__all__ = ["LinkView", "Snapshot", "TransferView", "WaitingView", "cut", "take"]
 
 _MAX_IDS = 64
 
@@ -92,22 +93,46 @@ class Snapshot(TypedDict):
 
 def take(engine: Engine) -> Snapshot:
     """What there is now; runs on the event loop."""
+    return cut(engine, None)[0]
+
+
+def cut(engine: Engine, most: int | None) -> tuple[Snapshot, dict[str, int]]:
+    """What there is now, of each list so many at most, and how many are left out of which.
+
+    What is left out is not built either; runs on the event loop.
+    """
     receiving, sending = engine.receiving, engine.sending
-    return Snapshot(
+    offers = [*sending.offering.offers.values(), *sending.offering.ending]
+    receives = receiving.arrivals.live | receiving.arrivals.unconfirmed
+    backlogs = (("offer", receiving.parked), ("fetch", sending.offering.fetches))
+    transfers: Iterator[TransferView] = chain(
+        map(_push, sending.live), map(_receive, receives), map(_offer, offers)
+    )
+    waiting = (
+        WaitingView(what=what, id=m.id, attempt=m.attempt, peer=link.peer)
+        for what, backlog in backlogs
+        for link, m in backlog
+    )
+    links = list(engine.links)
+    leases = engine.pool.lease_holders() if engine.pool is not None else []
+    snapshot = Snapshot(
         node_id=engine.node_id,
         address=engine.address,
-        links=[_link(k) for k in engine.links],
-        transfers=list(_transfers(engine)),
-        waiting=[
-            WaitingView(what=what, id=m.id, attempt=m.attempt, peer=link.peer)
-            for what, backlog in (("offer", receiving.parked), ("fetch", sending.offering.fetches))
-            for link, m in backlog
-        ],
-        pool_leases=engine.pool.lease_holders() if engine.pool is not None else [],
+        links=[_link(k) for k in links[:most]],
+        transfers=list(islice(transfers, most)),
+        waiting=list(islice(waiting, most)),
+        pool_leases=leases[:most],
         bounce_bytes=receiving.bounce_bytes,
         bounce_limit_bytes=engine.settings.max_bounce_bytes,
         ignored=engine.ignored_so_far(),
     )
+    there = {
+        "links": len(links),
+        "transfers": len(sending.live) + len(receives) + len(offers),
+        "waiting": sum(len(backlog) for _, backlog in backlogs),
+        "pool_leases": len(leases),
+    }
+    return snapshot, {n: count - most for n, count in there.items() if most and count > most}
 
 
 def _link(link: Link) -> LinkView:
@@ -120,15 +145,6 @@ def _link(link: Link) -> LinkView:
         invitations=len(link.invitations),
         unread_bytes=link.unread_bytes,
     )
-
-
-def _transfers(engine: Engine) -> Iterator[TransferView]:
-    for p in engine.sending.live:
-        yield _push(p)
-    for r in engine.receiving.arrivals.live | engine.receiving.arrivals.unconfirmed:
-        yield _receive(r)
-    for o in (*engine.sending.offering.offers.values(), *engine.sending.offering.ending):
-        yield _offer(o)
 
 
 def _push(p: Push) -> TransferView:

@@ -25,7 +25,9 @@ from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
 
-_NOT_READY_S = 0.0005
+_NOT_READY_S, _LONGEST_NOT_READY_S = 0.0005, 0.005
+_PATIENCE = 1.25
+"""How much longer each look at an event that has not happened waits than the last."""
 _SHARED_BYTES = 1 << 20
 _GROWTH = 4
 """The first frames of a transfer are smaller by this, so that its pipeline fills early."""
@@ -56,6 +58,7 @@ class _Lane:
         self.wake = threading.Condition(lock)
         self.asleep = False
         self.busy = False
+        self.pause_s = _NOT_READY_S
         self.ended = False
         self.error: CommError | None = None
 
@@ -203,11 +206,14 @@ class DataWriter:
                     if index < self.tuner.lanes:
                         chosen, blocked = self._choose(lane)
                         if chosen is not None:
+                            lane.pause_s = _NOT_READY_S
                             return chosen
                 lane.asleep = True
                 # an event has no descriptor to wait for: look again soon
-                pause_s = _NOT_READY_S if blocked and not index else None
+                pause_s = lane.pause_s if blocked and not index else None
                 lane.wake.wait_for(lambda: not lane.asleep, pause_s)
+                if blocked:
+                    lane.pause_s = min(_PATIENCE * lane.pause_s, _LONGEST_NOT_READY_S)
                 lane.asleep = False
             return None
 
@@ -278,8 +284,10 @@ class DataWriter:
             verify_s = time.perf_counter() - start
         flags = 0
         reference = self._refer(lane, flow, extent, chunk, raw)
-        if reference is not None:
+        if reference is not None:  # sent in any case: it may show segments
             (payload, runs), flags = reference, REF
+        elif flow.stopped:
+            return 0  # nobody waits for it
         elif lane.codec is None:
             payload = extent.views(layer, first, count)
             runs = len(payload)

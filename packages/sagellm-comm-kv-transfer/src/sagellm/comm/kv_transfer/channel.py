@@ -354,6 +354,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))
         if not peers:
             raise ConfigError("no node to fetch from: give the nodes that offer the blocks")
+        for node in peers:
+            engine.links.look_up(node)
         engine.loop.run(lambda: fetch(engine, r, peers, src_blocks=wanted, layers=layers))
         return handle
 
@@ -436,6 +438,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             link.when_up(lambda _: met.set())
             return link
 
+        engine.links.look_up(peer)
         link = engine.loop.run(begin)
         if not met.wait(wait_s):
             raise CommTimeoutError(

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Discovery(ABC):
-    """Where other nodes are. `lookup` may block for a moment; it is called off the loop."""
+    """Where other nodes are. `lookup` and `refresh` may block for a moment, and nothing else."""
 
     def __init__(self, node_id: int, key: bytes) -> None:
         self.node_id = node_id
@@ -55,6 +55,10 @@ class Discovery(ABC):
     def known(self) -> list[int]:
         """Ids of the other nodes that exist or are expected."""
         return sorted({*self._added, *self.others()} - {self.node_id})
+
+    def refresh(self) -> None:
+        """Look again which nodes there are, where that is written down."""
+        return None
 
     def listen_at(self) -> tuple[str, int] | None:
         """Address this node is expected at; None leaves the choice."""
@@ -231,7 +235,7 @@ class StaticPeers(Discovery):
 
     def lookup(self, node_id: int) -> str | None:
         """The written address."""
-        self._refresh()
+        self.refresh()
         return self._peers.get(node_id)
 
     def addresses(self) -> list[str]:
@@ -239,11 +243,11 @@ class StaticPeers(Discovery):
         return [a for n, a in sorted(self._peers.items()) if n != self.node_id]
 
     def others(self) -> list[int]:
-        """All written ids."""
-        self._refresh()
+        """All ids that were read last."""
         return sorted(self._peers)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Read the file again, if there is one."""
         if self._path is None:
             return
         try:

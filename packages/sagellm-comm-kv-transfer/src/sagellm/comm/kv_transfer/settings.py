@@ -41,17 +41,21 @@ class KVTransferSettings(Settings, package="kv_transfer"):
             a host and 1 MiB between hosts.
         handshake_timeout_s: A connection that has not authenticated by then is closed.
         io_timeout_s: A frame that makes no progress for so long loses its peer.
-        quiesce_s: How long a failed transfer waits for its last frame before the connection
-            that carries it is broken.
+        quiesce_s: How long a failed transfer waits for its last frame, after the last byte that
+            was seen to move, before the connection that carries it is broken; it waits no
+            longer than `io_timeout_s` in any case.
         retry_s: Longest pause between attempts to reach a peer that is not there yet.
         peer_timeout_s: A peer whose machine is silent for so long is lost, on idle links, too.
         max_message_bytes: Control messages longer than this end the connection.
-        max_backlog_bytes: Control bytes that a peer may leave unread.
+        max_backlog_bytes: Control bytes that a peer may leave unread, and memory that its offers
+            and fetches take while they wait for their other half.
+        max_waiting_bytes: Memory that waiting offers and fetches of all peers take together.
         max_unauthenticated: Connections that have not authenticated yet; the oldest gives way.
         max_links: Connections that peers may have opened, one for each node id.
         max_in_flight: Transfers that are offered or moving; more are refused.
         max_bounce_bytes: Memory for transfers received without destination, all together.
-        max_remembered: Ended transfers whose keys are remembered.
+        max_remembered: Ended transfers whose keys are remembered, and completions that are kept
+            until they are polled.
 
     """
 
@@ -76,6 +80,7 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     peer_timeout_s: Annotated[float, pydantic.Field(ge=3, lt=1e6)] = 15.0
     max_message_bytes: Count = 16 * MIB
     max_backlog_bytes: Count = 64 * MIB
+    max_waiting_bytes: Count = 256 * MIB
     max_unauthenticated: Count = 64
     max_links: Count = 1024
     max_in_flight: Count = 4096

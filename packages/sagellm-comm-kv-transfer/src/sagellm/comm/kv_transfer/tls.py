@@ -30,6 +30,8 @@ from sagellm.core.protocols import (
     PeerLostError,
 )
 
+from ._tcp_info import moved_bytes
+
 if TYPE_CHECKING:
     from .settings import KVTransferSettings
 
@@ -197,6 +199,10 @@ class TlsConnection(KVConnection):
         self._aborted = True
         with contextlib.suppress(OSError):  # it may be down already
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def moved_bytes(self) -> int:
+        """What the kernel says, of encrypted bytes."""
+        return moved_bytes(self._sock)
 
     def close(self) -> None:
         """Release it. Idempotent."""

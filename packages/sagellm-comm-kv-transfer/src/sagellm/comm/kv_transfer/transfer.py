@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -193,11 +194,18 @@ class TransferHandle:
             if not future.done():
                 future.set_result(None)
 
-        self._when_over(lambda: loop.call_soon_threadsafe(settle))
-        while not future.done():
-            yield from asyncio.wait([future], timeout=self.left_s + _GRACE_S).__await__()
-            if not self.left_s:  # an offer may have been renewed
-                break
+        def over() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle)
+
+        self._when_over(over)
+        try:
+            while not future.done():
+                yield from asyncio.wait([future], timeout=self.left_s + _GRACE_S).__await__()
+                if not self.left_s:  # an offer may have been renewed
+                    break
+        finally:
+            self._forget(over)
         return self.wait(0.0)
 
     # -- what the channel does --------------------------------------------------------------
@@ -252,6 +260,11 @@ class TransferHandle:
                 return
         callback()
 
+    def _forget(self, callback: Callable[[], object]) -> None:
+        with self._lock:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
     def bind(self, key: TransferKey) -> None:
         """Give a `receive(None)` its key."""
         self._key = key
@@ -304,6 +317,7 @@ class TransferHandle:
             if self._landed:
                 self._layers.update(range(self._totals[2]))
             self._over = True
+            self.owner = None  # which holds this handle, and its blocks with it
             callbacks, self._callbacks = self._callbacks, []
             gates, self._gates = self._gates, []
         for _, gate in gates:

@@ -307,6 +307,7 @@ class CommConnection(KVConnection):
                         raise PeerLostError(text, rank=self._rank) from None
                     raise CommTimeoutError(f"rank {self._rank}: {e}") from e
             except CommError as e:
+                self._transport.keep(work, tensor)  # a failed group may still be at it
                 raise PeerLostError(f"rank {self._rank}: {e}", rank=self._rank) from e
 
     def abort(self) -> None:
@@ -314,6 +315,10 @@ class CommConnection(KVConnection):
         self._aborted = True
         self._there.abort()
         self._back.abort()
+
+    def moved_bytes(self) -> int:
+        """What goes over TCP."""
+        return self._there.moved_bytes() + self._back.moved_bytes()
 
     def close(self) -> None:
         """Release it. Idempotent."""

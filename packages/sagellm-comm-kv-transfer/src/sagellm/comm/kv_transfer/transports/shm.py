@@ -112,10 +112,14 @@ class ShmTransport(KVTransport):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as undo:
             undo.callback(sock.close)
-            sock.settimeout(max(0.001, deadline_s))
             end = time.monotonic() + deadline_s
             try:
+                # the kernel's time, not Python's: a crowd at the door is waited for, in turn
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(deadline_s))
                 sock.connect(f"\0{name}")
+                sock.settimeout(max(0.001, end - time.monotonic()))
+            except BlockingIOError as e:
+                raise PeerLostError(f"a crowd at the peer's door for {deadline_s:g} s") from e
             except OSError as e:
                 raise BackendUnavailableError(
                     f"the peer's socket cannot be reached ({e.strerror or e}): it is in another "
@@ -228,6 +232,11 @@ def _try_peek(pid: int, theirs: tuple[int, int, bytes]) -> tuple[Peek | None, st
         why = str(e)
     peek.close()
     return None, why
+
+
+def _timeval(seconds: float) -> bytes:
+    microseconds = max(1, int(seconds * 1e6))
+    return struct.pack("ll", microseconds // 1_000_000, microseconds % 1_000_000)
 
 
 def _boot_id() -> str:

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 
+from sagellm.comm.kv_transfer._tcp_info import moved_bytes
 from sagellm.comm.kv_transfer.tls import Tls, TlsConnection, TlsSocket
 from sagellm.core.protocols import (
     ConfigError,
@@ -107,6 +108,10 @@ class TcpConnection(SocketConnection):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _CONGESTION_HERE)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+
+    def moved_bytes(self) -> int:
+        """What the kernel says."""
+        return moved_bytes(self._sock)
 
     @property
     def most_lanes(self) -> int | None:

@@ -371,6 +371,9 @@ def test_what_this_shell_hides_is_not_hidden_in_a_recorded_tree(machine, monkeyp
     assert main(["show", "--from", str(machine.root), "--json"]) == 0
 
     assert from_json(capsys.readouterr().out).accelerators[0].visible_index == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "77")
+    main(["doctor", "--root", str(machine.root)])
+    assert "CUDA_VISIBLE_DEVICES names" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -453,3 +456,14 @@ def test_tools_have_the_time_that_tools_take(monkeypatch, arguments, seconds):
     _source.read_topology(_source.source_parser().parse_args(arguments))
 
     assert asked == [seconds]
+
+
+def test_characters_that_xml_forbids_leave_drawings_and_files_readable():
+    from xml.dom.minidom import parseString
+
+    odd = "a\x00\x1b\ud800\uffff"
+    nic = Device(A, "nic", bdf=A, model=odd, attrs={"ib": odd})
+    info = merge([(60, TopologyFragment("x", (nic,)))], hostname=odd)
+
+    assert "a\ufffd" in parseString(render_svg(info)).toxml()
+    assert "a\ufffd" in parseString(to_nccl_xml(info)).toxml()

@@ -59,7 +59,7 @@ def _label(d: Device) -> str:
 
 
 def _hash(text: str) -> str:
-    return str(_blake2b()(text.encode(), digest_size=8).hexdigest())
+    return str(_blake2b()(text.encode(errors="replace"), digest_size=8).hexdigest())
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from sagellm.core.protocols import ConfigError, Device, Link, TopologyInfo
 
 from ._numbers import number, whole_number
 from ._sysfs import pcie_bytes_per_s
+from ._xml_text import xml_text
 
 __all__ = ["to_nccl_xml"]
 
@@ -214,7 +215,7 @@ class _Writer:
 
 
 def _tag(name: str, attrs: dict[str, str], *, closed: bool) -> str:
-    words = "".join(f" {key}={quoteattr(value)}" for key, value in attrs.items())
+    words = "".join(f" {key}={quoteattr(xml_text(value))}" for key, value in attrs.items())
     return f"<{name}{words}{'/' if closed else ''}>"
 
 

@@ -30,6 +30,7 @@ from ._svg_canvas import (
 )  # fmt: skip
 from ._svg_fabric import draw_fabric
 from ._svg_tree import draw_tree, groups, lowest, measure, place
+from ._xml_text import xml_text
 from .graph import NETWORK_KINDS
 
 __all__ = ["render_svg"]
@@ -66,7 +67,7 @@ def render_svg(info: TopologyInfo) -> str:
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:.0f} {height:.0f}' "
         f"width='{width:.0f}' height='{height:.0f}' {FONT} role='img'>"
-        f"<title>{escape(_title(info))}</title>"
+        f"<title>{escape(xml_text(_title(info)))}</title>"
         f"<rect width='100%' height='100%' fill='#ffffff'/>\n{body}\n</svg>\n"
     )
 

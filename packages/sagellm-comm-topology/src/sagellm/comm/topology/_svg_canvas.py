@@ -8,6 +8,8 @@ from html import escape
 
 from sagellm.core.protocols import Device, Link
 
+from ._xml_text import xml_text
+
 __all__ = [
     "BAR_H", "CARD_H", "CARD_W", "FABRIC_LINE", "FILL", "FONT", "GAP", "LINE", "NETWORK_LINE",
     "PAD", "ROW", "STACK", "Canvas", "Node", "about", "about_link", "clip", "rate", "short",
@@ -73,7 +75,7 @@ class Canvas:
         """A rounded rectangle with a tooltip."""
         dash = " stroke-dasharray='5 4'" if dashed else ""
         return (
-            f"<g><title>{escape(tip)}</title><rect x='{x:.1f}' y='{y:.1f}' width='{w:.1f}' "
+            f"<g><title>{_escaped(tip)}</title><rect x='{x:.1f}' y='{y:.1f}' width='{w:.1f}' "
             f"height='{h:.1f}' rx='{r}' fill='{fill}' stroke='{line}'{dash}/></g>"
         )
 
@@ -92,16 +94,20 @@ class Canvas:
         weight = " font-weight='600'" if bold else ""
         return (
             f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' fill='{fill}' "
-            f"text-anchor='{anchor}'{weight}>{escape(words)}</text>"
+            f"text-anchor='{anchor}'{weight}>{_escaped(words)}</text>"
         )
 
     def line(self, path: str, colour: str, width: float, tip: str, *, dashed: bool = False) -> None:
         """A line with a tooltip; dashed means inferred."""
         dash = " stroke-dasharray='6 4'" if dashed else ""
         self.lines.append(
-            f"<g><title>{escape(tip)}</title><path d='{path}' fill='none' stroke='{colour}' "
+            f"<g><title>{_escaped(tip)}</title><path d='{path}' fill='none' stroke='{colour}' "
             f"stroke-width='{width:.1f}' stroke-linecap='round'{dash}/></g>"
         )
+
+
+def _escaped(words: str) -> str:
+    return escape(xml_text(words))
 
 
 def stroke(bandwidth: float | None, count: int = 1) -> float:

@@ -72,7 +72,11 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    context = make_context(root=args.root, deadline_s=20.0, allow_commands=args.tools)
+    # A recorded tree is another machine's: what this shell hides is not hidden there.
+    environ: dict[str, str] | None = None if args.root == "/" else {}
+    context = make_context(
+        root=args.root, environ=environ, deadline_s=20.0, allow_commands=args.tools
+    )
     detection = run_detectors(installed_detectors(), context)
     info = merge(detection.fragments, warnings=detection.warnings)
     info = apply_visibility(info, context.environ)

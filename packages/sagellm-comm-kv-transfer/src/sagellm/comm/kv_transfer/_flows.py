@@ -87,7 +87,7 @@ class Outflow(Flow):
         super().__init__(handle, tid)
         self.extent: Extent | None = None
         self.flags = 0
-        self.broken: Callable[[Exception], object] = lambda _: None
+        self.broken: Callable[[Exception], object] | None = None
         """Told of an event that cannot be asked, under the locks of whoever asked it."""
         self._pending: deque[Span] = deque()
         self._claimed_bytes = 0
@@ -141,7 +141,8 @@ class Outflow(Flow):
                     ready = span.after is None or span.after.query()
                 except Exception as e:  # the caller's event, of whatever library
                     self._pending.clear()
-                    self.broken(e)
+                    if self.broken is not None:
+                        self.broken(e)
                     return None
                 if not ready:
                     self._pending.rotate(-1)

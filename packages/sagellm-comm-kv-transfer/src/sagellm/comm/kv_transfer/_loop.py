@@ -203,8 +203,9 @@ class EventLoop:
         now = time.monotonic()
         while self._timers and (self._timers[0][0] <= now or self._timers[0][2].callback is None):
             _, _, timer = heapq.heappop(self._timers)
-            if timer.callback is not None:
-                self._guard(timer.callback)
+            if (callback := timer.callback) is not None:
+                timer.cancel()  # who keeps the timer does not keep what it calls
+                self._guard(callback)
 
     def _until_next(self) -> float | None:
         """Seconds until there is something to do besides sockets; None when nothing is known."""

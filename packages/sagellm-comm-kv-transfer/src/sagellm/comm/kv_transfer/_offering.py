@@ -185,6 +185,8 @@ class Offering:
             error = transfer_error(o.handle.key, "offered", o.error)
         o.pool.release(o)
         o.handle.take(Event.IDLE, error=error, first=lambda: self._engine.report(o.handle, error))
+        if o.watch is not None:
+            o.watch.follow()
         o.watch = None  # it refers to it
         self._engine.completed(o.handle, error)
 

@@ -432,7 +432,7 @@ class Sending:
             return
         if p.watch is not None:
             p.watch.follow()
-        p.watch = p.flow.idle = None  # they refer to it
+        p.watch = p.flow.idle = p.flow.broken = None  # they refer to it
         self.live.discard(p)
         p.tensors = None
         p.flow.extent = None

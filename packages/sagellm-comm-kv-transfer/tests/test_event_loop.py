@@ -31,7 +31,15 @@ def test_a_call_that_timed_out_never_runs(loop):
     assert ran == []
 
 
-def test_a_call_that_is_interrupted_never_runs(loop):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises here, also where whoever started the tests had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_call_that_is_interrupted_never_runs(loop, interruptible):
     go, ran = threading.Event(), []
     loop.call(lambda: go.wait(10))
     interrupt = threading.Timer(

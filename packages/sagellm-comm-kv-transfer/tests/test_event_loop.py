@@ -43,7 +43,7 @@ def test_a_call_that_is_interrupted_never_runs(loop, interruptible):
     go, ran = threading.Event(), []
     loop.call(lambda: go.wait(10))
     interrupt = threading.Timer(
-        0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
+        0.5, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
     )
     interrupt.start()
 
@@ -60,11 +60,11 @@ def test_a_call_that_has_begun_is_waited_for(loop):
     go = threading.Event()
 
     def slow():
-        threading.Timer(0.6, go.set).start()
+        threading.Timer(1.2, go.set).start()
         assert go.wait(10)
         return "done"
 
-    assert loop.run(slow, 0.4) == "done"
+    assert loop.run(slow, 1.0) == "done"
 
 
 def test_a_call_is_told_apart_from_a_timeout_that_it_raises_itself(loop):

@@ -86,7 +86,7 @@ def test_a_receive_that_raised_takes_no_push(pair, monkeypatch):
     go.set()
     ours = b["layer0"][1].clone()
 
-    t = out.transfer([3], into.node_id, key=TransferKey("a"), deadline_s=0.3)
+    t = out.transfer([3], into.node_id, key=TransferKey("a"), deadline_s=1.0)
 
     with pytest.raises(Exception, match="has not said `receive`"):
         t.wait(10)

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from sagellm.comm.topology.calibration import calibrate
 from sagellm.comm.topology.live import NATIVE, check_backend
 from sagellm.core.protocols import CommBackendProtocol
+
+if TYPE_CHECKING:
+    import torch
 
 _SAMPLE_S = 400e-6  # a sample of small payloads is the mean of calls that take about this long
 _MOST_CALLS = 20
@@ -26,6 +26,9 @@ _MOST_CALLS = 20
 
 def main(folder: Path, rank: int) -> None:
     """Do what the job file says; rank 0 writes the rows."""
+    import torch
+    import torch.distributed as dist
+
     job = json.loads((folder / "job.json").read_text())
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -60,6 +63,8 @@ def main(folder: Path, rank: int) -> None:
 
 def _backend(name: str, timeout_s: float) -> CommBackendProtocol | None:
     """None is torch's own gloo or NCCL; others come from their entry point."""
+    import torch.distributed as dist
+
     spec = check_backend(name)
     if spec is None:
         return None
@@ -92,6 +97,8 @@ class _Timer:
         return self._timed(*self._calls[nbytes])
 
     def _timed(self, call: Callable[[], object], times: int) -> float:
+        import torch.distributed as dist
+
         dist.barrier()
         self._settle()
         start_s = time.perf_counter()
@@ -102,9 +109,14 @@ class _Timer:
 
     def _settle(self) -> None:
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self._device)
 
     def _call(self, nbytes: int) -> Callable[[], object]:
+        import torch
+        import torch.distributed as dist
+
         count = max(1, nbytes // 4 // self._size) * self._size
         x, y = (torch.zeros(count, device=self._device) for _ in range(2))
         part = torch.zeros(count // self._size, device=self._device)
@@ -125,6 +137,9 @@ class _Timer:
 
 
 def _slowest(times: Sequence[float], device: torch.device) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
     seen = torch.tensor(times, dtype=torch.float64, device=device)
     dist.all_reduce(seen, dist.ReduceOp.MAX)
     found: list[float] = seen.tolist()

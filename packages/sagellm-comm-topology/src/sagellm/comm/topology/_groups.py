@@ -74,7 +74,7 @@ def _worst(rates: Rates, groups: Sequence[Sequence[int]]) -> Quality:
 def _grown(rates: Rates, size: int, count: int) -> list[list[int]]:
     """Greedy groups: each the best one that grows from any start, the best partner first."""
     left = list(range(len(rates)))
-    groups = []
+    groups: list[list[int]] = []
     while len(groups) < count:
         starts = left if len(left) <= EXACT_LIMIT else left[:1]
         _, group = min(_grow(rates, start, left, size) for start in starts)

@@ -18,7 +18,6 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
-from ._backlog import Room
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -29,6 +28,7 @@ from ._push import Offered, Push
 from ._receive import Receive
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
+from ._room import Pressed, Room
 from ._sending import Sending
 from .discovery import Discovery
 from .pool import RegisteredPool
@@ -74,6 +74,8 @@ class Engine:
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.waiting = Room(settings.max_waiting_bytes)
+        self.invited = Room(settings.max_invited_bytes)
+        self.control = Pressed(settings.max_control_bytes)
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)

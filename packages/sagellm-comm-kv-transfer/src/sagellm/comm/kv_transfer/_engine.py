@@ -163,9 +163,9 @@ class Engine:
         self.ignored[what] += 1
 
     def ignored_so_far(self) -> dict[str, int]:
-        """What was ignored, by type of message; late frames, and completions nobody polled."""
-        more = {"frame": self.links.traffic()["late"], "completion": self.completions.lost}
-        return {**self.ignored, **{name: count for name, count in more.items() if count}}
+        """What was ignored, by type of message, and late frames."""
+        late = self.links.traffic()["late"]
+        return {**self.ignored, **({"frame": late} if late else {})}
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""
@@ -190,9 +190,8 @@ class Engine:
         """Queue the completion of a transfer whose blocks are safe; from any thread."""
         if error is None:
             tokens = handle.num_tokens
-            self.completions.put(
-                Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
-            )
+            landed = Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
+            self.completions.put(landed, handle.witness)
             return
         self.completions.put(
             Completion(
@@ -203,7 +202,8 @@ class Engine:
                 message=str(error),
                 invalid_blocks=error.invalid_blocks,
                 invalid_by_group=error.invalid_by_group,
-            )
+            ),
+            handle.witness,
         )
 
     def completed(self, handle: TransferHandle, error: KVTransferError | None) -> None:

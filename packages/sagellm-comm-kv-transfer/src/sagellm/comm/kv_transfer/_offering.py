@@ -62,9 +62,10 @@ class Offering:
 
         Raises:
             ConfigError: An offer of that id stands already.
-            ResourceError: Too many offers stand.
+            ResourceError: Too many offers stand, or too much has ended and waits for `poll`.
 
         """
+        self._engine.completions.check_room()
         name, limit = o.handle.key.id, self._engine.settings.max_in_flight
         if name in self.offers:
             raise ConfigError(f"an offer {name!r} stands already")

@@ -83,6 +83,7 @@ class Receiving:
                 return same.handle
             end = self.arrivals.ended.get(r.key) or self._given_up(r)
             if end is not None:
+                self._engine.completions.check_room()
                 return self._repeat(r, end)
         self.check_room()
         if r.pool is not None:
@@ -110,9 +111,10 @@ class Receiving:
         """Refuse more than may be in flight.
 
         Raises:
-            ResourceError: As many are being received already.
+            ResourceError: As many are being received already, or have ended and wait for `poll`.
 
         """
+        self._engine.completions.check_room()
         limit = self._engine.settings.max_in_flight
         if len(self.arrivals.live) >= limit:
             raise ResourceError(

@@ -59,8 +59,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         max_links: Connections that peers may have opened, one for each node id.
         max_in_flight: Transfers that are offered or moving; more are refused.
         max_bounce_bytes: Memory for transfers received without destination, all together.
-        max_remembered: Ended transfers whose keys are remembered, and completions that are kept
-            until they are polled.
+        max_remembered: Ended transfers whose keys are remembered. As many completions may wait for
+            `poll` before new transfers are refused; those that were waited for do not count.
 
     """
 

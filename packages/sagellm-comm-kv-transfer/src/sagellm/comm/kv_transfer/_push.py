@@ -59,6 +59,7 @@ class Push:
         self.flow = Outflow(handle, 0)
         self.error: CommError | None = None
         self.nacked = 0
+        self.room_bytes = 0
         self.watch: Watch | None = None
         if pool is not None:
             handle.expect(0, 0, len(pool.group_names))

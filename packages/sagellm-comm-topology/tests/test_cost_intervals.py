@@ -41,6 +41,10 @@ def spiky(chance, x):
     return math.exp(0.03 * chance.gauss(0, 1) + late)
 
 
+def interrupted(chance, x):
+    return math.exp(0.02 * chance.gauss(0, 1)) * (2.5 if chance.random() < 0.15 else 1)
+
+
 def covered(truth, noise, repeats):
     """Shares of fresh measurements inside their intervals: at knots, between, below, beyond."""
     chance = random.Random(f"{truth.__name__} {noise.__name__} {repeats}")
@@ -80,6 +84,13 @@ def test_without_repeats_the_smoothness_of_the_curve_speaks(truth, noise):
     assert sum(shares.values()) / 4 >= 0.85
 
 
+@pytest.mark.parametrize("repeats", [7, 12, 24])
+def test_frequent_interruptions_are_inside_once_there_are_repeats_to_tell(repeats):
+    shares = covered(line, interrupted, repeats)
+
+    assert min(shares.values()) >= 0.9, shares
+
+
 def test_more_repeats_make_intervals_narrower_and_not_without_end():
     def width(repeats):
         chance = random.Random(3)
@@ -94,15 +105,25 @@ def test_more_repeats_make_intervals_narrower_and_not_without_end():
     assert many > 2 * 1.645 * 0.2  # what one further measurement differs by cannot be averaged out
 
 
-def test_one_interruption_among_the_repeats_does_not_widen():
-    calm_times = {x: [line(x) * f for f in (0.99, 1.0, 1.0, 1.01, 1.005, 0.995, 1.002)]
-                  for x in KNOTS}  # fmt: skip
-    hit = {x: [*times[:-1], 50 * times[-1]] for x, times in calm_times.items()}
+STEADY = {x: [line(x) * f for f in (0.99, 1.0, 1.0, 1.01, 1.005, 0.995, 1.002)] for x in KNOTS}
 
-    quiet, disturbed = (Curve.of_repeats(r).read(KNOTS[4]) for r in (calm_times, hit))
+
+def test_one_interruption_among_the_repeats_does_not_widen():
+    hit = {x: [*t[:-1], (50 if x == KNOTS[4] else 1) * t[-1]] for x, t in STEADY.items()}
+
+    quiet, disturbed = (Curve.of_repeats(r).read(KNOTS[4]) for r in (STEADY, hit))
 
     assert disturbed[2] / disturbed[1] < 1.1
     assert disturbed[0] == pytest.approx(quiet[0], rel=0.01)
+
+
+def test_interruptions_that_come_again_do():
+    hit = {x: [*t[:-1], 5 * t[-1]] for x, t in STEADY.items()}  # one in seven, at every size
+
+    time, _, high, _ = Curve.of_repeats(hit).read(KNOTS[4])
+
+    assert time == pytest.approx(line(KNOTS[4]), rel=0.01)
+    assert high > 5 * line(KNOTS[4])
 
 
 def test_below_the_first_knot_both_bounds_widen():

@@ -8,6 +8,11 @@ chapter 4), about a median, whose variance is about pi/(2n + pi - 2) of one valu
 of the degrees of freedom, which is how efficient that scale is (P. Huber, "Robust Statistics",
 1981).
 
+That forgets interruptions, however many there are up to half. Where enough is known to tell them
+from an accident, the interval also holds nine tenths of what was seen, by the rank that split
+conformal prediction takes (J. Lei and others, "Distribution-free predictive inference for
+regression", 2018).
+
 Where nothing was repeated, noise is what is left at each knot of the line between its neighbours
 (T. Gasser, L. Sroka and C. Jennen-Steinmetz, "Residual variance and residual pattern in nonlinear
 regression", Biometrika 73, 1986); bends of the curve count as noise then, and widen.
@@ -25,6 +30,7 @@ __all__ = ["UNKNOWN", "of_repeats", "of_residuals"]
 UNKNOWN = 0.5
 """Where neither repeats nor neighbours tell anything: a factor of 1.6 either way."""
 
+_SHARE = 0.9
 _EFFICIENCY = 0.37
 _TO_SIGMA = 1.4826  # of a median absolute deviation, for the normal distribution
 _FACTORS = {2: 1.196, 3: 1.495, 4: 1.363, 5: 1.206, 6: 1.200, 7: 1.140, 8: 1.129, 9: 1.107}
@@ -42,6 +48,7 @@ def of_repeats(repeats: Sequence[Sequence[float]]) -> list[float | None]:
 
     Neighbouring knots are taken to be alike: three of them lend each other degrees of freedom, and
     a knot's own scale counts where it is the greater. None where none of the three was repeated.
+    Interruptions are rare, so five tell of them.
     """
     scales = [_scale(times) for times in repeats]
     found: list[float | None] = []
@@ -51,9 +58,12 @@ def of_repeats(repeats: Sequence[Sequence[float]]) -> list[float | None]:
         if not freedom:
             found.append(None)
             continue
+        first = max(0, min(i - 2, len(repeats) - 5))
+        around = [times for times in repeats[first : first + 5] if len(times) > 1]
+        seen = _seen([x for times in around for x in _deviations(times)])
         squares = sum((len(repeats[j]) - 1) * (scales[j] or 0.0) ** 2 for j in near)
         scale = max(scales[i] or 0.0, math.sqrt(squares / freedom))
-        found.append(_half_width(scale, _EFFICIENCY * freedom, len(times)))
+        found.append(max(seen, _half_width(scale, _EFFICIENCY * freedom, len(times))))
     return found
 
 
@@ -69,9 +79,18 @@ def _scale(times: Sequence[float]) -> float | None:
     count = len(times)
     if count < 2:
         return None
+    return _TO_SIGMA * _FACTORS.get(count, count / (count - 0.8)) * median(_deviations(times))
+
+
+def _seen(deviations: Sequence[float]) -> float:
+    """What nine tenths stay within; nothing where that is the very last, maybe an accident."""
+    rank = math.ceil(_SHARE * (len(deviations) + 1))
+    return sorted(deviations)[rank - 1] if rank < len(deviations) else 0.0
+
+
+def _deviations(times: Sequence[float]) -> list[float]:
     middle = median(times)
-    off = median(abs(math.log(t / middle)) for t in times)
-    return _TO_SIGMA * _FACTORS.get(count, count / (count - 0.8)) * off
+    return [abs(math.log(t / middle)) for t in times]
 
 
 def _half_width(scale: float, freedom: float, count: int) -> float:

@@ -15,7 +15,7 @@ def rows_of(case, contenders):
     ]
 
 
-@pytest.mark.parametrize("shape", ["cluster", "one switch", "one PCI tree"])
+@pytest.mark.parametrize("shape", bench_graph.SHAPES)
 def test_graph_figures_are_taken_and_judged(shape, monkeypatch):
     monkeypatch.setattr(bench_graph, "DEVICES", 300)
     monkeypatch.setattr(bench_graph, "PAIRS", 40)

@@ -114,7 +114,7 @@ class CodedOutflow(Outflow):
 
     def claim(self, first_bytes: int, chunk_bytes: int, lanes: int = 1) -> Chunk | None:
         """The next chunk that is ready to be sent; starts to encode those after it."""
-        if self._coding is None:
+        if self._coding is None or self.stopped:
             return None
         mode = self._look()
         if mode is not None:
@@ -183,7 +183,6 @@ class CodedOutflow(Outflow):
     def _fill(self, mode: Coding) -> None:
         """Start as many pieces as there is room for."""
         assert self._coding is not None, "begun"
-        assert self.extent is not None, "granted"
         threads = self._coding.codecs.threads
         while True:
             with self.lock:
@@ -197,6 +196,7 @@ class CodedOutflow(Outflow):
                 if chunk is None:
                     return
             extent = self.extent
+            assert extent is not None, "it stays while a piece is under way"
             if not codable(extent, chunk.layer):
                 self._put(chunk, None)
                 continue
@@ -204,10 +204,11 @@ class CodedOutflow(Outflow):
             # what it is gathered into, and what comes out, which is never larger
             if not threads.encoding.try_take(2 * raw, self._rouse):
                 with self.lock:
-                    if self.stopped:
-                        self._pieces -= 1
-                    else:
+                    dropped = self.stopped
+                    if not dropped:
                         self._held, self._starved = chunk, True
+                if dropped:
+                    self.leave()
                 return
             with self.lock:
                 self._in_work += 1

@@ -31,7 +31,9 @@ def memory(layout, blocks=80, seed=0):
     random = torch.Generator().manual_seed(seed)
     found = {}
     for g in layout.groups:
-        size = dict(zip([a for a in g.axes if a not in ("block", "layer")], g.block_shape))
+        size = dict(
+            zip([a for a in g.axes if a not in ("block", "layer")], g.block_shape, strict=True)
+        )
         size |= {"block": blocks, "layer": len(g.layers)}
         for name in g.tensor_names:
             x = torch.randn([size[a] for a in g.axes], generator=random)
@@ -187,9 +189,11 @@ def test_keys_that_contradict_rope_fail_both_sides(coded):
     tokens = len(SOURCE) * PAGE
     keys = 5 + torch.randn(tokens, HEADS, DIM) / 10
     for t in a.values():  # rotated the other way round
-        t[SOURCE, 0] = rotated(keys, RopeSpec.of(DIM, interleaved=True)).view(
-            len(SOURCE), PAGE, HEADS, DIM
-        ).bfloat16()
+        t[SOURCE, 0] = (
+            rotated(keys, RopeSpec.of(DIM, interleaved=True))
+            .view(len(SOURCE), PAGE, HEADS, DIM)
+            .bfloat16()
+        )
 
     key = TransferKey("k")
     got = into.receive(key, TARGET, source_node=out.node_id)
@@ -285,7 +289,7 @@ def test_plain_tensors_keep_their_bits(coded, codec):
     out.transfer(tensors, into.node_id, key=key, codec=codec).wait(20)
 
     got.wait(20)
-    assert all(torch.equal(x.tensor, t) for x, t in zip(got.blocks, tensors))
+    assert all(torch.equal(x.tensor, t) for x, t in zip(got.blocks, tensors, strict=True))
     with pytest.raises(ConfigError, match="plain tensors"):
         out.transfer(tensors, into.node_id, codec="quant")
 
@@ -309,7 +313,7 @@ def test_arguments_that_do_not_fit_are_refused_at_once(coded):
 
 def test_hundreds_of_coded_requests_at_once_within_bounds(leakless, coded):
     limit = 1 << 20
-    out, a, into, b = coded(max_codec_bytes=limit, codec_workers=2)
+    out, a, into, _ = coded(max_codec_bytes=limit, codec_workers=2)
     count = 300
     rounds = [[(7 * i + j) % 80 for j in range(3)] for i in range(count)]
 
@@ -322,7 +326,7 @@ def test_hundreds_of_coded_requests_at_once_within_bounds(leakless, coded):
     for handle in handles:
         handle.wait(60)
 
-    for ids, got in zip(rounds, inside):
+    for ids, got in zip(rounds, inside, strict=True):
         for x in got.wait(60).blocks:
             assert torch.equal(x.tensor, a[f"kv{x.layer}"][ids[x.index]])
     for channel in (out, into):
@@ -333,7 +337,7 @@ def test_hundreds_of_coded_requests_at_once_within_bounds(leakless, coded):
 
 
 def test_two_nodes_that_push_to_each_other_do_not_block_one_another(coded):
-    out, a, into, b = coded(max_codec_bytes=1 << 18)
+    out, _, into, _ = coded(max_codec_bytes=1 << 18)
 
     handles = []
     for i in range(20):

@@ -90,7 +90,9 @@ def contenders(case: Case) -> Iterator[Contenders]:
 _seen: dict[str, dict[str, Any]] = {}
 
 
-def _call(pair: _Pair, codec: str, options: dict[str, Any], error: str | None) -> Callable[[], float]:
+def _call(
+    pair: _Pair, codec: str, options: dict[str, Any], error: str | None
+) -> Callable[[], float]:
     return lambda: pair.run(codec, options, error)
 
 
@@ -257,7 +259,6 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
         share = auto / raw if auto and raw else None
         found.append(Ratio(f"auto / raw, {link}", case, share, 0.97))
     return found
-
 
 
 main = Benchmark(

@@ -71,6 +71,7 @@ class Push:
         self.flow = Outflow(handle, 0) if codec is None else CodedOutflow(handle, 0, codec)
         self.error: CommError | None = None
         self.nacked = 0
+        self.room_bytes = 0
         self.watch: Watch | None = None
         if pool is not None:
             handle.expect(0, 0, len(pool.group_names))

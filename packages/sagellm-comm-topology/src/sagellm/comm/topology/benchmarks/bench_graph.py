@@ -2,7 +2,7 @@
 
 `path` is asked for random pairs of devices of every kind: `cold` right after the build, `warm`
 for other pairs, drawn anew, after five thousand of the same kind were asked; no way is kept. The
-slowest of those asks is told too: one of them makes the table that the others are answered from.
+slowest of those asks is told too: some of them make a piece of the table that later ones use.
 networkx is given the same links and asked for the path of fewest hops, which is less than `path`
 answers (no class, no width, and it may lead through other accelerators).
 """

@@ -2,10 +2,9 @@
 
 Nobody asks for all pairs of ten thousand switches, so a way is first searched for from both its
 ends. Once searches have cost about as much as a table of all distances, the table is made, a piece
-with each question: of
-each distance only its remainder by 3 is kept, one bit in one of three rows of bits, because a
-neighbour's distance differs by at most one. From it every way is walked without searching. Ways
-themselves are never kept.
+with each question: of each distance only its remainder by 3 is kept, one bit in one of three rows
+of bits, because a neighbour's distance differs by at most one. From it every way is walked without
+searching. Ways themselves are never kept.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["TABLE_LIMIT", "EvenRoutes"]
 TABLE_LIMIT = 16_000
 """Vertices up to which a table is made: 100 MB then (40 MB for 10 000), twice that meanwhile."""
 
-_SEARCHED = 60  # visits per vertex of the whole part that are worth a table
+_SEARCHED = 20  # visits per vertex of the whole part that are worth a table
 _PIECE = 2_000  # vertices and hops of the table that one question adds: milliseconds
 _HUB = 48  # neighbours from which on they are looked at as one row of bits
 

@@ -98,14 +98,15 @@ def test_a_search_that_takes_too_long_leaves_the_greedy_groups(monkeypatch):
 def test_swaps_mend_what_greedy_groups_of_many_devices_miss():
     count = 24
     rates = [[(1, -1.0, 1)] * count for _ in range(count)]
-    for i in range(0, count, 2):  # a chain of good pairs whose links between are better
-        rates[i][i + 1] = rates[i + 1][i] = (0, -2.0, 1)
-    for i in range(1, 4, 2):
-        rates[i][i + 1] = rates[i + 1][i] = (0, -4.0, 1)
+    pairs = [(0, 3), (1, 2), *((i, i + 1) for i in range(4, count, 2))]
+    for a, b in pairs:
+        rates[a][b] = rates[b][a] = (0, -2.0, 1)
+    rates[0][1] = rates[1][0] = (0, -4.0, 1)  # what a greedy start takes, to the cost of 2 and 3
 
     found = tightest_groups(tuple(map(tuple, rates)), 2, count // 2)
 
     assert found.worst == (0, -2.0, 1)
+    assert found.groups == tuple(pairs)
 
 
 @pytest.mark.parametrize("bad", [2.0, True, "2", 0, -1, None])

@@ -22,7 +22,7 @@ from ._coded_in import CodedReader
 from ._copy import Paired, pair
 from ._flows import Inflow
 from ._meters import Traffic
-from ._offload import offload
+from ._offload import Offloaded, offload
 from ._segment import have_workers
 from .frames import HEADER_BYTES, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
@@ -166,36 +166,57 @@ class DataReader:
     ) -> _Arrived:
         """Copy what a frame refers to, and verify it while it is in the cache."""
         extent, layer, first, count = flow.extent, head.layer, head.first, head.count
-        unit, step = extent.unit_bytes(layer), count
-        if self.checksum:
+        unit, step, helped = extent.unit_bytes(layer), count, have_workers()
+        if self.checksum or helped:
             step = max(1, _WARM_BYTES // max(1, unit))
         starts = np.arange(0, count, step, dtype=np.int64)
         cuts = starts[1:] * unit
         paired = pair(reference.runs, extent.runs(layer, first, count), cuts)
         edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
         sums = np.frombuffer(table[: count * 8], dtype="<u8")
-        if have_workers():
-            began = time.perf_counter()
+        calls, verify_s = 1, 0.0
+        bad: list[int] = []
+
+        def copy_here(begin: int, stop: int) -> None:
+            nonlocal calls, verify_s
+            if begin == stop:
+                return
+            copy = reference.copier(paired.sources, paired.addresses)
+            units = extent.unit_views(layer, first, count) if self.checksum else []
+            found: list[int] = []
+            for i in range(begin, stop):
+                if flow.stopped:
+                    return  # nobody waits for the rest
+                calls += copy(edges[i], edges[i + 1])
+                if self.checksum:
+                    began, at = time.perf_counter(), int(starts[i])
+                    found += block_sums(units[at : at + step], layer, first + at)
+                    verify_s += time.perf_counter() - began
+            if self.checksum:
+                at = int(starts[begin])
+                bad.extend(at + i for i in _wrong(found, sums[at : at + len(found)]))
+
+        given = None
+        if helped:
             edges_of = np.array(edges)
             units_to = np.minimum(starts + step, count)
             batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
-            done = self._offload(flow, head, reference, paired, batches, sums)
-            if done is not None:
-                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began)
-        units = extent.unit_views(layer, first, count) if self.checksum else []
-        copy = reference.copier(paired.sources, paired.addresses)
-        calls, verify_s = 1, 0.0
-        found: list[int] = []
-        for at, low, high in zip(starts.tolist(), edges, edges[1:], strict=False):
-            if flow.stopped:
-                break  # nobody waits for the rest
-            calls += copy(low, high)
-            if self.checksum:
-                start = time.perf_counter()
-                found += block_sums(units[at : at + step], layer, first + at)
-                verify_s += time.perf_counter() - start
-        bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
-        return _Arrived(bad, calls, len(paired.ends), verify_s)
+            given = self._offload(flow, head, reference, paired, batches, sums)
+        theirs = 0 if given is None else given.batches
+        found = None
+        try:
+            copy_here(theirs, len(starts))
+        finally:
+            if given is not None:
+                began = time.perf_counter()
+                found = given.working.wait()
+                verify_s += time.perf_counter() - began if self.checksum else 0.0
+                calls += 2
+        if found is None:
+            copy_here(0, theirs)
+        else:
+            bad = [*found, *bad]
+        return _Arrived(sorted(bad), calls, len(paired.ends), verify_s)
 
     def _offload(
         self,
@@ -205,8 +226,8 @@ class DataReader:
         paired: Paired,
         batches: Ints,
         sums: np.ndarray[tuple[int], np.dtype[np.uint64]],
-    ) -> list[int] | None:
-        """Damaged blocks, as a copy worker found them; None when none has copied them."""
+    ) -> Offloaded | None:
+        """What a copy worker does of it; None when none does any of it."""
         checks = None
         if self.checksum:
             runs = flow.extent.runs(head.layer, head.first, head.count)

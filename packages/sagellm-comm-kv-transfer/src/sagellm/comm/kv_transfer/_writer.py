@@ -158,6 +158,8 @@ class DataWriter:
         lane = _Lane(conn, self._chunk_bytes, self._lock)
         if lane.one_sided is not None:
             lane.one_sided.watch(lambda: self._rouse(lane))
+            if not self.checksum:  # then a large frame is there as early as a small one
+                lane.first_bytes = lane.chunk_bytes
         with self._lock:
             index = len(self._lanes)
             self._lanes.append(lane)

@@ -79,7 +79,7 @@ class RegisteredPool:
 
     @classmethod
     def allocate(
-        cls, layout: KVLayout, num_blocks: int | Mapping[str, int], copy_workers: int = 0
+        cls, layout: KVLayout, num_blocks: int | Mapping[str, int], copy_workers: int | None = 0
     ) -> RegisteredPool:
         """A pool in shared memory, zeroed, every page of it there, with processes to fill it.
 
@@ -101,7 +101,9 @@ class RegisteredPool:
                 size += -(-nbytes // _ALIGN) * _ALIGN
         segment = Segment(size, f"a pool of {num_blocks} blocks")
         try:
-            if copy_workers:
+            if copy_workers is None:
+                segment.start_sharing_worker()
+            elif copy_workers:
                 segment.start_workers(copy_workers)
             segment.seal()
             return cls(layout, _tensors_in(segment, places), segment)
@@ -409,13 +411,20 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
     if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= limit:
         bad = low if low < 0 else high
         raise ConfigError(f"{what}: block {bad} of group {name!r} is not in 0..{limit - 1}")
-    if unique and len(np.unique(ids)) != len(ids):
+    if unique and _repeats(ids, limit):
         values, counts = np.unique(ids, return_counts=True)
         raise ConfigError(
             f"{what}: blocks {values[counts > 1][:8].tolist()} of group {name!r} come twice; "
             "a destination is written once"
         )
     return ids
+
+
+def _repeats(ids: Ints, limit: int) -> bool:
+    """Whether an id comes twice; without sorting, which took half a millisecond of 4096."""
+    seen = np.zeros(limit, dtype=bool)
+    seen[ids] = True
+    return int(np.count_nonzero(seen)) != len(ids)
 
 
 def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:

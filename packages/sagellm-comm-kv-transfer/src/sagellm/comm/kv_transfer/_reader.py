@@ -16,11 +16,14 @@ from sagellm.core.protocols import (
     MemoryRuns,
     OneSidedConnection,
     Reference,
+    UnsupportedOperationError,
 )
 
 from ._coded_in import CodedReader
 from ._copy import Paired, pair
+from ._device_extent import DeviceExtent
 from ._flows import Inflow
+from ._landing import Landing, land
 from ._meters import Traffic
 from ._offload import Offloaded, offload
 from ._segment import have_workers
@@ -109,8 +112,14 @@ class DataReader:
                 self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
+            if head.flags & SECTIONS and isinstance(flow.extent, DeviceExtent):
+                self._refuse_coded(conn, flow, head)
+                continue
             if head.flags & SECTIONS:
                 self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
+                continue
+            if isinstance(flow.extent, DeviceExtent):
+                self._land(conn, flow, head, table, reference)
                 continue
             try:
                 outcome = self._take(conn, flow, head, table, reference)
@@ -160,6 +169,75 @@ class DataReader:
             codec_s=0.0,
         )
         return flow.landed(head, arrived.bad)
+
+    def _land(
+        self,
+        conn: KVConnection,
+        flow: Inflow,
+        head: Header,
+        table: memoryview,
+        reference: Reference | None,
+    ) -> None:
+        """Take a frame whose blocks are on a device; its flow is left when the device is done."""
+        assert isinstance(flow.extent, DeviceExtent), "asked before"
+        staging, kept = flow.extent.staging, True
+        try:
+            landing = Landing(conn, flow, head, table)
+            if not head.flags & REF:
+                conn.receive([table], self._io_timeout_s)
+            if not _sound(head, table):
+                landing.bad = list(range(head.count))
+                if reference is None:
+                    self._discard(conn, head.payload_bytes)
+            else:
+                kept = land(
+                    landing,
+                    reference,
+                    checksum=self.checksum,
+                    timeout_s=self._io_timeout_s,
+                )
+        except BaseException:
+            staging.when_landed(None, lambda _: flow.leave())
+            raise
+        staging.when_landed(None, lambda _: self._landed(landing, kept))
+
+    def _refuse_coded(self, conn: KVConnection, flow: Inflow, head: Header) -> None:
+        """Fail what codes for a pool that its sender did not know to be on a device."""
+        text = "coded frames cannot be decoded into a pool on a device: send without a codec"
+        try:
+            self._discard(conn, head.payload_bytes)
+            if flow.broken is not None:
+                flow.broken(UnsupportedOperationError(text))
+        finally:
+            flow.leave()
+
+    def _landed(self, landing: Landing, kept: bool) -> None:
+        """Note what the device has put in place."""
+        flow, head, bad = landing.flow, landing.head, landing.bad
+        outcome = None
+        try:
+            if landing.errors:
+                if flow.broken is not None:
+                    flow.broken(landing.errors[0])
+            elif kept and not flow.stopped:
+                good = head.count - len(bad)
+                done = landing.raw if not bad else good * landing.unit
+                wire = HEADER_BYTES + len(landing.table) + head.payload_bytes
+                self.traffic.count(done, wire)
+                flow.handle.moved(
+                    done,
+                    good,
+                    wire_bytes=wire,
+                    runs=landing.runs,
+                    syscalls=landing.calls,
+                    verify_s=landing.verify_s,
+                    codec_s=0.0,
+                )
+                outcome = flow.landed(head, bad)
+        finally:
+            flow.leave()
+        if outcome is not None:
+            self._on_landed(flow, head, *outcome)
 
     def _copy(
         self, flow: Inflow, head: Header, table: memoryview, reference: Reference

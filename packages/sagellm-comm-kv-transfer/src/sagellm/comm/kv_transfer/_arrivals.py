@@ -89,6 +89,7 @@ class Arrivals:
         r.handle.via(link.path)
         self.by_tid[link, inflow.tid] = (r, source)
         link.inflows[inflow.tid] = inflow
+        inflow.broken = lambda e: self._engine.loop.call(lambda: self.fail(r, e))
         r.check_layers(range(inflow.extent.layers))
 
     def withdraw(self, r: Receive, link: Link) -> None:
@@ -253,7 +254,7 @@ class Arrivals:
         if rule.safe and r.handle.phase is not Phase.LANDED:  # over: let go of what refers to it
             r.watch = None
             for s in r.sources:
-                s.inflow.idle = None
+                s.inflow.idle = s.inflow.broken = None
 
     def _free(self, r: Receive) -> None:
         """Give back leases and room; then let those start that waited for it."""

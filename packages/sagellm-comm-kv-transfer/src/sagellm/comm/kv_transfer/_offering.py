@@ -23,12 +23,13 @@ from ._arguments import check_deadline
 from ._backlog import Backlog
 from ._bounce import block_ids
 from ._coded_request import requested
+from ._device_extent import extent_of
 from ._limits import Watch
 from ._link import Link
 from ._push import Offered, Push
 from ._records import LEASE_EXPIRED, ending, failure
 from .plan import check_parts, held_part
-from .pool import BlockTable, PoolExtent
+from .pool import BlockTable
 from .state import RULES, Event, Phase
 from .transfer import TransferHandle, transfer_error
 
@@ -128,7 +129,7 @@ class Offering:
                     f"node {link.peer} fetches {fetch.counts} blocks of {counts} offered"
                 )
             check_parts(o.pool.layout, fetch.parts, link.peer)
-            p.flow.extent = PoolExtent(o.pool, p.blocks, fetch.parts)
+            p.flow.extent = extent_of(o.pool, p.blocks, fetch.parts)
         except CommError as e:
             self._engine.waiting.give(size)
             link.send(failure(fetch.tid, e))

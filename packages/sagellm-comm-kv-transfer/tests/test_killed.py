@@ -4,7 +4,6 @@ The one that is left reports in time and holds nothing, what landed is right, an
 other one still does later, when it goes on, reaches a block that was given back.
 """
 
-import concurrent.futures
 import contextlib
 import importlib.util
 import itertools
@@ -269,18 +268,15 @@ class Case:
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 @pytest.mark.parametrize("role", POINTS)
 def test_a_survivor_ends_in_time_and_holds_nothing(
-    nursery, leakless, eventually, role, transport, how
+    nursery, leakless, eventually, at_once, role, transport, how
 ):
-    cases = [Case(nursery, eventually, role, point, how, transport) for point in POINTS[role]]
-    failed = []
-    with concurrent.futures.ThreadPoolExecutor(len(cases)) as threads:
-        for case, done in [(case, threads.submit(case.run)) for case in cases]:
-            if (error := done.exception()) is not None:
-                error.add_note(f"{role} {case.point} {how} {transport}")
-                failed.append(error)
+    points = POINTS[role]
 
-    if failed:
-        raise ExceptionGroup(f"{len(failed)} of {len(cases)} points", failed)
+    at_once(
+        lambda point: Case(nursery, eventually, role, point, how, transport).run(),
+        points,
+        threads=len(points),
+    )
 
 
 def test_victims_are_struck_in_every_phase_of_the_table():

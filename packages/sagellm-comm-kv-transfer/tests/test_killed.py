@@ -185,7 +185,7 @@ class Case:
         early = self.point != "offered"
         if early:
             self.act()
-        phase = Phase(self.nursery.hear(self.pid, "reached"))
+        phase = Phase(self.its_phase())
         assert phase is POINTS[self.role][self.point], phase
         if self.role in ("send", "offer") and self.point in ("moving", "renewing"):
             self.handle.wait_layer(0, 10)
@@ -197,6 +197,19 @@ class Case:
         self.struck = time.monotonic()
         if not early:
             self.act()
+
+    def its_phase(self):
+        """Where the victim is once it has got there; an offer's lease is renewed meanwhile."""
+        for last in [False] * 40 + [True]:
+            try:
+                return self.nursery.hear(self.pid, "reached", 0.5)
+            except queue.Empty:
+                if last:
+                    raise
+            finally:
+                if self.role == "fetch" and self.point != "offered":
+                    self.handle.renew(DEADLINE_S)
+                    self.began = time.monotonic()
 
     def act(self):
         """Do the other half of what the victim does."""

@@ -19,7 +19,7 @@ from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, bare, ending, failure
 from .frames import SEALED, Header
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -174,7 +174,7 @@ class Arrivals:
     def on_release(self, link: Link, tid: int) -> None:
         """The sender knows that it has landed."""
         entry = self.by_tid.get((link, tid))
-        if entry is None or entry[0].handle.phase is not Phase.LANDED:
+        if entry is None or not entry[0].handle.awaits(Event.RELEASE):
             self._engine.ignore("release")
             return
         r, source = entry
@@ -245,13 +245,14 @@ class Arrivals:
                 self.unnamed.remove(r)
         if rule.safe:
             self.live.discard(r)
-        if r.handle.phase is Phase.LANDED:
+        unconfirmed = r.handle.awaits(Event.RELEASE)
+        if unconfirmed:
             self.unconfirmed.add(r)
         else:
             self.unconfirmed.discard(r)
         if r.watch is not None:
             r.watch.follow()
-        if rule.safe and r.handle.phase is not Phase.LANDED:  # over: let go of what refers to it
+        if rule.safe and not unconfirmed:  # over: let go of what refers to it
             r.watch = None
             for s in r.sources:
                 s.inflow.idle = s.inflow.broken = None

@@ -30,7 +30,7 @@ from ._push import Offered, Push
 from ._records import LEASE_EXPIRED, ending, failure
 from .plan import check_parts, held_part
 from .pool import BlockTable
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
@@ -148,9 +148,8 @@ class Offering:
         o.served.discard(p)
         self.serving.discard(p)
         self._engine.waiting.give(p.room_bytes)
-        landed = p.handle.phase is Phase.RELEASED
-        standing = RULES[o.handle.phase].moves
-        if standing and landed and p.full_fetch and self._all_read(p, o):
+        landed = RULES[p.handle.phase].landed
+        if landed and p.full_fetch and o.handle.awaits(Event.DONE) and self._all_read(p, o):
             o.handle.take(Event.DONE)
             self._close(o)
         self._finish(o)

@@ -32,7 +32,7 @@ from ._records import Memory, bare, ending, failure, key_failure
 from .frames import SEALED
 from .memory import TensorExtent
 from .plan import check_parts
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Sending:
     def on_grant(self, link: Link, grant: wire.Grant) -> None:
         """The receiver says what to send."""
         p = self._by_tid.get((link, grant.tid))
-        if p is None or p.handle.phase is not Phase.OFFERED:
+        if p is None or not p.handle.awaits(Event.ACCEPT):
             self.engine.ignore("grant")
             return
         if p.tensors is not None:
@@ -393,7 +393,7 @@ class Sending:
         state = p.handle.state
         if p.link is None:
             what = f"node {p.target} never came ({self.engine.links.why_absent(p.target)})"
-        elif p.handle.phase is Phase.OFFERED:
+        elif p.handle.awaits(Event.ACCEPT):
             what = f"node {p.target} has not said `receive`"
         else:
             what = f"it is {state.value}, {p.handle.progress}"

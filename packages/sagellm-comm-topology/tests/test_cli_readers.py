@@ -6,11 +6,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from printers import Drawn, print_nvidia
 
 from sagellm.comm.topology.__main__ import main
 from sagellm.comm.topology._diff import Difference, differences
 from sagellm.comm.topology._doctor import examine
-from sagellm.comm.topology.benchmarks.fake_tools import Drawn, print_nvidia
 from sagellm.comm.topology.detector import Detection
 from sagellm.comm.topology.export import from_json
 from sagellm.comm.topology.importers import import_topology

@@ -19,12 +19,13 @@ from sagellm.core.protocols import (
     Reference,
 )
 
+from ._coded_in import CodedReader
 from ._copy import Paired, pair
 from ._flows import Inflow
 from ._meters import Traffic
 from ._offload import offload
 from ._segment import have_workers
-from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
+from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
 
 __all__ = ["DataReader"]
@@ -56,6 +57,7 @@ class DataReader:
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
         scratch_bytes: Coded bytes that are held at once, unless one block is larger.
         traffic: Counts what is received.
+        coded: Takes frames of codecs.
 
     """
 
@@ -67,17 +69,27 @@ class DataReader:
         io_timeout_s: float,
         scratch_bytes: int,
         traffic: Traffic,
+        coded: CodedReader,
     ) -> None:
         self.traffic = traffic
+        self._coded = coded
         self.late = 0
         """Frames of transfers that have ended, or of an earlier epoch."""
-        self.checksum = True
         self.key = b""
         self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
         self._scratch_bytes = scratch_bytes
+
+    @property
+    def checksum(self) -> bool:
+        """Whether blocks are verified."""
+        return self._coded.checksum
+
+    @checksum.setter
+    def checksum(self, on: bool) -> None:
+        self._coded.checksum = on
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
@@ -88,7 +100,9 @@ class DataReader:
             conn.receive([head_bytes], for_ever)
             head = Header.unpack(head_bytes, self.key)
             table = memoryview(bytearray(head.table_bytes))
-            with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
+            with_table = not head.flags & (
+                REF | CODED | SECTIONS
+            )  # then it comes together with the bytes
             if not with_table:
                 conn.receive([table], self._io_timeout_s)
             reference = None
@@ -103,6 +117,9 @@ class DataReader:
                     self._discard(conn, rest + head.payload_bytes)
                 self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
+                continue
+            if head.flags & SECTIONS:
+                self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
                 continue
             try:
                 outcome = self._take(conn, codec, flow, head, table, reference)

@@ -17,10 +17,11 @@ from sagellm.core.protocols import (
     OneSidedConnection,
 )
 
+from ._coded_out import CodedPiece
 from ._flows import Chunk, Outflow
 from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
-from .frames import CODED, RAW_BIT, REF, Header, block_sums
+from .frames import CODED, RAW_BIT, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
@@ -268,6 +269,8 @@ class DataWriter:
 
     def _send(self, lane: _Lane, flow: Outflow, chunk: Chunk) -> int:
         """Send one frame; the bytes of the blocks in it."""
+        if (piece := flow.coded(chunk)) is not None:
+            return self._send_coded(lane, flow, chunk, piece)
         extent = flow.extent
         assert extent is not None, "claimed without an extent"
         layer, first, count = chunk
@@ -300,8 +303,10 @@ class DataWriter:
         head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
         start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
-        lane.pace(raw, time.perf_counter() - start)
+        spent_s = time.perf_counter() - start
+        lane.pace(raw, spent_s)
         wire = len(head) + size
+        flow.sent(lane.conn, wire, spent_s)
         self.traffic.count(raw, wire)
         flow.handle.moved(
             raw,
@@ -311,6 +316,32 @@ class DataWriter:
             syscalls=calls,
             verify_s=verify_s,
             codec_s=codec_s,
+        )
+        return raw
+
+    def _send_coded(self, lane: _Lane, flow: Outflow, chunk: Chunk, piece: CodedPiece) -> int:
+        """Send a frame that was encoded ahead; the bytes of the blocks in it."""
+        try:
+            extent = flow.extent
+            if flow.stopped or extent is None:
+                return 0  # nobody waits for it
+            raw, flags = extent.span_bytes(*chunk), SECTIONS | flow.flags
+            head = Header(flow.tid, *chunk, piece.nbytes, flags).pack(piece.table, self.key)
+            start = time.perf_counter()
+            calls = lane.conn.send([memoryview(head), *piece.views], self._io_timeout_s)
+            wire = len(head) + piece.nbytes
+            flow.sent(lane.conn, wire, time.perf_counter() - start)
+        finally:
+            piece.done()
+        self.traffic.count(raw, wire)
+        flow.handle.moved(
+            raw,
+            chunk.units,
+            wire_bytes=wire,
+            runs=len(piece.views),
+            syscalls=calls,
+            verify_s=0.0,
+            codec_s=piece.codec_s,
         )
         return raw
 

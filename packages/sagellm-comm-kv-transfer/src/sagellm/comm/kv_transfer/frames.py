@@ -3,9 +3,11 @@
 A frame is a fixed header, a table with one entry per block, and the payload: the blocks' bytes
 in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
 in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
-entries also hold each block's coded length. Where the receiver reads the sender's memory, the
-payload is a reference to the bytes. The header holds a digest of the table and is sealed with a
-key of the link and the direction, so that frames of another connection are no frames here.
+entries also hold each block's coded length. A frame of sections has one more entry, the digest
+of the front of its payload, which is as `compression.frame` says. Where the receiver reads the
+sender's memory, the payload is a reference to the bytes. The header holds a digest of the table
+and is sealed with a key of the link and the direction, so that frames of another connection are
+no frames here.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "RAW_BIT",
     "REF",
     "SEALED",
+    "SECTIONS",
     "Header",
     "block_sum",
     "block_sums",
@@ -43,6 +46,9 @@ REF = 2
 
 SEALED = 8
 """Flag: the transfer is whole, no message seals it; for those that use an invitation."""
+
+SECTIONS = 16
+"""Flag: the payload is one codec frame, whose sections hold all the blocks."""
 
 RAW_BIT = 1 << 31
 """In a coded length: this block did not shrink and is sent as it is."""
@@ -63,7 +69,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED` or `REF`, and `SEALED`.
+        flags: `CODED`, `REF` or `SECTIONS`, and `SEALED`.
         table_digest: xxh3 of the table.
 
     """
@@ -79,6 +85,8 @@ class Header:
     @property
     def table_bytes(self) -> int:
         """Length of the table."""
+        if self.flags & SECTIONS:
+            return 8 * self.count + 8
         return self.count * (12 if self.flags & CODED else 8)
 
     def pack(self, table: bytes, key: bytes = b"") -> bytes:
@@ -113,7 +121,7 @@ class Header:
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
-        if flags & ~SEALED not in (0, CODED, REF):
+        if flags & ~SEALED not in (0, CODED, REF, SECTIONS):
             raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
 

@@ -115,6 +115,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     endpoints: dict[str, str]
     checksum: bool
     address: str
+    sections: dict[str, int] = {}
+    """Codecs that write sections of frames, with versions; `frame` stands for the frames'."""
 
 
 class Ready(_Message, frozen=True, tag="ready"):
@@ -126,6 +128,7 @@ class Ready(_Message, frozen=True, tag="ready"):
     transport: str
     checksum: bool
     address: str
+    sections: dict[str, int] = {}
 
 
 class Reject(_Message, frozen=True, tag="reject"):
@@ -205,6 +208,9 @@ class Fetch(_Message, frozen=True, tag="fetch"):
     src_blocks: dict[str, bytes] | None = None
     layers: list[int] | None = None
     deadline_s: float = 30.0
+    codec: str = ""
+    options: dict[str, bool | int | float | str] = {}
+    max_error: str | float | None = None
 
 
 class Nack(_Message, frozen=True, tag="nack"):

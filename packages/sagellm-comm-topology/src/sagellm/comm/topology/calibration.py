@@ -16,6 +16,7 @@ from typing import Any
 from sagellm.core.protocols import ConfigError
 
 from ._cost_curve import Curve
+from ._cost_rows import MOST_US
 
 __all__ = ["calibrate"]
 
@@ -37,6 +38,8 @@ def calibrate(
 ) -> list[Mapping[str, Any]]:  # Any: JSON-like rows
     """Rows for `CostModel.observe`, measured at adaptively chosen sizes, in rising size.
 
+    They name no members: add those where the ranks are devices of the topology.
+
     With several ranks, every rank calls this and `measure` must give all of them the same times
     (the slowest rank's, say): the next size follows from the times of the last.
 
@@ -52,7 +55,8 @@ def calibrate(
         multiple: Sizes are multiples of it.
 
     Raises:
-        ConfigError: The range is empty, or fewer than two knots are allowed.
+        ConfigError: The range is empty, fewer than two knots are allowed, or `measure` gave
+            nothing, NaN or a time that is not above 0.
 
     """
     if not 0 < smallest < largest or knots < 2 or multiple < 1:
@@ -64,8 +68,8 @@ def calibrate(
 
     def take(nbytes: int) -> None:
         times[nbytes] = [float(t) for t in measure(nbytes)]
-        if not times[nbytes] or min(times[nbytes]) <= 0:
-            raise ConfigError(f"measuring {nbytes} bytes gave {times[nbytes]}, no times above 0")
+        if not times[nbytes] or not all(0 < t <= MOST_US for t in times[nbytes]):
+            raise ConfigError(f"measuring {nbytes} bytes gave {times[nbytes]}, not times above 0")
 
     first = min(_FIRST_KNOTS, knots)
     for i in range(first):

@@ -207,7 +207,8 @@ def describe(model: str, layers: int, heads: int, dim: int, rope: RopeSpec | Non
     turned = "no RoPE"
     if rope:
         way = "interleaved" if rope.interleaved else "half-split"
-        turned = f"{way} RoPE over {rope.dim} channels ({xxhash.xxh3_64_hexdigest(repr(rope).encode())[:8]})"
+        digest = xxhash.xxh3_64_hexdigest(repr(rope).encode())[:8]
+        turned = f"{way} RoPE over {rope.dim} channels ({digest})"
     return f"{model} {layers} layers, {heads} heads of {dim}, {turned}".strip()
 
 

@@ -28,12 +28,14 @@ class SectionCodec(ABC):
 
     Attributes:
         undoes_rope: Whether it gains by a layout that says how keys were rotated.
+        version: Of what it writes; a channel uses it with peers of the same version only.
         join: Layers that it codes together, whose heads then lie side by side.
         fallbacks: What codes the sections that it cannot, before lossless ones do.
 
     """
 
     undoes_rope: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     join: int = 1
     fallbacks: tuple[Coding, ...] = ()
 

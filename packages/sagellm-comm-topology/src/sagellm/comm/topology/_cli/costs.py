@@ -54,19 +54,23 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from sagellm.comm.topology.live import calibrate_live, library_of
+    from sagellm.comm.topology.live import calibrate_live, check_devices, library_of
 
+    check_devices(args.backend, args.ranks)
     info = read_topology(args)
     model, library = CostModel(info), library_of(args.backend)
     rows = calibrate_live(
         args.backend, args.ranks, ops=args.ops.split(","), smallest=args.smallest,
         largest=args.largest, knots=args.knots, repeats=args.repeats, timeout_s=args.timeout,
     )  # fmt: skip
+    members = _members(info, args.backend, args.ranks)
+    if members:
+        rows = [{**row, "members": members} for row in rows]
     model.load(library, args.folder)
     drifted = model.drift(rows)
     measured = {(row["op"], row["algorithm"], row["group_size"]) for row in rows}
     for op, algorithm, size in measured:
-        model.forget(op, algorithm, size)
+        model.forget(op, algorithm, size, model.shape(members))
     model.observe(rows)
     path = model.save(library, args.folder)
     if args.json:
@@ -88,6 +92,15 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _members(info: TopologyInfo, backend: str, ranks: int) -> tuple[str, ...]:
+    """Devices of the ranks: rank i of NCCL has device i; processes of the CPU have none."""
+    if backend != "nccl":
+        return ()
+    seen = {d.visible_index: d.id for d in info.accelerators if d.visible_index is not None}
+    found = tuple(seen[rank] for rank in range(ranks) if rank in seen)
+    return found if len(set(found)) == ranks else ()
+
+
 def _measured(model: CostModel, op: str, backend: str, rows: Sequence[Mapping[str, Any]]) -> object:
     from rich import box
     from rich.table import Table
@@ -105,7 +118,7 @@ def _measured(model: CostModel, op: str, backend: str, rows: Sequence[Mapping[st
         table.add_column(name, justify="right", no_wrap=True)
     for nbytes in sorted({row["nbytes"] for row in rows}):
         times = [row["time_us"] for row in rows if row["nbytes"] == nbytes]
-        found = model.predict(op, nbytes, size, algorithm)
+        found = model.predict(op, nbytes, rows[0].get("members") or size, algorithm)
         spread = (f"{f(times):,.1f} us" for f in (median, min, max))
         table.add_row(bytes_text(nbytes), *spread, _rate(found))
     return table
@@ -149,7 +162,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _group(info: TopologyInfo, text: str | None) -> int | tuple[str, ...]:
     if text is None:
-        return tuple(d.id for d in info.accelerators) if info.num_devices > 1 else 2
+        return info.num_devices if info.num_devices > 1 else 2
     size = whole_number(text, most=_MOST_RANKS)
     if size is not None:
         return size

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sagellm.comm.kv_transfer.benchmarks import _subject
+from sagellm.comm.kv_transfer.benchmarks import _subject, _transform_data, _transform_rows
 from sagellm.comm.kv_transfer.benchmarks._peers import PEERS
 from sagellm.comm.kv_transfer.compression import Compressor, TensorLayout
 from sagellm.comm.kv_transfer.compression.quality import Coder, Quality, coder_of, outlier_scale
@@ -78,11 +78,14 @@ def cases(quick: bool) -> list[Case]:
         {"figure": "kl with outlier channels", **common},
         {"figure": "encode, GB/s of one core", **common},
         {"figure": "decode, GB/s of one core", **common},
+        *_transform_rows.cases(quick),
     ]
 
 
 def contenders(case: Case) -> Contenders:
     """Calls that return the case's figure."""
+    if case["figure"].startswith("transform"):
+        return _transform_rows.contenders(case)
     figure, windows = case["figure"], case["windows"]
     if "GB/s" in figure:
         way = figure.startswith("encode")
@@ -218,7 +221,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
             a, b = found.get((figure, ours)), found.get((figure, peer))
             share = a / b if a and b else None
             result.append(Ratio(f"{way} speed of {ours} / {peer}", case, share, floor))
-    return result
+    return [*result, *_transform_rows.ratios(rows)]
 
 
 _benchmark = Benchmark(
@@ -240,9 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", help="folder of a checkpoint in Hugging Face's layout")
     parser.add_argument("--text", help="file that the windows are cut from")
+    parser.add_argument("--qkv", help="recorded q, k, v for the rows of transform")
     options, rest = parser.parse_known_args(argv)
     try:
         _subject.choose(options.model, options.text)
+        _transform_data.choose(options.qkv)
         _subject.harness(1)
     except ConfigError as e:
         sys.stderr.write(f"kv_transfer.compression: {e}\n")

@@ -1,5 +1,7 @@
 """Blocks through codecs on real channels: what arrives, over which path, at what cost."""
 
+import threading
+
 import pytest
 import torch
 from codec_data import rotated
@@ -348,6 +350,27 @@ def test_two_nodes_that_push_to_each_other_do_not_block_one_another(coded):
 
     for handle in handles:
         handle.wait(30)
+
+
+def test_codec_threads_leave_torch_s_threads_to_others(coded):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        out, _, into, _ = coded(codec_workers=1)
+        seen = []
+        into.receive(key := TransferKey("k"), TARGET)
+        out.transfer(SOURCE, into.node_id, key=key, codec="quant").wait(20)
+        threads = out._engine.codecs.threads
+        threads.submit(lambda: seen.append(torch.get_num_threads()))
+        threads._pool.submit(int).result(20)
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+        assert seen == [1, 3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_closed_channel_leaves_no_thread(leakless):

@@ -160,7 +160,7 @@ class LinkCoding:
 
     def lacks(self, request: CodecRequest) -> str | None:
         """Why the peer cannot decode the codec that is asked for; None when it can."""
-        if request.codec == AUTO:
+        if request.codec == AUTO or not request.required:
             return None
         return next((why for c in request.allowed() if (why := self.missing(c))), None)
 
@@ -169,7 +169,7 @@ class LinkCoding:
     ) -> Choice:
         """What is to be used now."""
         if request.codec != AUTO:
-            return Choice(allowed[0], f"{label(allowed[0])}, as asked")
+            return self._named(request, allowed[0])
         key = (*map(label, allowed), dtype, nbytes.bit_length())
         now = time.monotonic()
         with self._lock:
@@ -183,6 +183,15 @@ class LinkCoding:
             self._choices[key] = (now, found)
             self._last = found.why
         return found
+
+    def _named(self, request: CodecRequest, coding: Coding) -> Choice:
+        if request.required:
+            return Choice(coding, f"{label(coding)}, as asked")
+        if self.in_place:
+            return Choice(None, "none: the peer reads memory in place")
+        if (why := self.missing(coding)) is not None:
+            return Choice(None, f"none: {why}")
+        return Choice(coding, f"{label(coding)}, as the channel's settings say")
 
     def _look(
         self, allowed: tuple[Coding, ...], dtype: str, nbytes: int, present: Coding | None

@@ -16,7 +16,7 @@ from .compression.frame import Coding, Option
 if TYPE_CHECKING:
     from . import wire
 
-__all__ = ["AUTO", "CodecRequest", "asked_of", "request_of", "requested"]
+__all__ = ["AUTO", "CodecRequest", "asked_of", "request_of", "requested", "wanted_of"]
 
 AUTO = "auto"
 
@@ -34,6 +34,8 @@ class CodecRequest:
         first_position: Position in the sequence of the first block's first token.
         num_tokens: Tokens that hold values; what lies behind them in the last block is not sent.
             None: all.
+        required: Whether a peer that cannot decode it fails the transfer; else such a peer, and
+            one that reads our memory in place, gets the bytes as they are.
 
     """
 
@@ -43,6 +45,7 @@ class CodecRequest:
     rope: RopeSpec | None = None
     first_position: int = 0
     num_tokens: int | None = None
+    required: bool = True
 
     def allowed(self) -> tuple[Coding, ...]:
         """The codings that may be used; one for a named codec.
@@ -111,11 +114,18 @@ def request_of(
         name = default if codec is None else codec
         if name == "none":
             return None
-        made = CodecRequest(name, max_error=max_error)
+        made = CodecRequest(name, max_error=max_error, required=codec is not None)
     if made.first_position < 0 or (made.num_tokens or 0) < 0:
         raise ConfigError("first_position and num_tokens are not negative")
     made.allowed()
     return None if made.codec == "none" else made
+
+
+def wanted_of(
+    codec: str | CodecRequest | None, max_error: MaxError | None, default: CodecRequest | None
+) -> CodecRequest | None:
+    """As `request_of`, where a channel has a codec of its own for calls that name none."""
+    return default if codec is None and max_error is None else request_of(codec, max_error)
 
 
 def asked_of(codec: str | None, max_error: MaxError | None) -> CodecRequest | None:

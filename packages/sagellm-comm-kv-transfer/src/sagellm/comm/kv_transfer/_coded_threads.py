@@ -101,7 +101,7 @@ class CodecThreads:
         self.workers = workers
         self.encoding = Credits(limit)
         self.decoding = Credits(limit)
-        self._pool = ThreadPoolExecutor(workers, name)
+        self._pool = ThreadPoolExecutor(workers, name, _work_alone)
 
     def submit(self, job: Callable[[], object]) -> bool:
         """Have a job run, which must not raise; False when the channel is closed."""
@@ -116,3 +116,19 @@ class CodecThreads:
         self.encoding.close()
         self.decoding.close()
         self._pool.shutdown(wait=True)
+
+
+def _work_alone() -> None:
+    """Have torch use this thread only for what this thread asks of it.
+
+    Sections are small: helpers that each operation waits for cost more than they bring, and on a
+    busy machine every wait lasts a time slice. torch also takes the number for threads that
+    begin later, hence what was goes back to it from a thread that ends at once.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restorer = threading.Thread(target=torch.set_num_threads, args=(before,), name="kv-codec-set")
+    restorer.start()
+    restorer.join()

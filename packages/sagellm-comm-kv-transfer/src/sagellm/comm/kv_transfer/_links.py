@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import secrets
 import socket
@@ -34,7 +33,6 @@ from ._opening import Opened, open_lanes
 from ._paths import AUTO, Paths
 from ._reader import DataReader
 from ._writer import DataWriter
-from .compression import codec_names, create_codec
 from .frames import Header
 from .plan import check_sound
 from .tls import Tls
@@ -73,7 +71,6 @@ class Links:
         self._outgoing: dict[int, Link] = {}
         self._gone: list[Link] = []
         self._reaping = False
-        self._codecs = list(codec_names())
         self._past = Counter[str]()
         self._closed = False
         settings = engine.settings
@@ -214,7 +211,6 @@ class Links:
                 inflows,
                 on_landed,
                 io_timeout_s=s.io_timeout_s,
-                scratch_bytes=s.chunk_bytes // 4,
                 traffic=traffic,
                 coded=coded,
             )
@@ -344,8 +340,6 @@ class Links:
         s, engine = self._engine.settings, self._engine
         return wire.Ready(
             engine.layout,
-            self._codecs,
-            s.codec,
             transport,
             s.checksum,
             engine.address,
@@ -357,16 +351,9 @@ class Links:
     def _equip(self, link: Link, theirs: wire.Welcome | wire.Ready) -> None:
         s = self._engine.settings
         link.coding = LinkCoding(
-            self._engine.codecs, link.peer, theirs.sections, assumed_rate(link.address)
+            self._engine.codecs, link.peer, theirs.codecs, assumed_rate(link.address)
         )
         link.writer.checksum = link.reader.checksum = s.checksum or theirs.checksum
-        if s.codec != "none":
-            if s.codec in theirs.codecs:
-                link.writer.make_codec = functools.partial(create_codec, s.codec)
-            else:
-                logger.warning("node %d cannot decode %s: sent as it is", link.peer, s.codec)
-        if theirs.codec != "none" and theirs.codec in self._codecs:
-            link.reader.make_codec = functools.partial(create_codec, theirs.codec)
         self.learn(link, theirs.layout)
 
     def learn(self, link: Link, layout: KVLayout | None) -> None:
@@ -399,8 +386,6 @@ class Links:
         return wire.Welcome(
             mac,
             self._engine.layout,
-            self._codecs,
-            s.codec,
             endpoints,
             s.checksum,
             self._engine.address,

@@ -128,7 +128,7 @@ def of_tensors(
         ConfigError: Their codec would change them.
 
     """
-    if codec is not None and codec.codec != AUTO and not codec.lossless:
+    if codec is not None and codec.required and codec.codec != AUTO and not codec.lossless:
         raise ConfigError(f"codec {codec.codec!r} changes values, and plain tensors may hold any")
     return Push(handle, target, tensors=tensors, codec=codec)
 

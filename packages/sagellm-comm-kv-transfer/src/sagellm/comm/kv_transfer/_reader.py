@@ -12,7 +12,6 @@ import xxhash
 from sagellm.core.protocols import (
     CommError,
     IntegrityError,
-    KVCodec,
     KVConnection,
     MemoryRuns,
     OneSidedConnection,
@@ -25,7 +24,7 @@ from ._flows import Inflow
 from ._meters import Traffic
 from ._offload import offload
 from ._segment import have_workers
-from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, SECTIONS, Header, block_sums
+from .frames import HEADER_BYTES, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
 
 __all__ = ["DataReader"]
@@ -42,7 +41,6 @@ class _Arrived(NamedTuple):
     calls: int
     runs: int
     verify_s: float
-    codec_s: float
 
 
 class DataReader:
@@ -55,7 +53,6 @@ class DataReader:
         on_landed: Told of every frame that was moved: flow, header, damaged blocks (first time),
             damaged blocks (again). Called on this thread.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
-        scratch_bytes: Coded bytes that are held at once, unless one block is larger.
         traffic: Counts what is received.
         coded: Takes frames of codecs.
 
@@ -67,7 +64,6 @@ class DataReader:
         on_landed: Callable[[Inflow, Header, list[int], list[int]], None],
         *,
         io_timeout_s: float,
-        scratch_bytes: int,
         traffic: Traffic,
         coded: CodedReader,
     ) -> None:
@@ -76,11 +72,9 @@ class DataReader:
         self.late = 0
         """Frames of transfers that have ended, or of an earlier epoch."""
         self.key = b""
-        self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
-        self._scratch_bytes = scratch_bytes
 
     @property
     def checksum(self) -> bool:
@@ -93,16 +87,13 @@ class DataReader:
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
-        codec = self.make_codec() if self.make_codec is not None else None
         head_bytes = memoryview(bytearray(HEADER_BYTES))
         for_ever = float("inf")
         while True:
             conn.receive([head_bytes], for_ever)
             head = Header.unpack(head_bytes, self.key)
             table = memoryview(bytearray(head.table_bytes))
-            with_table = not head.flags & (
-                REF | CODED | SECTIONS
-            )  # then it comes together with the bytes
+            with_table = not head.flags & (REF | SECTIONS)  # it comes together with the bytes
             if not with_table:
                 conn.receive([table], self._io_timeout_s)
             reference = None
@@ -122,7 +113,7 @@ class DataReader:
                 self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
                 continue
             try:
-                outcome = self._take(conn, codec, flow, head, table, reference)
+                outcome = self._take(conn, flow, head, table, reference)
             finally:
                 flow.leave()
             if outcome is not None:
@@ -131,7 +122,6 @@ class DataReader:
     def _take(
         self,
         conn: KVConnection,
-        codec: KVCodec | None,
         flow: Inflow,
         head: Header,
         table: memoryview,
@@ -140,13 +130,10 @@ class DataReader:
         """Damaged blocks, first time and again; None for a copy that the sender disowns."""
         extent, layer = flow.extent, head.layer
         raw = extent.span_bytes(layer, head.first, head.count)
-        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0, 0.0)
-        if not head.flags & (REF | CODED):
+        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0)
+        if reference is None:
             arrived = self._receive(conn, extent, head, table, raw)
-        elif not _sound(head, table):
-            if reference is None:
-                self._discard(conn, head.payload_bytes)
-        elif reference is not None:
+        elif _sound(head, table):
             if reference.total_bytes != raw:
                 raise IntegrityError(
                     f"a frame refers to {reference.total_bytes} bytes for blocks of {raw}"
@@ -159,8 +146,6 @@ class DataReader:
                 raise
             if flow.stopped or not reference.kept():
                 return None
-        else:
-            arrived = self._decode(conn, codec, extent, head, table)
         good = head.count - len(arrived.bad)
         done = raw if not arrived.bad else good * extent.unit_bytes(layer)
         wire = HEADER_BYTES + len(table) + head.payload_bytes
@@ -172,7 +157,7 @@ class DataReader:
             runs=arrived.runs,
             syscalls=arrived.calls,
             verify_s=arrived.verify_s,
-            codec_s=arrived.codec_s,
+            codec_s=0.0,
         )
         return flow.landed(head, arrived.bad)
 
@@ -196,7 +181,7 @@ class DataReader:
             batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
             done = self._offload(flow, head, reference, paired, batches, sums)
             if done is not None:
-                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began, 0.0)
+                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began)
         units = extent.unit_views(layer, first, count) if self.checksum else []
         copy = reference.copier(paired.sources, paired.addresses)
         calls, verify_s = 1, 0.0
@@ -210,7 +195,7 @@ class DataReader:
                 found += block_sums(units[at : at + step], layer, first + at)
                 verify_s += time.perf_counter() - start
         bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
-        return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
+        return _Arrived(bad, calls, len(paired.ends), verify_s)
 
     def _offload(
         self,
@@ -251,9 +236,9 @@ class DataReader:
         views = extent.views(layer, first, count)
         calls = 1 + conn.receive([table, *views], self._io_timeout_s)
         if not _sound(head, table):
-            return _Arrived(list(range(count)), calls, len(views), 0.0, 0.0)
+            return _Arrived(list(range(count)), calls, len(views), 0.0)
         bad, verify_s = self._verify(extent.unit_views(layer, first, count), head, table)
-        return _Arrived(bad, calls, len(views), verify_s, 0.0)
+        return _Arrived(bad, calls, len(views), verify_s)
 
     def _verify(
         self, units: list[Views], head: Header, table: memoryview
@@ -268,66 +253,6 @@ class DataReader:
         else:
             wrong = _wrong(found, np.frombuffer(table[: head.count * 8], dtype="<u8"))
         return wrong, time.perf_counter() - start
-
-    def _decode(
-        self,
-        conn: KVConnection,
-        codec: KVCodec | None,
-        extent: Extent,
-        head: Header,
-        table: memoryview,
-    ) -> _Arrived:
-        """Receive coded blocks, decode them where they belong, and verify them there."""
-        units = extent.unit_views(head.layer, head.first, head.count)
-        lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
-        sizes = (lengths & (RAW_BIT - 1)).tolist()
-        plain = (lengths & RAW_BIT).astype(bool).tolist()
-        limit = extent.unit_bytes(head.layer)
-        if codec is None and not all(plain):
-            raise IntegrityError("a coded frame on a link without codec")
-        if sum(sizes) != head.payload_bytes or max(sizes) > limit:
-            raise IntegrityError(f"a coded frame whose lengths do not fit blocks of {limit} bytes")
-        bad: list[int] = []
-        calls, codec_s, at = 0, 0.0, 0
-        dtype = extent.dtype(head.layer)
-        while at < head.count:
-            stop, size = at + 1, sizes[at]
-            while stop < head.count and size + sizes[stop] <= self._scratch_bytes:
-                size += sizes[stop]
-                stop += 1
-            scratch = memoryview(bytearray(size))
-            calls += conn.receive([scratch], self._io_timeout_s)
-            start = time.perf_counter()
-            offset = 0
-            for i in range(at, stop):
-                frame = scratch[offset : offset + sizes[i]]
-                offset += sizes[i]
-                try:
-                    self._place(codec if not plain[i] else None, frame, units[i], dtype)
-                except IntegrityError:
-                    bad.append(i)
-            codec_s += time.perf_counter() - start
-            at = stop
-        wrong, verify_s = self._verify(units, head, table)
-        return _Arrived(sorted({*bad, *wrong}), 2 + calls, head.count, verify_s, codec_s)
-
-    @staticmethod
-    def _place(codec: KVCodec | None, frame: memoryview, views: Views, dtype: str) -> None:
-        """Put a block where it belongs, decoded unless it came as it is (no codec)."""
-        size = sum(map(len, views))
-        if codec is None:
-            if len(frame) != size:
-                raise IntegrityError(f"a raw frame of {len(frame)} bytes for a block of {size}")
-            out = frame
-        else:
-            out = views[0] if len(views) == 1 else memoryview(bytearray(size))
-            codec.decode(frame, out, dtype=dtype)
-            if len(views) == 1:
-                return
-        at = 0
-        for view in views:
-            view[:] = out[at : at + len(view)]
-            at += len(view)
 
     def _discard(self, conn: KVConnection, count: int) -> None:
         trash = memoryview(bytearray(min(count, _SCRATCH_BYTES)))

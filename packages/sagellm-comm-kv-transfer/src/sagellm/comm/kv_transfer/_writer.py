@@ -8,11 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-
 from sagellm.core.protocols import (
     CommError,
-    KVCodec,
     KVConnection,
     OneSidedConnection,
 )
@@ -21,7 +18,7 @@ from ._coded_out import CodedPiece
 from ._flows import Chunk, Outflow
 from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
-from .frames import CODED, RAW_BIT, REF, SECTIONS, Header, block_sums
+from .frames import REF, SECTIONS, Header, block_sums
 from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
@@ -46,12 +43,10 @@ class _Lane:
     def __init__(
         self,
         conn: KVConnection,
-        codec: KVCodec | None,
         chunk_bytes: int,
         lock: threading.Lock,
     ) -> None:
         self.conn = conn
-        self.codec = codec
         self.one_sided = conn if isinstance(conn, OneSidedConnection) else None
         self.first_bytes = max(1, chunk_bytes // _GROWTH)
         self.chunk_bytes = self.one_sided.frame_bytes if self.one_sided else chunk_bytes
@@ -104,7 +99,6 @@ class DataWriter:
         self.traffic = traffic
         self.checksum = True
         self.key = b""
-        self.make_codec: Callable[[], KVCodec] | None = None
         self.tuner = tuner
         self._want_lanes = want_lanes
         self._chunk_bytes = chunk_bytes
@@ -161,8 +155,7 @@ class DataWriter:
 
     def run(self, conn: KVConnection) -> None:
         """Send until stopped, as one lane more; raises what the connection raises."""
-        codec = self.make_codec() if self.make_codec is not None else None
-        lane = _Lane(conn, codec, self._chunk_bytes, self._lock)
+        lane = _Lane(conn, self._chunk_bytes, self._lock)
         if lane.one_sided is not None:
             lane.one_sided.watch(lambda: self._rouse(lane))
         with self._lock:
@@ -275,12 +268,11 @@ class DataWriter:
         assert extent is not None, "claimed without an extent"
         layer, first, count = chunk
         raw = extent.span_bytes(layer, first, count)
-        verify_s = codec_s = 0.0
+        verify_s = 0.0
         table = bytes(8 * count)
         units: list[Views] = []
-        if self.checksum or lane.codec is not None:
-            units = extent.unit_views(layer, first, count)
         if self.checksum:
+            units = extent.unit_views(layer, first, count)
             start = time.perf_counter()
             sums = block_sums(units, layer, first)
             table = struct.pack(f"<{count}Q", *sums)
@@ -291,14 +283,9 @@ class DataWriter:
             (payload, runs), flags = reference, REF
         elif flow.stopped:
             return 0  # nobody waits for it
-        elif lane.codec is None:
+        else:
             payload = extent.views(layer, first, count)
             runs = len(payload)
-        else:
-            start = time.perf_counter()
-            payload, lengths = self._encode(lane.codec, extent, layer, units)
-            codec_s = time.perf_counter() - start
-            table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
         size = sum(map(len, payload))
         head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
         start = time.perf_counter()
@@ -315,7 +302,7 @@ class DataWriter:
             runs=runs,
             syscalls=calls,
             verify_s=verify_s,
-            codec_s=codec_s,
+            codec_s=0.0,
         )
         return raw
 
@@ -357,18 +344,3 @@ class DataWriter:
         memory = extent.runs(*chunk)
         reference = lane.one_sided.refer(memory, pledge)
         return None if reference is None else ([reference], len(memory.lengths))
-
-    @staticmethod
-    def _encode(
-        codec: KVCodec, extent: Extent, layer: int, units: list[Views]
-    ) -> tuple[Views, np.ndarray[tuple[int], np.dtype[np.uint32]]]:
-        dtype = extent.dtype(layer)
-        payload: Views = []
-        lengths = np.empty(len(units), dtype="<u4")
-        for i, views in enumerate(units):
-            block = views[0] if len(views) == 1 else memoryview(b"".join(views))
-            coded = memoryview(codec.encode(block, dtype=dtype))
-            shrank = len(coded) < len(block)
-            payload.append(coded if shrank else block)
-            lengths[i] = len(coded) if shrank else len(block) | RAW_BIT
-        return payload, lengths

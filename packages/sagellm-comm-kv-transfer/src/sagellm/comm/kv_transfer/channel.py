@@ -31,7 +31,7 @@ from sagellm.core.protocols.ports import PortSettings
 
 from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
-from ._coded_request import CodecRequest, asked_of, request_of
+from ._coded_request import CodecRequest, asked_of, request_of, wanted_of
 from ._engine import Engine
 from ._fetching import fetch
 from ._paths import Paths
@@ -39,7 +39,6 @@ from ._push import Offered, Push, of_blocks, of_tensors
 from ._receive import Receive
 from ._records import CANCELLED
 from ._snapshot import Snapshot, take
-from .compression import load_codec_spec
 from .compression.auto import MaxError
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
@@ -114,7 +113,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             key = chosen.key.get_secret_value() if chosen.key is not None else None
         if peers is None:
             peers = chosen.peers_file
-        load_codec_spec(chosen.codec)
+        self._codec = request_of(None, None, chosen.codec)
         tls = Tls.of(chosen)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
         try:
@@ -251,7 +250,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         while the next arrive. `auto` takes what is fastest within `max_error` on this link now,
         often nothing; `explain` of the result says why. A peer without the codec fails the push.
         """
-        wanted = request_of(codec, max_error)
+        wanted = wanted_of(codec, max_error, self._codec)
         push = self._push(
             blocks, target_node, key, deadline_s, dst_blocks, sealed=True, codec=wanted
         )
@@ -269,7 +268,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         max_error: MaxError | None = None,
     ) -> Stream:
         """Start a push whose layers follow one by one; all must have landed by the deadline."""
-        wanted = request_of(codec, max_error)
+        wanted = wanted_of(codec, max_error, self._codec)
         push = self._push(blocks, target_node, key, deadline_s, None, sealed=False, codec=wanted)
         if push.pool is None:
             raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
@@ -337,7 +336,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
         handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
-        wanted = request_of(codec, max_error)
+        wanted = wanted_of(codec, max_error, self._codec)
         offered = Offered(handle, self._pool(), table, num_tokens, after, wanted)
         handle.owner = offered
         self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))

@@ -110,25 +110,21 @@ class Welcome(_Message, frozen=True, tag="welcome"):
 
     mac: bytes
     layout: KVLayout | None
-    codecs: list[str]
-    codec: str
     endpoints: dict[str, str]
     checksum: bool
     address: str
-    sections: dict[str, int] = {}
-    """Codecs that write sections of frames, with versions; `frame` stands for the frames'."""
+    codecs: dict[str, int] = {}
+    """Codecs that coded frames may use, with versions; `frame` stands for the frames' own."""
 
 
 class Ready(_Message, frozen=True, tag="ready"):
     """I → A: what I have and have chosen; the link is up."""
 
     layout: KVLayout | None
-    codecs: list[str]
-    codec: str
     transport: str
     checksum: bool
     address: str
-    sections: dict[str, int] = {}
+    codecs: dict[str, int] = {}
 
 
 class Reject(_Message, frozen=True, tag="reject"):

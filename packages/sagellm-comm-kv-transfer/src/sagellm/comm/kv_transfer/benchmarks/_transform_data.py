@@ -142,8 +142,8 @@ def _run(pieces: list[list[int]], most: int | None = None) -> dict[str, Tensor]:
         for hook in hooks:
             hook.remove()
     layers = len(model.encoder.layer)
-    return {
+    joined = {
         key: torch.stack([torch.cat(outs[i::layers]).flatten(0, 1) for i in range(layers)])
-        .unflatten(-1, (heads, -1))
         for key, outs in found.items()
-    }  # fmt: skip
+    }
+    return {key: x.view(*x.shape[:2], heads, -1) for key, x in joined.items()}

@@ -41,8 +41,10 @@ def cases(quick: bool) -> list[Case]:
     """What is measured; the other domain is left out of a quick run."""
     texts: tuple[data.Domain, ...] = get_args(data.Domain)
     texts = texts[:1] if quick else texts
-    found: list[Case] = [{"figure": FIGURE, "subject": data.name(t), "text": t} for t in texts]
-    found[0]["other basis"] = not quick
+    found: list[Case] = [
+        {"figure": FIGURE, "subject": data.name(t), "text": t, "other basis": not quick}
+        for t in texts
+    ]
     return [*found, {"figure": SIZE, "subject": data.name("English"), "text": "English"}]
 
 
@@ -56,7 +58,7 @@ def contenders(case: Case) -> Contenders:
         for way, (peer, _, _) in WAYS.items():
             calls[peer] = functools.partial(_peer_ratio, peer, text)
             for basis in get_args(data.Domain):
-                if basis == text or case.get("other basis", True):
+                if basis == text or case["other basis"]:
                     call = functools.partial(_ratio, way, basis, text)
                     calls[_name(way, basis)] = call
     try:
@@ -97,8 +99,10 @@ def _name(way: str, basis: str) -> str:
 
 @functools.cache
 def _basis(way: str, domain: data.Domain) -> Basis:
+    import torch
+
     found = data.calibration(domain)
-    parts = [found[n].split(data.WINDOW, 1) for n in ("k", "v", "q")]
+    parts = [torch.split(found[n], data.WINDOW, 1) for n in ("k", "v", "q")]
     windows = ((k, v, q, 0) for k, v, q in zip(*parts, strict=True))
     basis = calibrate(windows, model="all-MiniLM-L6-v2", text=domain, join=WAYS[way][1])
     BASES.put(basis)
@@ -132,7 +136,7 @@ def _sweep(way: str, basis: data.Domain, text: data.Domain) -> list[tuple[float,
     points = []
     for step in STEPS:
         with Compressor("transform", workers=1, basis=fingerprint, step=step) as compressor:
-            frames = [compressor.encode(w, LAYOUT) for w in cache.split(data.WINDOW, 2)]
+            frames = [compressor.encode(w, LAYOUT) for w in torch.split(cache, data.WINDOW, 2)]
             out = torch.cat([compressor.decode(f) for f in frames], 2)
         error = attention_error(held, out[:, 0], out[:, 1])
         points.append((error, cache.nbytes / sum(map(len, frames))))
@@ -165,6 +169,7 @@ def attention_error(held: dict[str, Tensor], k: Tensor, v: Tensor) -> float:
 def _attend(*qkv_LTHD: Tensor) -> Tensor:
     import torch
 
-    windows = (x.float().unflatten(1, (-1, data.WINDOW)).transpose(2, 3) for x in qkv_LTHD)
-    out: Tensor = torch.nn.functional.scaled_dot_product_attention(*windows)
+    shape = (-1, data.WINDOW, *qkv_LTHD[0].shape[2:])
+    q, k, v = (x.float().view(len(x), *shape).transpose(2, 3) for x in qkv_LTHD)
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return out

@@ -45,6 +45,7 @@ def test_processes_are_timed_kept_and_predicted_from(tmp_path, capsys, hgx_root)
 
     assert {r["op"] for r in measured["rows"]} == {"all_reduce", "broadcast"}
     assert all(r["time_us"] > 0 and r["algorithm"] == "native" for r in measured["rows"])
+    assert measured["switches"].keys() == {"all_reduce", "broadcast"}
     assert Path(measured["path"]).parent == tmp_path
     assert predicted["estimates"]["native"]["basis"] == "calibrated"
     assert predicted["estimates"]["ring"]["basis"] == "prior"

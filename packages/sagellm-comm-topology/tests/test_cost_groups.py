@@ -9,6 +9,7 @@ import pytest
 from sagellm.comm.topology._cost_rows import MOST_NAME
 from sagellm.comm.topology._join import join_hosts
 from sagellm.comm.topology.benchmarks.random_topology import random_topology
+from sagellm.comm.topology.cluster import ClusterShape, make_cluster
 from sagellm.comm.topology.cost_model import CostModel
 from sagellm.core.protocols import ConfigError, CostTable, Device, Link, TopologyInfo
 
@@ -126,6 +127,21 @@ def test_names_and_orders_leave_no_trace_in_a_shape():
 
         assert 0 < len(shape) <= MOST_NAME
         assert shape == CostModel(other).shape([called[d] for d in mixed])
+
+
+def test_shapes_of_large_groups_stay_short_and_know_no_order():
+    info = make_cluster(ClusterShape(nodes=40))
+    model = CostModel(info)
+    everybody = [d.id for d in info.accelerators]
+    mixed = random.Random(1).sample(everybody, len(everybody))
+
+    shape = model.shape(everybody)
+    uneven = model.shape(everybody[:-3])
+
+    assert shape == CostModel(info).shape(mixed)
+    assert shape.startswith("40x8 320*")
+    assert uneven.startswith("1x5+39x8 317*")
+    assert len(uneven) <= MOST_NAME
 
 
 def test_shapes_tell_hosts_links_and_models_apart(hgx):

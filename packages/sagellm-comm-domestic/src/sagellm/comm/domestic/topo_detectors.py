@@ -40,7 +40,7 @@ class ToolTable:
         topology: Its arguments for the matrix.
         overview: Its arguments for a table with PCI addresses.
         places: Where the command is when it is not on PATH, below the root.
-        vendor: Lower-case vendor.
+        vendor: Lower-case vendor as the topology names it: `huawei`, `mthreads`, `kunlunxin`, ….
         kind: Kind of its devices.
         name: Pattern of a row's name; the group is the index.
         fabric: Pattern of a code to the link it stands for; a group is the number of links.
@@ -214,7 +214,7 @@ _MOORE_THREADS_TABLE = ToolTable(
     tool="mthreads-gmi",
     topology=("topo", "-m"),
     overview=(),
-    vendor="moorethreads",
+    vendor="mthreads",
     kind="gpu",
     name=r"GPU\d+",
     fabric=((r"MT(\d+)", "mtlink"),),
@@ -224,7 +224,7 @@ _KUNLUN_TABLE = ToolTable(
     tool="xpu-smi",
     topology=("topo", "-m"),
     overview=(),
-    vendor="kunlun",
+    vendor="kunlunxin",
     kind="npu",
     name=r"XPU\d+",
     fabric=((r"XL(\d*)", "xpulink"),),

@@ -54,7 +54,9 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    from sagellm.comm.topology.calibration import find_switches
     from sagellm.comm.topology.live import calibrate_live, check_devices, library_of
+    from sagellm.comm.topology.render import bytes_text
 
     check_devices(args.backend, args.ranks)
     info = read_topology(args)
@@ -73,17 +75,26 @@ def _calibrate(args: argparse.Namespace) -> int:
         model.forget(op, algorithm, size, model.shape(members))
     model.observe(rows)
     path = model.save(library, args.folder)
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    jumps = {op: find_switches([row for row in rows if row["op"] == op]) for op in ops}
     if args.json:
         print(json.dumps({
             "schema": _CALIBRATION, "fingerprint": info.fingerprint, "library": library,
-            "path": str(path), "drifted": [dataclasses.asdict(d) for d in drifted], "rows": rows,
+            "path": str(path), "drifted": [dataclasses.asdict(d) for d in drifted],
+            "switches": {op: [dataclasses.asdict(s) for s in found] for op, found in jumps.items()},
+            "rows": rows,
         }, indent=1))  # fmt: skip
         return 0
     from rich.console import Console
 
     console = Console(markup=False)
-    for op in dict.fromkeys(row["op"] for row in rows):
+    for op in ops:
         console.print(_measured(model, op, args.backend, [r for r in rows if r["op"] == op]))
+        for jump in jumps[op]:
+            console.print(
+                f"{op} jumps between {bytes_text(jump.below)} and {bytes_text(jump.above)}, to "
+                f"{jump.factor:.2f} times what smaller payloads make expect", style="yellow",
+            )  # fmt: skip
     for d in drifted:
         console.print(
             f"{d.op} had drifted: {d.ratio:.2f} times what was kept from before", style="yellow"

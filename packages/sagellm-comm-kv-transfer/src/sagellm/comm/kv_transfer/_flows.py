@@ -78,6 +78,14 @@ class Flow:
             self.stopped = True
             return not self._pieces
 
+    def enter(self) -> bool:
+        """Begin a piece; False when no further one may."""
+        with self.lock:
+            if self.stopped:
+                return False
+            self._pieces += 1
+            return True
+
     def leave(self) -> None:
         """End a piece; tells whoever waits behind the fence."""
         with self.lock:

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def test_cancelling_while_it_is_encoded_leaves_nothing(leakless, channel, eventu
 
 CHILD = """
 import sys
+import threading
 sys.path.insert(0, sys.argv[1])
 from test_coded_transfers import SOURCE, memory
 from test_coded_trouble import KEY, LAYOUT
@@ -296,3 +298,32 @@ def test_metrics_stay_plain_data(channel):
     out.transfer(SOURCE, into.node_id, key=key, codec="zstd")
 
     assert dataclasses.asdict(got.wait(20).metrics)["codec"] == "zstd"
+
+
+@pytest.mark.parametrize("side", ["encoding", "decoding"])
+def test_cancelling_does_not_wait_for_codecs_that_are_busy_elsewhere(channel, side):
+    s = KVTransferSettings(transport="tcp", quiesce_s=0.1, codec_workers=1)
+    out, into = channel(settings=s), channel(settings=s)
+    out.register(LAYOUT, memory(LAYOUT))
+    into.register(LAYOUT, memory(LAYOUT, seed=1))
+    link = out._engine.meet(into.node_id, 10)
+    held = threading.Event()
+    threads = (out if side == "encoding" else into)._engine.codecs.threads
+    threads.submit(lambda: held.wait(30))
+    try:
+        got = into.receive(key := TransferKey("k"), TARGET)
+        sent = out.transfer(SOURCE, into.node_id, key=key, codec="lossless")
+        sent.cancel()
+        for handle in (sent, got):
+            with pytest.raises(KVTransferError) as e:
+                handle.wait(5)
+            assert e.value.cause == "cancelled"
+        assert not out._engine.pool.leases
+        assert not into._engine.pool.leases
+    finally:
+        held.set()
+
+    got = into.receive(key := TransferKey("z"), TARGET)
+    out.transfer(SOURCE, into.node_id, key=key, codec="lossless").wait(20)
+    got.wait(20)
+    assert out._engine.links.ready(into.node_id) is link

@@ -287,7 +287,7 @@ def test_a_frame_refers_to_as_many_bytes_as_its_blocks_have():
 
     for size in (3, 5):
         with pytest.raises(IntegrityError, match=f"refers to {size} bytes for blocks of 4"):
-            reader._take(None, None, flow, head, sums, SimpleNamespace(total_bytes=size))
+            reader._take(None, flow, head, sums, SimpleNamespace(total_bytes=size))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")

@@ -70,24 +70,24 @@ class CodedReader:
         self._traffic = traffic
 
     def receive(self, conn: KVConnection, flow: Inflow, head: Header, table: memoryview) -> None:
-        """Take a claimed frame off the wire and have it decoded; leaves the flow when that is done.
+        """Take a claimed frame off the wire, and leave its flow; have it decoded in its turn.
 
         Raises:
             IntegrityError: Its sizes cannot be: the peer breaks the rules.
             CommTimeoutError: It does not come, or there is no room.
 
         """
-        held = 0
-        handed = False
         try:
             raw = flow.extent.span_bytes(head.layer, head.first, head.count)
             if not codable(flow.extent, head.layer) or raw > MAX_PIECE_BYTES:
                 raise IntegrityError(f"a coded frame for {raw} bytes of layer {head.layer}")
             if head.payload_bytes > raw + _SLACK_BYTES:
                 raise IntegrityError(f"a coded frame of {head.payload_bytes} bytes for {raw}")
-            count = head.payload_bytes + raw
-            self._threads.decoding.take(count, self._io_timeout_s)
-            held = count
+        finally:
+            flow.leave()  # nobody is at the blocks until it is decoded
+        held, handed = head.payload_bytes + raw, False
+        self._threads.decoding.take(held, self._io_timeout_s)
+        try:
             data = memoryview(bytearray(head.payload_bytes))
             calls = conn.receive([data], self._io_timeout_s)
             handed = self._threads.submit(
@@ -95,9 +95,7 @@ class CodedReader:
             )
         finally:
             if not handed:
-                if held:
-                    self._threads.decoding.give(held)
-                flow.leave()
+                self._threads.decoding.give(held)
 
     def _finish(
         self,
@@ -111,10 +109,10 @@ class CodedReader:
     ) -> None:
         """Check a frame, decode it into its blocks, and report; on a worker thread."""
         start = time.perf_counter()
-        outcome = None
+        entered = flow.enter()
         try:
             try:
-                if flow.stopped:
+                if not entered:
                     return
                 bad, name = self._decode(flow, head, table, data)
                 wire = HEADER_BYTES + len(table) + head.payload_bytes
@@ -133,7 +131,8 @@ class CodedReader:
                 outcome = flow.landed(head, bad)
             finally:
                 self._threads.decoding.give(held)
-                flow.leave()
+                if entered:
+                    flow.leave()
             self._on_landed(flow, head, *outcome)
         except Exception as e:
             logger.exception("a bug in a codec thread")

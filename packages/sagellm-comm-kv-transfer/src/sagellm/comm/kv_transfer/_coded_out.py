@@ -126,9 +126,11 @@ class CodedOutflow(Outflow):
                 chunk, piece = self._ready.popleft()
                 if piece is not None:
                     self._claimed[chunk] = piece
+                self._pieces += 1
                 return chunk
             if self._held is not None and mode is None:
                 chunk, self._held = self._held, None
+                self._pieces += 1
                 return chunk
         return super().claim(first_bytes, chunk_bytes, lanes) if mode is None else None
 
@@ -165,7 +167,6 @@ class CodedOutflow(Outflow):
         with self.lock:
             self.stopped = True
             dropped = [p for _, p in self._ready if p is not None]
-            self._pieces -= len(self._ready) + (self._held is not None)
             self._ready.clear()
             self._held = None
         for piece in dropped:
@@ -195,8 +196,9 @@ class CodedOutflow(Outflow):
                 chunk = super().claim(self._piece_bytes, self._piece_bytes)
                 if chunk is None:
                     return
-            extent = self.extent
-            assert extent is not None, "it stays while a piece is under way"
+                self.leave()  # nobody is at the blocks until it is encoded or sent
+            if (extent := self.extent) is None:
+                return  # it has ended
             if not codable(extent, chunk.layer):
                 self._put(chunk, None)
                 continue
@@ -204,19 +206,13 @@ class CodedOutflow(Outflow):
             # what it is gathered into, and what comes out, which is never larger
             if not threads.encoding.try_take(2 * raw, self._rouse):
                 with self.lock:
-                    dropped = self.stopped
-                    if not dropped:
-                        self._held, self._starved = chunk, True
-                if dropped:
-                    self.leave()
+                    self._held, self._starved = chunk, True
                 return
             with self.lock:
                 self._in_work += 1
             if not threads.submit(lambda c=chunk, n=raw: self._encode(c, n, mode)):  # type: ignore[misc]
                 threads.encoding.give(2 * raw)
-                with self.lock:
-                    self._in_work -= 1
-                self.leave()
+                self._in_work_less()
                 return
 
     def _put(self, chunk: Chunk, piece: CodedPiece | None) -> bool:
@@ -224,36 +220,33 @@ class CodedOutflow(Outflow):
         with self.lock:
             if not self.stopped:
                 self._ready.append((chunk, piece))
-                return True
-        self.leave()
-        return False
+            return not self.stopped
 
     def _encode(self, chunk: Chunk, raw: int, mode: Coding) -> None:
         """Encode a piece; on a worker thread."""
         assert self._coding is not None, "begun"
         credits = self._coding.codecs.threads.encoding
         held = 2 * raw
+        entered = self.enter()
         try:
-            if self.stopped:
-                self._in_work_less()
-                self.leave()
+            if not entered:
                 return
             table, views, codec_s = self._frame(chunk, raw, mode)
             size = sum(map(len, views))
             credits.give(held - size)
             held = 0
             piece = CodedPiece(table, views, size, codec_s, lambda: credits.give(size))
-            self._in_work_less()
             if not self._put(chunk, piece):
                 piece.done()
         except Exception as e:
-            self._in_work_less()
-            self.leave()
             if not isinstance(e, CommError | MemoryError):
                 logger.exception("a bug in a codec")
             text = f"it cannot be encoded: {type(e).__name__}: {e}"
             self._failed(e if isinstance(e, CommError) else DistributedRuntimeError(text))
         finally:
+            self._in_work_less()
+            if entered:
+                self.leave()
             if held:
                 credits.give(held)
             self._rouse()

@@ -108,6 +108,27 @@ def test_metax_matrix_is_the_identity(machine):
     assert_same(machine, info)
 
 
+COUSINS = {
+    "mthreads": ("GPU", ("MT1", "MT2", "MT6"), "\nMTLink\n"),
+    "iluvatar": ("GPU", (), "\nixsmi\n"),
+    "cambricon": ("MLU", ("MLK2", "MLK4"), "\ncnmon\n"),
+    "kunlunxin": ("XPU", ("XL1", "XL4"), "\nxpu-smi\n"),
+}
+
+
+@pytest.mark.parametrize("vendor", COUSINS)
+@once
+@given(st.data())
+def test_matrices_of_cousins_are_the_identity(vendor, data):
+    label, fabric, sign = COUSINS[vendor]
+    machine = data.draw(drawn(PATHS + fabric, nics=False))
+
+    info = import_topology((print_columns(machine, label=label) + sign).encode())
+
+    assert {d.vendor for d in info.accelerators} == {vendor}
+    assert_same(machine, info)
+
+
 @once
 @given(drawn(("XGMI", "PCIE"), nics=False), st.sampled_from([("GPU", "amd"), ("HCU", "hygon")]))
 def test_rocm_sections_are_the_identity(machine, whose):

@@ -109,7 +109,7 @@ def test_ways_are_the_best_there_are_searched_or_looked_up(seed, table, monkeypa
 
 
 @pytest.mark.parametrize("widths", [(25e9,), (10e9, 25e9, 50e9)])
-def test_a_torus_is_searched_first_and_looked_up_once_that_is_worth_it(widths):
+def test_a_torus_is_searched_first_and_looked_up_once_that_is_worth_it(widths, monkeypatch):
     links = torus(20, widths)
     ids = sorted({x.a for x in links})
     devices = tuple(Device(i, "fabric_switch") for i in ids)
@@ -117,6 +117,7 @@ def test_a_torus_is_searched_first_and_looked_up_once_that_is_worth_it(widths):
     rng = random.Random(1)
     pairs = [tuple(rng.sample(ids, 2)) for _ in range(400)]
 
+    monkeypatch.setattr(_routes_even, "_PIECE", 300)
     early = {pair: answer(graph.links(*pair)) for pair in pairs[:20]}
     part = graph._fabric_routes._even[0]
     assert part._rows is None
@@ -137,6 +138,20 @@ def test_a_part_that_is_too_large_for_a_table_is_searched(monkeypatch):
         assert len(routes.way("s00.00", "s05.05")) == 10
 
     assert routes._rows is None
+
+
+def test_no_question_makes_the_whole_table(monkeypatch):
+    monkeypatch.setattr(_routes_even, "_SEARCHED", -1)
+    monkeypatch.setattr(_routes_even, "_PIECE", 100)
+    routes = EvenRoutes(torus(10), lambda name: True)  # 10 hops and one more that finds nothing
+
+    asked = 0
+    while routes._rows is None:
+        assert len(routes.way("s00.00", "s05.05")) == 10
+        asked += 1
+
+    assert asked == 12
+    assert len(routes.way("s00.00", "s05.05")) == 10
 
 
 def test_order_of_links_changes_no_way():

@@ -59,6 +59,8 @@ def _kinds_are_told(group: CacheGroup) -> bool:
 
 def codable(extent: Extent, layer: int) -> bool:
     """Whether frames can hold blocks of a layer."""
+    if isinstance(extent, PoolExtent) and extent.pool.staging is not None:
+        return False  # the host cannot reach the values
     if not 0 < extent.unit_bytes(layer) <= MAX_PIECE_BYTES:
         return False
     if not is_values(extent, layer):

@@ -101,6 +101,12 @@ class Engine:
         """Layout of the registered pool, if there is one."""
         return self.pool.layout if self.pool is not None else None
 
+    @property
+    def sections(self) -> dict[str, int]:
+        """Versions of what frames for this node may be coded with; nothing decodes to devices."""
+        on_device = self.pool is not None and self.pool.staging is not None
+        return {} if on_device else dict(self.codecs.versions)
+
     def meet(self, peer: int, wait_s: float) -> Link:
         """The link to a peer, once it is up; from any thread but the loop's.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from sagellm.core.protocols import (
+    CommError,
     IntegrityError,
     KVConnection,
     OneSidedConnection,
@@ -226,6 +227,8 @@ class Inflow(Flow):
         super().__init__(handle, tid)
         self.extent = extent
         self.begun = False
+        self.broken: Callable[[CommError], object] | None = None
+        """Told when its blocks cannot be written."""
         wanted = range(extent.layers) if layers is None else set(layers)
         self._units = [  # one byte each
             bytearray(extent.units(i) if i in wanted else 0) for i in range(extent.layers)

@@ -343,7 +343,7 @@ class Links:
             transport,
             s.checksum,
             engine.address,
-            engine.codecs.versions,
+            engine.sections,
         )
 
     # -- agreeing ---------------------------------------------------------------------------
@@ -389,7 +389,7 @@ class Links:
             endpoints,
             s.checksum,
             self._engine.address,
-            self._engine.codecs.versions,
+            self._engine.sections,
         )
 
     # -- losing one -------------------------------------------------------------------------

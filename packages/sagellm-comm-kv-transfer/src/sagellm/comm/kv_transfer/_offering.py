@@ -23,13 +23,14 @@ from ._arguments import check_deadline
 from ._backlog import Backlog
 from ._bounce import block_ids
 from ._coded_request import requested
+from ._device_extent import extent_of
 from ._limits import Watch
 from ._link import Link
 from ._push import Offered, Push
 from ._records import LEASE_EXPIRED, ending, failure
 from .plan import check_parts, held_part
-from .pool import BlockTable, PoolExtent
-from .state import RULES, Event, Phase
+from .pool import BlockTable
+from .state import RULES, Event
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Offering:
                     f"node {link.peer} fetches {fetch.counts} blocks of {counts} offered"
                 )
             check_parts(o.pool.layout, fetch.parts, link.peer)
-            p.flow.extent = PoolExtent(o.pool, p.blocks, fetch.parts)
+            p.flow.extent = extent_of(o.pool, p.blocks, fetch.parts)
         except CommError as e:
             self._engine.waiting.give(size)
             link.send(failure(fetch.tid, e))
@@ -147,9 +148,8 @@ class Offering:
         o.served.discard(p)
         self.serving.discard(p)
         self._engine.waiting.give(p.room_bytes)
-        landed = p.handle.phase is Phase.RELEASED
-        standing = RULES[o.handle.phase].moves
-        if standing and landed and p.full_fetch and self._all_read(p, o):
+        landed = RULES[p.handle.phase].landed
+        if landed and p.full_fetch and o.handle.awaits(Event.DONE) and self._all_read(p, o):
             o.handle.take(Event.DONE)
             self._close(o)
         self._finish(o)

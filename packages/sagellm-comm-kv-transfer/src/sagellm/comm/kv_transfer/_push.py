@@ -146,8 +146,10 @@ def of_blocks(
 
     Raises:
         ConfigError: The destinations do not fit them.
+        UnsupportedOperationError: A codec cannot reach them.
 
     """
+    pool.check_codec(None if codec is None else codec.codec)
     named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
     if named is not None:
         counts = {n: (len(ids), len(named[n])) for n, ids in table.items()}

@@ -16,13 +16,16 @@ from sagellm.core.protocols import (
     MemoryRuns,
     OneSidedConnection,
     Reference,
+    UnsupportedOperationError,
 )
 
 from ._coded_in import CodedReader
 from ._copy import Paired, pair
+from ._device_extent import DeviceExtent
 from ._flows import Inflow
+from ._landing import Landing, land
 from ._meters import Traffic
-from ._offload import offload
+from ._offload import Offloaded, offload
 from ._segment import have_workers
 from .frames import HEADER_BYTES, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
@@ -109,8 +112,14 @@ class DataReader:
                 self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
+            if head.flags & SECTIONS and isinstance(flow.extent, DeviceExtent):
+                self._refuse_coded(conn, flow, head)
+                continue
             if head.flags & SECTIONS:
                 self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
+                continue
+            if isinstance(flow.extent, DeviceExtent):
+                self._land(conn, flow, head, table, reference)
                 continue
             try:
                 outcome = self._take(conn, flow, head, table, reference)
@@ -161,41 +170,131 @@ class DataReader:
         )
         return flow.landed(head, arrived.bad)
 
+    def _land(
+        self,
+        conn: KVConnection,
+        flow: Inflow,
+        head: Header,
+        table: memoryview,
+        reference: Reference | None,
+    ) -> None:
+        """Take a frame whose blocks are on a device; its flow is left when the device is done."""
+        assert isinstance(flow.extent, DeviceExtent), "asked before"
+        staging, kept = flow.extent.staging, True
+        try:
+            landing = Landing(conn, flow, head, table)
+            if not head.flags & REF:
+                conn.receive([table], self._io_timeout_s)
+            if not _sound(head, table):
+                landing.bad = list(range(head.count))
+                if reference is None:
+                    self._discard(conn, head.payload_bytes)
+            else:
+                kept = land(
+                    landing,
+                    reference,
+                    checksum=self.checksum,
+                    timeout_s=self._io_timeout_s,
+                )
+        except BaseException:
+            staging.when_landed(None, lambda _: flow.leave())
+            raise
+        staging.when_landed(None, lambda _: self._landed(landing, kept))
+
+    def _refuse_coded(self, conn: KVConnection, flow: Inflow, head: Header) -> None:
+        """Fail what codes for a pool that its sender did not know to be on a device."""
+        text = "coded frames cannot be decoded into a pool on a device: send without a codec"
+        try:
+            self._discard(conn, head.payload_bytes)
+            if flow.broken is not None:
+                flow.broken(UnsupportedOperationError(text))
+        finally:
+            flow.leave()
+
+    def _landed(self, landing: Landing, kept: bool) -> None:
+        """Note what the device has put in place."""
+        flow, head, bad = landing.flow, landing.head, landing.bad
+        outcome = None
+        try:
+            if landing.errors:
+                if flow.broken is not None:
+                    flow.broken(landing.errors[0])
+            elif kept and not flow.stopped:
+                good = head.count - len(bad)
+                done = landing.raw if not bad else good * landing.unit
+                wire = HEADER_BYTES + len(landing.table) + head.payload_bytes
+                self.traffic.count(done, wire)
+                flow.handle.moved(
+                    done,
+                    good,
+                    wire_bytes=wire,
+                    runs=landing.runs,
+                    syscalls=landing.calls,
+                    verify_s=landing.verify_s,
+                    codec_s=0.0,
+                )
+                outcome = flow.landed(head, bad)
+        finally:
+            flow.leave()
+        if outcome is not None:
+            self._on_landed(flow, head, *outcome)
+
     def _copy(
         self, flow: Inflow, head: Header, table: memoryview, reference: Reference
     ) -> _Arrived:
         """Copy what a frame refers to, and verify it while it is in the cache."""
         extent, layer, first, count = flow.extent, head.layer, head.first, head.count
-        unit, step = extent.unit_bytes(layer), count
-        if self.checksum:
+        unit, step, helped = extent.unit_bytes(layer), count, have_workers()
+        if self.checksum or helped:
             step = max(1, _WARM_BYTES // max(1, unit))
         starts = np.arange(0, count, step, dtype=np.int64)
         cuts = starts[1:] * unit
         paired = pair(reference.runs, extent.runs(layer, first, count), cuts)
         edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
         sums = np.frombuffer(table[: count * 8], dtype="<u8")
-        if have_workers():
-            began = time.perf_counter()
+        calls, verify_s = 1, 0.0
+        bad: list[int] = []
+
+        def copy_here(begin: int, stop: int) -> None:
+            nonlocal calls, verify_s
+            if begin == stop:
+                return
+            copy = reference.copier(paired.sources, paired.addresses)
+            units = extent.unit_views(layer, first, count) if self.checksum else []
+            found: list[int] = []
+            for i in range(begin, stop):
+                if flow.stopped:
+                    return  # nobody waits for the rest
+                calls += copy(edges[i], edges[i + 1])
+                if self.checksum:
+                    began, at = time.perf_counter(), int(starts[i])
+                    found += block_sums(units[at : at + step], layer, first + at)
+                    verify_s += time.perf_counter() - began
+            if self.checksum:
+                at = int(starts[begin])
+                bad.extend(at + i for i in _wrong(found, sums[at : at + len(found)]))
+
+        given = None
+        if helped:
             edges_of = np.array(edges)
             units_to = np.minimum(starts + step, count)
             batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
-            done = self._offload(flow, head, reference, paired, batches, sums)
-            if done is not None:
-                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began)
-        units = extent.unit_views(layer, first, count) if self.checksum else []
-        copy = reference.copier(paired.sources, paired.addresses)
-        calls, verify_s = 1, 0.0
-        found: list[int] = []
-        for at, low, high in zip(starts.tolist(), edges, edges[1:], strict=False):
-            if flow.stopped:
-                break  # nobody waits for the rest
-            calls += copy(low, high)
-            if self.checksum:
-                start = time.perf_counter()
-                found += block_sums(units[at : at + step], layer, first + at)
-                verify_s += time.perf_counter() - start
-        bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
-        return _Arrived(bad, calls, len(paired.ends), verify_s)
+            given = self._offload(flow, head, reference, paired, batches, sums)
+        theirs = 0 if given is None else given.batches
+        found = None
+        try:
+            copy_here(theirs, len(starts))
+        finally:
+            if given is not None:
+                began = time.perf_counter()
+                found = given.working.wait()
+                verify_s += time.perf_counter() - began if self.checksum else 0.0
+                calls += 2
+        if found is None:
+            copy_here(0, theirs)
+        else:
+            bad = [*found, *bad]
+        return _Arrived(sorted(bad), calls, len(paired.ends), verify_s)
 
     def _offload(
         self,
@@ -205,8 +304,8 @@ class DataReader:
         paired: Paired,
         batches: Ints,
         sums: np.ndarray[tuple[int], np.dtype[np.uint64]],
-    ) -> list[int] | None:
-        """Damaged blocks, as a copy worker found them; None when none has copied them."""
+    ) -> Offloaded | None:
+        """What a copy worker does of it; None when none does any of it."""
         checks = None
         if self.checksum:
             runs = flow.extent.runs(head.layer, head.first, head.count)

@@ -27,7 +27,7 @@ from ._granting import Granter
 from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, ending, failure
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 from .transfer import TransferHandle
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class Receiving:
             if (entry := self.arrivals.by_tid.get(key)) is None:
                 continue
             r, source = entry
-            if r.handle.phase is Phase.LANDED:
+            if RULES[r.handle.phase].at_limit is Event.RELEASE:
                 self.arrivals.on_release(*key)
             elif not source.awaited:
                 self.arrivals.fail(r, error)

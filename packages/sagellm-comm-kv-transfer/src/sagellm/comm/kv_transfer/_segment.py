@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from sagellm.core.protocols import (
     ResourceError,
     UnsupportedOperationError,
 )
-from sagellm.core.protocols.host_limits import room_bytes
+from sagellm.core.protocols.host_limits import room_bytes, usable_cpus
 
 from ._copy_workers import CopyWorkers
 from ._mapping import gather_pages, map_file
@@ -31,7 +33,11 @@ from .memory import Ints
 
 __all__ = ["Located", "Segment", "View", "have_workers", "locate", "shared_segments"]
 
+logger = logging.getLogger(__name__)
+
 _PAGE = 4096
+_WORTH_BYTES = 64 << 20
+"""Pools from this size on are worth a process that shares the copying."""
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10  # fcntl.h
 _FIXED = _SEAL_SHRINK | _SEAL_GROW
 _SEALS = _SEAL_SEAL | _FIXED | _SEAL_FUTURE_WRITE
@@ -75,14 +81,23 @@ class Segment:
         self.workers: CopyWorkers | None = None
         self._closers: list[Callable[[Segment], None]] = []
 
-    def start_workers(self, count: int) -> None:
-        """Start processes that copy into it; only before it is sealed.
+    def start_workers(self, count: int, *, shares: bool = False) -> None:
+        """Start processes that copy into it, or share that with us; only before it is sealed.
 
         Raises:
             ResourceError: They cannot be started.
 
         """
-        self.workers = CopyWorkers(self.fd, self.nbytes, count)
+        self.workers = CopyWorkers(self.fd, self.nbytes, count, shares=shares)
+
+    def start_sharing_worker(self) -> None:
+        """Start one process to share copying with us, where that helps and as far as it can."""
+        if self.nbytes < _WORTH_BYTES or not sys.executable or usable_cpus() < 2:
+            return
+        try:
+            self.start_workers(1, shares=True)
+        except ResourceError as e:
+            logger.warning("%s; this process copies alone", e)
 
     def seal(self, *, share: bool = True) -> None:
         """Let nobody resize it, and nobody write it who does not map it yet; then share it."""

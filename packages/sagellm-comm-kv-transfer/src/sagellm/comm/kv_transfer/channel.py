@@ -173,7 +173,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
         """Make KV memory known, one pool per channel; what `allocate` made stays shared."""
-        pool = RegisteredPool(layout, tensors)
+        pool = RegisteredPool(layout, tensors, half_bytes=self._engine.settings.chunk_bytes)
         self._engine.loop.run(lambda: self._use(pool))
         return pool
 
@@ -254,7 +254,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         push = self._push(
             blocks, target_node, key, deadline_s, dst_blocks, sealed=True, codec=wanted
         )
-        push.flow.queue(push.all_spans())
+        push.flow.queue(push.all_spans(None if push.pool is None else push.pool.mark()))
         return self._engine.sending.push(push).handle
 
     def begin(
@@ -307,6 +307,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
+        if pool is not None:
+            pool.follow()
         r = Receive(handle, table, senders, pool=leased, named=key is not None, adopts=adopt)
         handle.owner = r
         return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
@@ -337,7 +339,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
         handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
         wanted = wanted_of(codec, max_error, self._codec)
-        offered = Offered(handle, self._pool(), table, num_tokens, after, wanted)
+        pool = self._pool()
+        pool.check_codec(None if wanted is None else wanted.codec)
+        offered = Offered(handle, pool, table, num_tokens, after or pool.mark(), wanted)
         handle.owner = offered
         self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
         return handle
@@ -361,12 +365,14 @@ class KVTransferChannel(KVTransferChannelProtocol):
         check_deadline(deadline_s)
         engine, pool = self._engine, self._pool()
         table = as_block_table(pool, blocks, unique=True)
+        pool.follow()
         count = len(pool.layout.layers)
         if layers is not None and any(not 0 <= i < count for i in layers):
             raise ConfigError(f"layers {list(layers)} are not all in 0..{count - 1}")
         wanted = None if src_blocks is None else pool.as_foreign_table(src_blocks)
         handle = TransferHandle(checked_key(key), "receive", deadline_s, self._cancel)
         r = Receive(handle, table, None, pool=pool)
+        pool.check_codec(codec)
         r.fetch_codec = asked_of(codec, max_error)
         handle.owner = r
 

@@ -38,7 +38,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         chunk_bytes: Bytes that one frame carries at most, unless one block is larger; on a slow
             network frames are smaller.
         copy_workers: Processes per allocated pool that copy into it outside the GIL, for engines
-            that compute in Python meanwhile; 0 copies in this process.
+            that compute in Python meanwhile; 0 copies in this process. None has one process share
+            the copying with this one, for pools from 64 MiB on, where there are several CPUs.
         page_bytes: Plain tensors are cut into pieces of this size.
         socket_buffer_bytes: Kernel buffer of a data connection, each way; 0 takes 256 KiB within
             a host and 1 MiB between hosts.
@@ -80,7 +81,7 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     lanes: Annotated[int, pydantic.Field(ge=0, le=8)] = 0
     checksum: bool = True
     chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 16 * MIB
-    copy_workers: Annotated[int, pydantic.Field(ge=0, le=16)] = 0
+    copy_workers: Annotated[int | None, pydantic.Field(ge=0, le=16)] = None
     page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB
     socket_buffer_bytes: Annotated[int, pydantic.Field(ge=0, le=GIB)] = 0
     handshake_timeout_s: Seconds = 5.0

@@ -252,9 +252,13 @@ class TransferHandle:
         """Where it is in the table."""
         return self._phase
 
+    def awaits(self, event: Event) -> bool:
+        """Whether the table has a row for this event now."""
+        return event in self._steps.get(self._phase, ())
+
     @property
     def _landed(self) -> bool:
-        return self._phase in (Phase.LANDED, Phase.RELEASED)
+        return RULES[self._phase].landed
 
     def _wait_for(self, layer: int | None, timeout_s: float | None, what: str) -> None:
         """Wait until it is over, or a layer is there.
@@ -377,7 +381,7 @@ class TransferHandle:
         """Count a frame."""
         now = time.monotonic()
         with self._lock:
-            if self._phase is not Phase.MOVING and self._phase in self._steps:
+            if self._phase in self._steps:
                 step = self._steps[self._phase].get(Event.FRAME)
                 self._phase = self._phase if step is None else step.to
             self._first = self._first or now

@@ -1,16 +1,16 @@
 """Best ways where every link costs one hop: fewest hops, then the widest, then the first names.
 
 Nobody asks for all pairs of ten thousand switches, so a way is first searched for from both its
-ends. Once searches have cost about as much as a table of all distances, the table is made: of
-each distance only its remainder by 3 is kept, one bit in one of three rows of bits, because a
-neighbour's distance differs by at most one. From it every way is walked without searching. Ways
-themselves are never kept.
+ends. Once searches have cost about as much as a table of all distances, the table is made, a piece
+with each question: of each distance only its remainder by 3 is kept, one bit in one of three rows
+of bits, because a neighbour's distance differs by at most one. From it every way is walked without
+searching. Ways themselves are never kept.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from sagellm.core.protocols import Link
@@ -20,7 +20,8 @@ __all__ = ["TABLE_LIMIT", "EvenRoutes"]
 TABLE_LIMIT = 16_000
 """Vertices up to which a table is made: 100 MB then (40 MB for 10 000), twice that meanwhile."""
 
-_SEARCHED = 60  # visits per vertex of the whole part that are worth a table
+_SEARCHED = 20  # visits per vertex of the whole part that are worth a table
+_PIECE = 2_000  # vertices and hops of the table that one question adds: milliseconds
 _HUB = 48  # neighbours from which on they are looked at as one row of bits
 
 _Rows = tuple[list[int], list[int], list[int]]
@@ -58,7 +59,8 @@ class EvenRoutes:
         if not self._one_width:
             self._widths = [{w: _width(link) for w, link in x.items()} for x in self._links]
         self._searched = 0
-        self._making = threading.Lock()
+        self._making: Iterator[None] | None = None
+        self._turn = threading.Lock()  # to make a piece of the table
         self._rows: _Rows | None = None
         self._hubs: dict[int, int] = {}
 
@@ -189,27 +191,34 @@ class EvenRoutes:
         return lambda here, hops: step(here, hops) if hops else nearest
 
     def _perhaps_make_rows(self) -> None:
-        """Make the table if it is worth it; who comes meanwhile searches."""
+        """Make a piece of the table if it is worth it; until it is whole everybody searches."""
         count = len(self._names)
         if self._rows is not None or not self._searched > _SEARCHED * count:
             return
-        if count <= TABLE_LIMIT and self._making.acquire(blocking=False):
+        if count <= TABLE_LIMIT and self._turn.acquire(blocking=False):
             try:
-                self._rows = self._rows or self._make_rows()
+                self._making = self._making or self._make_rows()
+                next(self._making, None)
             finally:
-                self._making.release()
+                self._turn.release()
 
-    def _make_rows(self) -> _Rows:
-        """Distances of all pairs by 3: hop by hop, for all vertices at once in rows of bits."""
+    def _make_rows(self) -> Iterator[None]:
+        """Distances of all pairs by 3: hop by hop, for all vertices at once in rows of bits.
+
+        It stops after every piece of the work, so that nobody waits for the whole of it.
+        """
         count = len(self._names)
         rows: _Rows = ([0] * count, [0] * count, [0] * count)
         before, now = [0] * count, [1 << v for v in range(count)]
         ends = [sum(1 << w for w in x if w >= self._inner) for x in self._links]
-        hops, going = 0, True
+        hops, done, going = 0, 0, True
         while going:
             hops += 1
             kept, ahead, going = rows[hops % 3], [], False
             for v, near in enumerate(self._near):
+                done += 1
+                if done % _PIECE == 0:
+                    yield
                 fresh = ends[v] if hops == 1 else 0
                 for w in near:
                     fresh |= now[w]
@@ -225,7 +234,7 @@ class EvenRoutes:
         self._hubs = {
             v: sum(1 << w for w in near) for v, near in enumerate(self._near) if len(near) > _HUB
         }
-        return rows
+        self._rows = rows
 
 
 class _End:

@@ -178,9 +178,9 @@ def draw_card(canvas: Canvas, node: Node) -> None:
     if is_bar(node):
         canvas.cards.append(canvas.box(node.x, node.y, node.w, BAR_H, fill, about(device), r=5))
         name = "host bridge" if device.kind == "pci_root" else device.attrs.get("role", "switch")
-        words = f"{name.replace('_', ' ')} {short(device.id)}"
-        room = node.w - 2 * _MARGIN
-        fits = words if width_of(words, 11) <= room else clip(short(device.id), room)
+        brief, room = short(device.id), node.w - 2 * _MARGIN
+        words = [f"{name.replace('_', ' ')} {brief}", f"{name.split()[-1]} {brief}"]
+        fits = next((w for w in words if width_of(w, 11) <= room), clip(brief, room))
         canvas.cards.append(canvas.text(node.x + node.w / 2, node.y + 17, fits, fill="#ffffff"))
         return
     canvas.cards.append(canvas.box(node.x, node.y, canvas.card_w, CARD_H, fill, about(device)))

@@ -24,7 +24,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from sagellm.comm.kv_transfer.benchmarks import _links, _subject
+from sagellm.comm.kv_transfer.benchmarks import (
+    _links,
+    _subject,
+    _transform_data,
+    _transform_rows,
+)
 from sagellm.comm.kv_transfer.benchmarks._peers import PEERS
 from sagellm.comm.kv_transfer.compression import Compressor, TensorLayout
 from sagellm.comm.kv_transfer.compression.quality import Coder, Quality, coder_of, outlier_scale
@@ -83,6 +88,7 @@ def cases(quick: bool) -> list[Case]:
         {"figure": "encode, GB/s of one core", **common},
         {"figure": "decode, GB/s of one core", **common},
         *_links.cases(quick),
+        *_transform_rows.cases(quick),
     ]
 
 
@@ -90,6 +96,8 @@ def contenders(case: Case) -> Contenders | AbstractContextManager[Contenders]:
     """Calls that return the case's figure."""
     if "link" in case:
         return _links.contenders(case)
+    if case["figure"].startswith("transform"):
+        return _transform_rows.contenders(case)
     figure, windows = case["figure"], case["windows"]
     if "GB/s" in figure:
         way = figure.startswith("encode")
@@ -227,7 +235,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
             a, b = found.get((figure, ours)), found.get((figure, peer))
             share = a / b if a and b else None
             result.append(Ratio(f"{way} speed of {ours} / {peer}", case, share, floor))
-    return result + on_links
+    return [*result, *on_links, *_transform_rows.ratios(rows)]
 
 
 _benchmark = Benchmark(
@@ -249,9 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", help="folder of a checkpoint in Hugging Face's layout")
     parser.add_argument("--text", help="file that the windows are cut from")
+    parser.add_argument("--qkv", help="recorded q, k, v for the rows of transform")
     options, rest = parser.parse_known_args(argv)
     try:
         _subject.choose(options.model, options.text)
+        _transform_data.choose(options.qkv)
         _subject.harness(1)
     except ConfigError as e:
         sys.stderr.write(f"kv_transfer.compression: {e}\n")

@@ -295,9 +295,23 @@ def test_what_real_values_shrink_to_counts(coding):
     assert ask(link).coding.name == "quant"
     used = ask(link).coding
     for _ in range(20):
-        link.coded(used, "bfloat16", 1000, 990)
+        link.coded(used, "bfloat16", 1000, 990, 1000 / NEAR.encode_bytes_per_s)
 
     assert ask(link).coding.name.startswith("lossless")
+
+
+def test_a_machine_that_has_become_busy_codes_no_more_than_pays(coding, monkeypatch):
+    link = coding(125 * MB)
+    used = ask(link).coding
+    assert used.name == "quant"
+    link.coded(used, "bfloat16", 1_000_000, 400_000, 1.0)
+    assert ask(link).coding == used  # one slow piece says little
+    for _ in range(20):  # 20 times slower than when it was measured
+        link.coded(used, "bfloat16", 1_000_000, 400_000, 20 * 1_000_000 / NEAR.encode_bytes_per_s)
+    assert ask(link).coding is None
+
+    monkeypatch.setattr(_coded_link, "_RECENT_S", 0.0)  # it is tried again after a while
+    assert ask(link).coding == used
 
 
 def test_one_fast_choice_per_size(coding):

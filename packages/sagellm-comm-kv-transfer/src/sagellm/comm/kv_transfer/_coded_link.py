@@ -31,6 +31,8 @@ PIECE_BYTES = 2 << 20
 _LOOK_S = 0.02
 _LOAD_S = 1.0
 _NEW = 0.3
+_RECENT_S = 5.0
+"""For how long this host is taken to code as slowly as it did last."""
 _MOST_COMPRESSORS = 64
 
 
@@ -71,6 +73,7 @@ class Codecs:
         self._compressors: dict[tuple[object, ...], Compressor] = {}
         self._asked: set[tuple[str, str]] = set()
         self._load = (0.0, 0.0, 1)
+        self._pace = (1.0, 0.0)
 
     def compressor(self, coding: Coding) -> Compressor:
         """The one for a coding; its own threads are never used."""
@@ -100,6 +103,20 @@ class Codecs:
             self.speeds.learn(coding, dtype)
         except CommError as e:
             logger.warning("codec %s is not considered: %s", label(coding), e)
+
+    def took(self, coding: Coding, dtype: str, raw: int, seconds: float) -> None:
+        """Note how long one thread took for so many bytes."""
+        if (known := self.speeds.get(coding, dtype)) is not None:
+            part = min(1.0, raw / max(seconds, 1e-9) / known.encode_bytes_per_s)
+            before = self.pace()
+            with self._lock:
+                self._pace = (before + _NEW * (part - before), time.monotonic())
+
+    def pace(self) -> float:
+        """The part of its measured speed that this host has, for it does other work, too."""
+        with self._lock:
+            part, at = self._pace
+        return part if time.monotonic() - at < _RECENT_S else 1.0
 
     def free_workers(self) -> int:
         """Threads that find a core which no other process uses, at least one."""
@@ -197,6 +214,7 @@ class LinkCoding:
         self, allowed: tuple[Coding, ...], dtype: str, nbytes: int, present: Coding | None
     ) -> Choice:
         speeds: list[tuple[Coding, Speed]] = []
+        slower = self.codecs.pace()
         notes = []
         for coding in allowed:
             if self.missing(coding) is not None:
@@ -205,7 +223,7 @@ class LinkCoding:
                 notes.append(f"{label(coding)} is being measured")
             else:
                 seen = self._ratios.get((label(coding), dtype), speed.ratio)
-                e, d = speed.encode_bytes_per_s, speed.decode_bytes_per_s
+                e, d = speed.encode_bytes_per_s * slower, speed.decode_bytes_per_s * slower
                 speeds.append((coding, Speed(seen, e, d)))
         best, why = choose(
             nbytes,
@@ -219,8 +237,9 @@ class LinkCoding:
         more = f"; {', '.join(notes)}" if notes else ""
         return Choice(best, f"{label(best)}: {why} ({known}){more}")
 
-    def coded(self, coding: Coding, dtype: str, raw: int, coded: int) -> None:
-        """Note what came of a piece."""
+    def coded(self, coding: Coding, dtype: str, raw: int, coded: int, seconds: float) -> None:
+        """Note what came of a piece, and how long one thread took for it."""
+        self.codecs.took(coding, dtype, raw, seconds)
         key = (label(coding), dtype)
         with self._lock:
             old = self._ratios.get(key, raw / max(1, coded))

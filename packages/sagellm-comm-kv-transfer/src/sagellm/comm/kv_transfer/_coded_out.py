@@ -283,8 +283,9 @@ class CodedOutflow(Outflow):
             sums = struct.pack(f"<{chunk.units}Q", *found)
         table = sums + struct.pack("<Q", xxhash.xxh3_64_intdigest(front))
         frame = [memoryview(front), *payloads]
-        self._coding.coded(mode, self._dtype, raw, sum(map(len, frame)))
-        return table, frame, time.perf_counter() - start
+        spent_s = time.perf_counter() - start
+        self._coding.coded(mode, self._dtype, raw, sum(map(len, frame)), spent_s)
+        return table, frame, spent_s
 
     @property
     def checks(self) -> bool:

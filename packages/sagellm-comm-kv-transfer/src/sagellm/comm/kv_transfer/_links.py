@@ -201,6 +201,7 @@ class Links:
                 io_timeout_s=s.io_timeout_s,
                 scratch_bytes=s.chunk_bytes // 4,
                 traffic=Traffic(self._engine.meters, "receive"),
+                rouse=self._engine.loop.rouse,
             )
 
         link = Link(

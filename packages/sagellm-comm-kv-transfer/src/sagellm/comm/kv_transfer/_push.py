@@ -33,6 +33,14 @@ class Push:
 
     """
 
+    num_tokens = 0
+    offered: Offered | None = None
+    link: Link | None = None
+    tid = 0
+    error: CommError | None = None
+    nacked = 0
+    watch: Watch | None = None
+
     def __init__(
         self,
         handle: TransferHandle,
@@ -51,15 +59,8 @@ class Push:
         self.tensors = tensors
         self.dst_blocks = dst_blocks
         self.sealed = sealed
-        self.num_tokens = 0
-        self.offered: Offered | None = None
         self.full_fetch: dict[str, Part] = {}
-        self.link: Link | None = None
-        self.tid = 0
         self.flow = Outflow(handle, 0)
-        self.error: CommError | None = None
-        self.nacked = 0
-        self.watch: Watch | None = None
         if pool is not None:
             handle.expect(0, 0, len(pool.group_names))
 
@@ -95,8 +96,8 @@ class Push:
         """Everything it has, layer by layer."""
         if self.pool is None:
             return [Span(0, 0, 1 << 40, after)]
-        groups = [g.name for g in self.pool.layout.groups for _ in g.layers]
-        return [Span(i, 0, len(self.blocks[n]), after) for i, n in enumerate(groups)]
+        names = self.pool.group_names
+        return [Span(i, 0, len(self.blocks[n]), after) for i, n in enumerate(names)]
 
     def queue(self, spans: Iterable[Span]) -> None:
         """Send these when they are ready and granted; from any thread."""

@@ -24,6 +24,8 @@ from ._flows import Inflow
 from ._meters import Traffic
 from ._offload import offload
 from ._segment import have_workers
+from ._turn import Gate
+from ._visit import SMALL_BYTES, Coming, Lane, open_lane
 from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
 from .memory import Extent, Ints, Views
 
@@ -52,21 +54,24 @@ class DataReader:
     Args:
         flows: Flows of the link by number.
         on_landed: Told of every frame that was moved: flow, header, damaged blocks (first time),
-            damaged blocks (again). Called on this thread.
+            damaged blocks (again). Called on this thread; True when something was posted to the
+            event loop, which is not awake.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
         scratch_bytes: Coded bytes that are held at once, unless one block is larger.
         traffic: Counts what is received.
+        rouse: Has the event loop look at what `on_landed` has posted.
 
     """
 
     def __init__(
         self,
         flows: Mapping[int, Inflow],
-        on_landed: Callable[[Inflow, Header, list[int], list[int]], None],
+        on_landed: Callable[[Inflow, Header, list[int], list[int]], bool],
         *,
         io_timeout_s: float,
         scratch_bytes: int,
         traffic: Traffic,
+        rouse: Callable[[], None] = lambda: None,
     ) -> None:
         self.traffic = traffic
         self.late = 0
@@ -78,38 +83,117 @@ class DataReader:
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
         self._scratch_bytes = scratch_bytes
+        self._rouse = rouse
+        self._seat: Lane | None = None
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
-        codec = self.make_codec() if self.make_codec is not None else None
-        head_bytes = memoryview(bytearray(HEADER_BYTES))
+        lane = open_lane(conn, self.make_codec() if self.make_codec is not None else None)
+        self._seat = self._seat or lane
         for_ever = float("inf")
-        while True:
-            conn.receive([head_bytes], for_ever)
-            head = Header.unpack(head_bytes, self.key)
-            table = memoryview(bytearray(head.table_bytes))
-            with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
-            if not with_table:
-                conn.receive([table], self._io_timeout_s)
-            reference = None
-            if head.flags & REF:  # also of a transfer that has ended: it may show us memory
-                if not isinstance(conn, OneSidedConnection):
-                    raise IntegrityError("a reference to memory on a path that reads none")
-                reference = conn.resolve(head.payload_bytes, self._io_timeout_s)
-            flow = self._flows.get(head.tid)
-            if flow is None or not flow.claim(head):
-                if reference is None:
-                    rest = len(table) if with_table else 0
-                    self._discard(conn, rest + head.payload_bytes)
-                self.late += 1
-                self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
-                continue
+        try:
+            while True:
+                if lane.calm and lane.turn is not None and lane.turn.settle():
+                    self._resume(lane)
+                    continue
+                conn.receive([lane.head_bytes], for_ever)
+                self._frame(lane, Header.unpack(lane.head_bytes, self.key))
+        finally:
+            if lane.turn is not None:
+                lane.turn.close()
+
+    def _frame(self, lane: Lane, head: Header) -> None:
+        """Receive what follows a header."""
+        conn = lane.conn
+        lane.calm = head.payload_bytes <= SMALL_BYTES
+        if lane.calm and lane.turn is not None:
+            self._seat = lane  # what is small goes over one lane, as long as that is idle
+        table = memoryview(bytearray(head.table_bytes))
+        with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
+        if not with_table:
+            conn.receive([table], self._io_timeout_s)
+        reference = None
+        if head.flags & REF:  # also of a transfer that has ended: it may show us memory
+            lane.calm = False
+            if not isinstance(conn, OneSidedConnection):
+                raise IntegrityError("a reference to memory on a path that reads none")
+            reference = conn.resolve(head.payload_bytes, self._io_timeout_s)
+        flow = self._flows.get(head.tid)
+        if flow is None or not flow.claim(head):
+            if reference is None:
+                rest = len(table) if with_table else 0
+                self._discard(conn, rest + head.payload_bytes)
+            self.late += 1
+            self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
+            return
+        try:
+            outcome = self._take(conn, lane.codec, flow, head, table, reference)
+        finally:
+            flow.leave()
+        if outcome is not None and self._on_landed(flow, head, *outcome):
+            self._rouse()
+
+    # -- on the thread of somebody who waits --------------------------------------------------
+
+    def read(self, gate: Gate, over: Callable[[], bool], timeout_s: float) -> None:
+        """Read small frames until it is over; returns early when a lane's thread has to go on.
+
+        What an exception leaves unfinished ends the connection.
+
+        Args:
+            gate: What the caller waits at, which is opened when it is over.
+            over: Whether it is.
+            timeout_s: Longest wait.
+
+        """
+        if (lane := self._seat) is not None:
+            lane.visit(gate, over, timeout_s, self._step)
+
+    def _step(self, lane: Lane) -> bool:
+        coming = lane.receive_small(self._flows, self.key)
+        if coming is not None and not coming.left:
+            self._finish(lane, coming)
+        return lane.head is None
+
+    def _finish(self, lane: Lane, coming: Coming) -> None:
+        """Verify a frame that has been received in parts, and report it."""
+        flow, head = coming.flow, coming.head
+        try:
+            arrived = self._check(flow.extent, head, coming.table, coming.views, coming.calls)
+            outcome = self._account(flow, head, arrived)
+        finally:
+            lane.coming = None
+            flow.leave()
+        # not here: the event loop would take the GIL from a caller who has what he waits for
+        lane.posted |= self._on_landed(flow, head, *outcome)
+
+    def _resume(self, lane: Lane) -> None:
+        """Go on with what somebody else has left."""
+        coming, head = lane.coming, lane.head
+        if lane.posted:
+            lane.posted = False
+            self._rouse()
+        if lane.error is not None:
+            if coming is not None:
+                coming.flow.leave()
+            raise lane.error
+        if coming is not None:
             try:
-                outcome = self._take(conn, codec, flow, head, table, reference)
-            finally:
-                flow.leave()
-            if outcome is not None:
-                self._on_landed(flow, head, *outcome)
+                coming.calls += lane.conn.receive(coming.left, self._io_timeout_s)
+            except BaseException:
+                coming.flow.leave()
+                raise
+            self._finish(lane, coming)
+            self._rouse()
+        elif head is not None:
+            lane.head = None
+            self._frame(lane, head)
+        elif lane.head_left:
+            lane.conn.receive(lane.head_left, self._io_timeout_s)
+            lane.head_left = []
+            self._frame(lane, Header.unpack(lane.head_bytes, self.key))
+
+    # -- what a frame brings ------------------------------------------------------------------
 
     def _take(
         self,
@@ -144,9 +228,18 @@ class DataReader:
                 return None
         else:
             arrived = self._decode(conn, codec, extent, head, table)
+        return self._account(flow, head, arrived)
+
+    def _account(
+        self, flow: Inflow, head: Header, arrived: _Arrived
+    ) -> tuple[list[int], list[int]]:
+        """Count a frame: damaged blocks, first time and again."""
+        extent, layer = flow.extent, head.layer
         good = head.count - len(arrived.bad)
-        done = raw if not arrived.bad else good * extent.unit_bytes(layer)
-        wire = HEADER_BYTES + len(table) + head.payload_bytes
+        done = good * extent.unit_bytes(layer)
+        if not arrived.bad:
+            done = extent.span_bytes(layer, head.first, head.count)
+        wire = HEADER_BYTES + head.table_bytes + head.payload_bytes
         self.traffic.count(done, wire)
         flow.handle.moved(  # before `landed`: whoever sees it complete sees all of it counted
             done,
@@ -233,9 +326,18 @@ class DataReader:
             raise IntegrityError(f"a frame brings {head.payload_bytes} bytes for blocks of {raw}")
         views = extent.views(layer, first, count)
         calls = 1 + conn.receive([table, *views], self._io_timeout_s)
+        return self._check(extent, head, table, views, calls)
+
+    def _check(
+        self, extent: Extent, head: Header, table: memoryview, views: Views, calls: int
+    ) -> _Arrived:
+        """Verify blocks that are in place."""
         if not _sound(head, table):
-            return _Arrived(list(range(count)), calls, len(views), 0.0, 0.0)
-        bad, verify_s = self._verify(extent.unit_views(layer, first, count), head, table)
+            return _Arrived(list(range(head.count)), calls, len(views), 0.0, 0.0)
+        units = (
+            [views] if head.count == 1 else extent.unit_views(head.layer, head.first, head.count)
+        )
+        bad, verify_s = self._verify(units, head, table)
         return _Arrived(bad, calls, len(views), verify_s, 0.0)
 
     def _verify(

@@ -167,10 +167,10 @@ class Sending:
                 return False  # an offer finds out what is wrong
             p.link, p.tid, p.flow.tid = link, invite.tid, invite.tid
             self._by_tid[link, p.tid] = p
-        p.flow.extent = extent = PoolExtent(p.pool, p.blocks, invite.parts)
+        p.flow.extent = PoolExtent(p.pool, p.blocks, invite.parts)
         if p.sealed:
             p.flow.flags = SEALED
-            if not any(map(extent.units, range(extent.layers))):  # no frame will say so
+            if not any([len(ids) for ids in p.blocks.values()]):  # no frame will say so
                 self.engine.loop.call(lambda: link.send(wire.Sealed(p.tid, p.num_tokens)))
         return True
 
@@ -364,11 +364,8 @@ class Sending:
         assert extent is not None, "granted"
         p.flow.broken = lambda e: self.engine.loop.call(lambda: self._event_failed(p, e))
         units = [extent.units(i) for i in range(extent.layers)]
-        size = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n)
-        p.handle.expect(size, sum(units), extent.layers)
-        p.handle.layers_done([i for i, n in enumerate(units) if not n])  # nothing to wait for
-        p.handle.via(link.path)
-        p.handle.take(Event.ACCEPT)
+        size = sum([extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n])
+        p.handle.accepted(size, units, link.path)
         return size
 
     def _event_failed(self, p: Push, e: Exception) -> None:

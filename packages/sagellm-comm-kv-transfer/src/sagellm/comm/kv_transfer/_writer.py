@@ -12,6 +12,7 @@ import numpy as np
 
 from sagellm.core.protocols import (
     CommError,
+    DistributedRuntimeError,
     KVCodec,
     KVConnection,
     OneSidedConnection,
@@ -143,6 +144,9 @@ class DataWriter:
             sent = self._send(lane, flow, chunk)
         except CommError as e:
             lane.error = e  # the lane's own thread ends the link
+        except BaseException as e:  # perhaps in the middle of a frame
+            lane.error = DistributedRuntimeError(f"whoever sent was stopped by {e!r}")
+            raise
         finally:
             flow.leave()
             self._sent(sent)
@@ -275,7 +279,9 @@ class DataWriter:
         verify_s = codec_s = 0.0
         table = bytes(8 * count)
         units: list[Views] = []
-        if self.checksum or lane.codec is not None:
+        if count == 1:
+            units = [extent.views(layer, first, 1)]
+        elif self.checksum or lane.codec is not None:
             units = extent.unit_views(layer, first, count)
         if self.checksum:
             start = time.perf_counter()
@@ -289,7 +295,7 @@ class DataWriter:
         elif flow.stopped:
             return 0  # nobody waits for it
         elif lane.codec is None:
-            payload = extent.views(layer, first, count)
+            payload = units[0] if count == 1 else extent.views(layer, first, count)
             runs = len(payload)
         else:
             start = time.perf_counter()

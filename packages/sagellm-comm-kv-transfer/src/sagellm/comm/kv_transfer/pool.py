@@ -383,6 +383,9 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
     if type(blocks) is list and len(blocks) == 1 and type(blocks[0]) is int:
         if 0 <= blocks[0] < limit:
             return np.array(blocks, dtype=np.int64)
+    if type(blocks) is np.ndarray and blocks.shape == (1,) and type(blocks.item()) is int:
+        if 0 <= blocks.item() < limit:
+            return blocks.astype(np.int64)
     raw: NDArray[np.generic] = np.asarray(blocks)
     if raw.size == 0:
         return np.zeros(0, dtype=np.int64)

@@ -226,6 +226,24 @@ class ShmConnection(SocketConnection, OneSidedConnection):
             calls += self._read_ahead(deadline_s)
         return calls
 
+    def buffered(self) -> bool:
+        """Whether something was read ahead."""
+        return self._ahead_at < self._ahead_end
+
+    def take(self, views: Sequence[memoryview]) -> list[memoryview]:
+        """Fill views with what has come, without waiting; those that are left, or their rest."""
+        rest = list(views)
+        self._from_ahead(rest)
+        if (missing := sum(map(len, rest))) >= _AHEAD_BYTES:
+            return super().take(rest)
+        if missing:
+            self._ahead_at = self._ahead_end = 0
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                if not self._read_some([memoryview(self._ahead)], socket.MSG_DONTWAIT):
+                    raise PeerLostError(f"{self._peer} closed the connection")
+            self._from_ahead(rest)
+        return rest
+
     def resolve(self, size: int, deadline_s: float) -> Reference:
         """Receive a reference, map what is shown with it, and check every run."""
         if size > MAX_BYTES:
@@ -271,22 +289,22 @@ class ShmConnection(SocketConnection, OneSidedConnection):
     def _read_ahead(self, deadline_s: float) -> int:
         """Read what is there, at least a byte, with the descriptors that come with it."""
         self._ahead_at = self._ahead_end = 0
+        return self._move(self._read_some, [memoryview(self._ahead)], deadline_s, partly=True)
 
-        def call(batch: Sequence[memoryview]) -> int:
-            got, ancillary, flags, _ = self._sock.recvmsg_into(
-                batch, socket.CMSG_SPACE(_FDS), socket.MSG_CMSG_CLOEXEC
-            )
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds = array.array("i")
-                    fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-                    self._fds.extend(fds)
-            if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_SHOWN:
-                raise IntegrityError("more descriptors than a reference may bring")
-            self._ahead_end = got
-            return got
-
-        return self._move(call, [memoryview(self._ahead)], deadline_s, partly=True)
+    def _read_some(self, batch: Sequence[memoryview], flags: int = 0) -> int:
+        """Receive bytes and descriptors."""
+        got, ancillary, flags, _ = self._sock.recvmsg_into(
+            batch, socket.CMSG_SPACE(_FDS), socket.MSG_CMSG_CLOEXEC | flags
+        )
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_SHOWN:
+            raise IntegrityError("more descriptors than a reference may bring")
+        self._ahead_end = got
+        return got
 
     # -- the end ----------------------------------------------------------------------------
 

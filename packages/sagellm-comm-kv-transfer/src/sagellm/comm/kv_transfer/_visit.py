@@ -1,0 +1,146 @@
+"""What has been received of a lane, by its thread and by callers who read for themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sagellm.core.protocols import DistributedRuntimeError, KVCodec, KVConnection
+
+from ._flows import Inflow
+from ._turn import Gate, ReadTurn
+from .frames import CODED, HEADER_BYTES, REF, Header
+from .memory import Views
+from .transports._socket import SocketConnection
+
+__all__ = ["SMALL_BYTES", "Coming", "Lane", "open_lane"]
+
+SMALL_BYTES = 1 << 18
+"""What somebody who waits receives himself; the lane's thread receives the rest."""
+_PATIENCE_S = 0.02
+"""How long he waits for the rest of a frame before the lane's thread does."""
+
+
+@dataclass(slots=True)
+class Coming:
+    """A frame of which somebody has received a part: what is left, and where it belongs."""
+
+    flow: Inflow
+    head: Header
+    table: memoryview
+    views: Views
+    left: Views
+    calls: int = 2
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One data connection of a reader; its fields belong to whoever has the turn.
+
+    Attributes:
+        conn: The connection.
+        codec: Decodes what comes over it.
+        turn: Who reads it; None where only its thread can.
+        head_bytes: Where a header goes.
+        head_left: What a visitor has not received of it.
+        head: A header whose frame a visitor has left to the lane's thread.
+        coming: A frame that a visitor has not received in full.
+        error: Why nobody can go on.
+        posted: Whether the event loop has to be roused.
+        calm: Whether what came last was small, so that its thread need not hurry.
+
+    """
+
+    conn: KVConnection
+    codec: KVCodec | None
+    turn: ReadTurn | None = None
+    head_bytes: memoryview = field(default_factory=lambda: memoryview(bytearray(HEADER_BYTES)))
+    head_left: Views = field(default_factory=list)
+    head: Header | None = None
+    coming: Coming | None = None
+    error: Exception | None = None
+    posted: bool = False
+    calm: bool = True
+
+    def visit(
+        self,
+        gate: Gate,
+        over: Callable[[], bool],
+        timeout_s: float,
+        step: Callable[[Lane], bool],
+    ) -> None:
+        """Read small frames on the caller's thread, as `DataReader.read` says.
+
+        Args:
+            gate: What the caller waits at.
+            over: Whether it has what it waits for.
+            timeout_s: Longest wait.
+            step: Takes what has come; False when the lane's thread has to go on.
+
+        """
+        turn = self.turn
+        if turn is None or not turn.ask(gate):
+            return
+        end = time.monotonic() + timeout_s
+        try:
+            gate.wait(timeout_s)
+            while turn.has(gate) and not over():
+                left = end - time.monotonic()
+                begun = self.coming is not None or bool(self.head_left)
+                if left <= 0:
+                    return
+                if turn.come(min(left, _PATIENCE_S) if begun else left):
+                    if not self._take(step):
+                        return
+                elif begun:
+                    return
+        finally:
+            turn.leave(gate)
+
+    def _take(self, step: Callable[[Lane], bool]) -> bool:
+        try:
+            return step(self)
+        except Exception as e:
+            self.error = e
+            return False
+        except BaseException:
+            self.error = DistributedRuntimeError("whoever read from the connection was interrupted")
+            raise
+
+    def receive_small(self, flows: Mapping[int, Inflow], key: bytes) -> Coming | None:
+        """Receive what has come of a frame; None when there is none that the visitor may take.
+
+        `head` is set when its header has come, and its thread has to take it.
+        """
+        conn = self.conn
+        assert isinstance(conn, SocketConnection), "only those are visited"
+        if (coming := self.coming) is None:
+            self.head_left = conn.take(self.head_left or [self.head_bytes])
+            if self.head_left:
+                return None
+            head = Header.unpack(self.head_bytes, key)
+            flow = flows.get(head.tid)
+            if (
+                flow is None
+                or head.payload_bytes > SMALL_BYTES
+                or head.flags & (REF | CODED)
+                or head.layer >= flow.extent.layers
+                or head.payload_bytes != flow.extent.span_bytes(head.layer, head.first, head.count)
+                or not flow.claim(head)
+            ):
+                self.head = head
+                return None
+            table = memoryview(bytearray(head.table_bytes))
+            views = flow.extent.views(head.layer, head.first, head.count)
+            coming = self.coming = Coming(flow, head, table, views, [table, *views])
+        coming.left = conn.take(coming.left)
+        coming.calls += 1
+        return coming
+
+
+def open_lane(conn: KVConnection, codec: KVCodec | None) -> Lane:
+    """A lane, which callers may read where connection and system allow it."""
+    if isinstance(conn, SocketConnection) and ReadTurn.possible():
+        return Lane(conn, codec, ReadTurn(conn.fileno(), conn.buffered))
+    return Lane(conn, codec)

@@ -18,7 +18,6 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
-from ._backlog import Room
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -29,6 +28,7 @@ from ._push import Offered, Push
 from ._receive import Receive
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
+from ._room import Pressed, Room
 from ._sending import Sending
 from .discovery import Discovery
 from .pool import RegisteredPool
@@ -74,6 +74,8 @@ class Engine:
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.waiting = Room(settings.max_waiting_bytes)
+        self.invited = Room(settings.max_invited_bytes)
+        self.control = Pressed(settings.max_control_bytes)
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)
@@ -161,9 +163,9 @@ class Engine:
         self.ignored[what] += 1
 
     def ignored_so_far(self) -> dict[str, int]:
-        """What was ignored, by type of message; late frames, and completions nobody polled."""
-        more = {"frame": self.links.traffic()["late"], "completion": self.completions.lost}
-        return {**self.ignored, **{name: count for name, count in more.items() if count}}
+        """What was ignored, by type of message, and late frames."""
+        late = self.links.traffic()["late"]
+        return {**self.ignored, **({"frame": late} if late else {})}
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""
@@ -188,9 +190,8 @@ class Engine:
         """Queue the completion of a transfer whose blocks are safe; from any thread."""
         if error is None:
             tokens = handle.num_tokens
-            self.completions.put(
-                Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
-            )
+            landed = Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
+            self.completions.put(landed, handle.witness)
             return
         self.completions.put(
             Completion(
@@ -201,7 +202,8 @@ class Engine:
                 message=str(error),
                 invalid_blocks=error.invalid_blocks,
                 invalid_by_group=error.invalid_by_group,
-            )
+            ),
+            handle.witness,
         )
 
     def completed(self, handle: TransferHandle, error: KVTransferError | None) -> None:

@@ -88,6 +88,7 @@ class Links:
             timeout_s=settings.handshake_timeout_s,
             peer_timeout_s=settings.peer_timeout_s,
             max_message_bytes=settings.max_message_bytes,
+            control=engine.control,
         )
         self._door.open()
 
@@ -218,6 +219,8 @@ class Links:
             make_reader=make_reader,
             max_backlog_bytes=s.max_backlog_bytes,
             max_invitations=s.max_in_flight,
+            invited=self._engine.invited,
+            control=self._engine.control,
             on_message=self._engine.on_message,
             on_lost=self._on_lost,
         )
@@ -350,7 +353,7 @@ class Links:
         try:
             if layout is not None:
                 check_sound(layout)
-            link.layout = layout
+            link.learn(layout)
         except ConfigError as e:
             link.lose(ConfigError(f"node {link.peer}: {e}"))
 

@@ -62,9 +62,10 @@ class Offering:
 
         Raises:
             ConfigError: An offer of that id stands already.
-            ResourceError: Too many offers stand.
+            ResourceError: Too many offers stand, or too much has ended and waits for `poll`.
 
         """
+        self._engine.completions.check_room()
         name, limit = o.handle.key.id, self._engine.settings.max_in_flight
         if name in self.offers:
             raise ConfigError(f"an offer {name!r} stands already")
@@ -98,6 +99,13 @@ class Offering:
             link.send(failure(fetch.tid, ResourceError(full)))
 
     def _serve(self, o: Offered, link: Link, fetch: wire.Fetch) -> None:
+        size = wire.held_bytes(fetch)
+        if not self._engine.waiting.take(size):
+            full = (
+                f"node {self._engine.node_id} has no memory for what is fetched; fetch again later"
+            )
+            link.send(failure(fetch.tid, ResourceError(full)))
+            return
         try:
             check_deadline(fetch.deadline_s)
             handle = TransferHandle(
@@ -118,8 +126,10 @@ class Offering:
             check_parts(o.pool.layout, fetch.parts, link.peer)
             p.flow.extent = PoolExtent(o.pool, p.blocks, fetch.parts)
         except CommError as e:
+            self._engine.waiting.give(size)
             link.send(failure(fetch.tid, e))
             return
+        p.room_bytes = size
         o.served.add(p)
         self.serving.add(p)
         wanted = None if fetch.layers is None else set(fetch.layers)
@@ -132,6 +142,7 @@ class Offering:
         """A fetch has ended, one way or the other."""
         o.served.discard(p)
         self.serving.discard(p)
+        self._engine.waiting.give(p.room_bytes)
         landed = p.handle.phase is Phase.RELEASED
         standing = RULES[o.handle.phase].moves
         if standing and landed and p.full_fetch and self._all_read(p, o):

@@ -39,6 +39,7 @@ class Push:
     tid = 0
     error: CommError | None = None
     nacked = 0
+    room_bytes = 0
     watch: Watch | None = None
 
     def __init__(

@@ -81,6 +81,7 @@ class Sending:
 
         Over a link that is up it does not wait for the event loop.
         """
+        self.engine.completions.check_room()
         name, limit = (p.target, p.key), self.engine.settings.max_in_flight
         with self._lock:
             if (same := self._active.get(name)) is not None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sagellm.core.protocols import DistributedRuntimeError, KVCodec, KVConnection
+from sagellm.core.protocols import DistributedRuntimeError, IntegrityError, KVCodec, KVConnection
 
 from ._flows import Inflow
 from ._turn import Gate, ReadTurn
@@ -125,15 +125,17 @@ class Lane:
                 flow is None
                 or head.payload_bytes > SMALL_BYTES
                 or head.flags & (REF | CODED)
-                or head.layer >= flow.extent.layers
-                or head.payload_bytes != flow.extent.span_bytes(head.layer, head.first, head.count)
                 or not flow.claim(head)
             ):
                 self.head = head
                 return None
-            table = memoryview(bytearray(head.table_bytes))
+            table = memoryview(bytearray(8 * head.count))
             views = flow.extent.views(head.layer, head.first, head.count)
             coming = self.coming = Coming(flow, head, table, views, [table, *views])
+            if head.payload_bytes != sum(map(len, views)):
+                raise IntegrityError(
+                    f"a frame brings {head.payload_bytes} bytes for blocks of another size"
+                )
         coming.left = conn.take(coming.left)
         coming.calls += 1
         return coming

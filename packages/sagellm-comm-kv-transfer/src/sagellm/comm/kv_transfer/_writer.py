@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+import xxhash
 
 from sagellm.core.protocols import (
     CommError,
@@ -21,7 +22,7 @@ from sagellm.core.protocols import (
 from ._flows import Chunk, Outflow
 from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
-from .frames import CODED, RAW_BIT, REF, Header, block_sums
+from .frames import CODED, RAW_BIT, REF, Header, block_sum, block_sums
 from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
@@ -275,13 +276,16 @@ class DataWriter:
         extent = flow.extent
         assert extent is not None, "claimed without an extent"
         layer, first, count = chunk
+        if count == 1 and lane.codec is None:
+            views = extent.views(layer, first, 1)
+            raw = sum(map(len, views))
+            if lane.one_sided is None or raw < lane.one_sided.least_bytes:
+                return self._send_one(lane, flow, chunk, views, raw)
         raw = extent.span_bytes(layer, first, count)
         verify_s = codec_s = 0.0
         table = bytes(8 * count)
         units: list[Views] = []
-        if count == 1:
-            units = [extent.views(layer, first, 1)]
-        elif self.checksum or lane.codec is not None:
+        if self.checksum or lane.codec is not None:
             units = extent.unit_views(layer, first, count)
         if self.checksum:
             start = time.perf_counter()
@@ -295,7 +299,7 @@ class DataWriter:
         elif flow.stopped:
             return 0  # nobody waits for it
         elif lane.codec is None:
-            payload = units[0] if count == 1 else extent.views(layer, first, count)
+            payload = extent.views(layer, first, count)
             runs = len(payload)
         else:
             start = time.perf_counter()
@@ -304,21 +308,51 @@ class DataWriter:
             table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
         size = sum(map(len, payload))
         head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
+        self._ship(lane, flow, chunk, raw, head, payload, runs, verify_s, codec_s)
+        return raw
+
+    def _send_one(self, lane: _Lane, flow: Outflow, chunk: Chunk, views: Views, raw: int) -> int:
+        """Send one block as it is, without the detours that many are worth."""
+        if flow.stopped:
+            return 0  # nobody waits for it
+        layer, first, _ = chunk
+        start, table = time.perf_counter(), bytes(8)
+        if self.checksum and len(views) == 1:
+            table = xxhash.xxh3_64_digest(views[0], (layer << 32) + first)[::-1]
+        elif self.checksum:
+            table = block_sum(views, layer, first).to_bytes(8, "little")
+        verify_s = time.perf_counter() - start
+        head = Header(flow.tid, layer, first, 1, raw, flow.flags).pack(table, self.key)
+        self._ship(lane, flow, chunk, raw, head, views, len(views), verify_s, 0.0)
+        return raw
+
+    def _ship(
+        self,
+        lane: _Lane,
+        flow: Outflow,
+        chunk: Chunk,
+        raw: int,
+        head: bytes,
+        payload: Views,
+        runs: int,
+        verify_s: float,
+        codec_s: float,
+    ) -> None:
+        """Put a frame on the wire, and count it."""
         start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
         lane.pace(raw, time.perf_counter() - start)
-        wire = len(head) + size
+        wire = len(head) + sum(map(len, payload))
         self.traffic.count(raw, wire)
         flow.handle.moved(
             raw,
-            count,
+            chunk.units,
             wire_bytes=wire,
             runs=runs,
             syscalls=calls,
             verify_s=verify_s,
             codec_s=codec_s,
         )
-        return raw
 
     @staticmethod
     def _refer(

@@ -365,7 +365,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
     def poll(self, max_n: int | None = None) -> list[Completion]:
         """Completions not reported before. Never blocks.
 
-        The one of a handle that is done, or whose `wait` has returned, is among them.
+        The one of a handle that is done, or whose `wait` has returned, is among them. None is lost:
+        once `max_remembered` of them wait, those go whose handle was waited for, or asked for its
+        exception, and when those are too few, new transfers are refused with a `ResourceError`.
         """
         return self._engine.completions.take(max_n)
 
@@ -384,15 +386,13 @@ class KVTransferChannel(KVTransferChannelProtocol):
         while handles := self._engine.loop.run(self._engine.moving):
             for handle in handles:
                 try:
-                    handle.wait(max(0.0, end - time.monotonic()))
+                    handle.outlast(max(0.0, end - time.monotonic()))
                 except CommTimeoutError:
                     names = sorted(f"{h.key.id}/{h.key.attempt}" for h in handles)
                     raise CommTimeoutError(
                         f"{len(names)} transfers still in flight after {deadline_s:g} s: "
                         f"{', '.join(names[:8])}"
                     ) from None
-                except KVTransferError:  # it has ended, which is what is waited for
-                    continue
 
     def close(self) -> None:
         """Fail what is in flight on both sides and release sockets and threads. Idempotent."""

@@ -368,6 +368,8 @@ def _table(
     what: str,
 ) -> BlockTable:
     names = list(limits)
+    if type(blocks) is np.ndarray and len(names) == 1:  # the most frequent
+        return {names[0]: _ids(blocks, names[0], limits[names[0]], unique, what)}
     if isinstance(blocks, Mapping):
         if unknown := sorted(set(blocks) - set(names)):
             raise ConfigError(f"{what}: no cache groups {unknown}; the layout has {names}")

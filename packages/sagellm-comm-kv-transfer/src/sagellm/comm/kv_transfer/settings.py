@@ -50,12 +50,17 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         max_backlog_bytes: Control bytes that a peer may leave unread, and memory that its offers
             and fetches take while they wait for their other half.
         max_waiting_bytes: Memory that waiting offers and fetches of all peers take together.
+        max_invited_bytes: Memory that invitations of all peers take together; what finds no room
+            begins with an offer instead.
+        max_control_bytes: Memory that the control connections of all peers hold together: what
+            they leave unread, messages that are not whole yet, and layouts. Beyond it the one that
+            holds most ends.
         max_unauthenticated: Connections that have not authenticated yet; the oldest gives way.
         max_links: Connections that peers may have opened, one for each node id.
         max_in_flight: Transfers that are offered or moving; more are refused.
         max_bounce_bytes: Memory for transfers received without destination, all together.
-        max_remembered: Ended transfers whose keys are remembered, and completions that are kept
-            until they are polled.
+        max_remembered: Ended transfers whose keys are remembered. As many completions may wait for
+            `poll` before new transfers are refused; those that were waited for do not count.
 
     """
 
@@ -81,6 +86,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     max_message_bytes: Count = 16 * MIB
     max_backlog_bytes: Count = 64 * MIB
     max_waiting_bytes: Count = 256 * MIB
+    max_invited_bytes: Count = 64 * MIB
+    max_control_bytes: Count = 256 * MIB
     max_unauthenticated: Count = 64
     max_links: Count = 1024
     max_in_flight: Count = 4096

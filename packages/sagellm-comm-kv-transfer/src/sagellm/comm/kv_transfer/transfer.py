@@ -29,11 +29,20 @@ from ._turn import Gate, Seat
 from .memory import Ints
 from .state import RULES, TABLE, Event, Phase, Role, Step
 
-__all__ = ["TransferHandle", "transfer_error"]
+__all__ = ["TransferHandle", "Witness", "transfer_error"]
 
 _ROLES = {"send": Role.SEND, "receive": Role.RECEIVE}
 _GRACE_S = 10.0
 """How long past its deadline a transfer may take to end before `wait` gives up on it."""
+
+
+class Witness:
+    """Whether somebody has seen on a handle how its transfer ended; outlives the handle."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen = False
 
 
 class TransferHandle:
@@ -66,6 +75,7 @@ class TransferHandle:
     ) -> None:
         self._key = key
         self.direction = direction
+        self.witness = Witness()
         self.started = time.monotonic()
         self.deadline = self.started + deadline_s
         self.deadline_s = deadline_s
@@ -142,6 +152,7 @@ class TransferHandle:
 
         """
         self._wait_for(None, timeout_s, "it has not landed")
+        self.witness.seen = True
         if self._error is not None:
             raise _fresh(self._error)
         return self
@@ -189,7 +200,17 @@ class TransferHandle:
 
     def exception(self) -> BaseException | None:
         """What it failed with; None while it runs and after success."""
+        self.witness.seen |= self._over
         return self._error
+
+    def outlast(self, timeout_s: float) -> None:
+        """Block until it is over, however it ends.
+
+        Raises:
+            CommTimeoutError: Still in flight after `timeout_s`.
+
+        """
+        self._wait_for(None, timeout_s, "it has not ended")
 
     def __await__(self) -> Generator[Any, None, TransferHandle]:
         """Wait without blocking the running event loop, as long as `wait()`."""

@@ -58,6 +58,7 @@ __all__ = [
     "decode",
     "encode",
     "held_bytes",
+    "layout_bytes",
 ]
 
 PROTOCOL = "sagellm-kv"
@@ -371,6 +372,16 @@ def held_bytes(message: Offer | Fetch | Invite) -> int:
     return 512 + named + sum(256 + len(n) for n in names) + more
 
 
+def layout_bytes(layout: KVLayout | None) -> int:
+    """Bytes of memory that a peer's layout takes, about."""
+    if layout is None:
+        return 0
+    words = len(layout.model) + sum(
+        512 + len(g.name) + sum(64 + len(n) for n in (*g.layers, *g.axes)) for g in layout.groups
+    )
+    return 256 + words + 32 * sum(len(g.block_shape) for g in layout.groups)
+
+
 class FrameBuffer:
     """Cuts a byte stream into message bodies; holds at most one message and one read.
 
@@ -382,6 +393,11 @@ class FrameBuffer:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._data = bytearray()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the message that is not whole yet."""
+        return len(self._data)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The bodies that are complete with these bytes.

@@ -79,6 +79,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         super().__init__(sock, peer)
         size = _REFERRING_BUFFER_BYTES if meeting.readable else buffer_bytes
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        self._buffer_bytes = size
         self._meeting = meeting
         self._promises = meeting.theirs.memory.view(np.uint64)
         self._views: dict[int, View] = {}
@@ -114,6 +115,8 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         assert isinstance(pledge, BoardPledge), "made by this connection"
         if len(runs.lengths) > MAX_RUNS:
             return None
+        if self._meeting.readable:  # references shall not pile up
+            self._buffer(_REFERRING_BUFFER_BYTES)
         located = locate(runs)
         shown: list[tuple[int, int]] = []
         which = np.empty(0, np.uint64)
@@ -153,13 +156,9 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         """Send all bytes; segments that are shown go with the last view."""
         fds, self._enclosed = self._enclosed, []
         if not fds:
-            if not self._meeting.readable or sum(map(len, views)) < _REFERRING_BUFFER_BYTES:
-                return super().send(views, deadline_s)
-            self._buffer(_SENDING_BUFFER_BYTES)  # only for now: references shall not pile up
-            try:
-                return super().send(views, deadline_s)
-            finally:
-                self._buffer(_REFERRING_BUFFER_BYTES)
+            if self._meeting.readable and sum(map(len, views)) >= _REFERRING_BUFFER_BYTES:
+                self._buffer(_SENDING_BUFFER_BYTES)
+            return super().send(views, deadline_s)
         try:
             calls = super().send(views[:-1], deadline_s)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
@@ -175,6 +174,9 @@ class ShmConnection(SocketConnection, OneSidedConnection):
                 os.close(fd)
 
     def _buffer(self, nbytes: int) -> None:
+        if nbytes == self._buffer_bytes:
+            return
+        self._buffer_bytes = nbytes
         with contextlib.suppress(OSError):  # broken, which the next call says
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
 

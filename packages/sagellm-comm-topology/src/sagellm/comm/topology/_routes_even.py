@@ -1,0 +1,229 @@
+"""Best ways where every link costs one hop: fewest hops, then the widest, then the first names.
+
+Nobody asks for all pairs of ten thousand switches, so a way is first searched for from both its
+ends. Once searches have cost about as much as a table of all distances, the table is made: of
+each distance only its remainder by 3 is kept, one bit in one of three rows of bits, because a
+neighbour's distance differs by at most one. From it every way is walked without searching. Ways
+themselves are never kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+from sagellm.core.protocols import Link
+
+__all__ = ["TABLE_LIMIT", "EvenRoutes"]
+
+TABLE_LIMIT = 16_000
+"""Vertices up to which a table is made: 100 MB then (40 MB for 10 000), twice that meanwhile."""
+
+_SEARCHED = 60  # visits per vertex of the whole part that are worth a table
+_HUB = 48  # neighbours from which on they are looked at as one row of bits
+
+_Rows = tuple[list[int], list[int], list[int]]
+"""Of each vertex, those at a distance of 0, 1 and 2 by modulus 3; itself is in none."""
+
+_Step = Callable[[int, int], Iterable[int]]
+"""Vertices one hop nearer to the end, from a vertex after so many hops."""
+
+
+class EvenRoutes:
+    """Ways within one connected part of a graph. Thread-safe.
+
+    Args:
+        links: Links of the part; of parallel ones the widest counts.
+        forwards: Whether a way may lead through a vertex.
+
+    """
+
+    def __init__(self, links: Iterable[Link], forwards: Callable[[str], bool]) -> None:
+        links = tuple(links)
+        names = {end for link in links for end in (link.a, link.b)}
+        # Those that forward have the lowest numbers, and names decide among equals.
+        self._names = sorted(names, key=lambda n: (not forwards(n), n))
+        self._numbers = {name: i for i, name in enumerate(self._names)}
+        self._inner = sum(map(forwards, names))
+        self._links: list[dict[int, Link]] = [{} for _ in self._names]
+        for link in links:
+            a, b = self._numbers[link.a], self._numbers[link.b]
+            known = self._links[a].get(b)
+            if known is None or _width(link) > _width(known):
+                self._links[a][b] = self._links[b][a] = link
+        self._near = [tuple(sorted(w for w in x if w < self._inner)) for x in self._links]
+        self._one_width = len({_width(link) for link in links}) == 1
+        self._widths: list[dict[int, float]] = []
+        if not self._one_width:
+            self._widths = [{w: _width(link) for w, link in x.items()} for x in self._links]
+        self._searched = 0
+        self._making = threading.Lock()
+        self._rows: _Rows | None = None
+        self._hubs: dict[int, int] = {}
+
+    def way(self, a: str, b: str) -> tuple[Link, ...] | None:
+        """Links from `a` to `b`, two vertices of the part; None where nothing forwards between."""
+        first, last = self._numbers[a], self._numbers[b]
+        direct = self._links[first].get(last)
+        if direct is not None:
+            return (direct,)
+        turned = first > last  # so that the way back is the same
+        if turned:
+            first, last = last, first
+        self._perhaps_make_rows()
+        step = self._search(first, last) if self._rows is None else self._walk(first, last)
+        if step is None:
+            return None
+        stations = self._first(first, last, step) if self._one_width else (
+            self._widest(first, last, step)
+        )  # fmt: skip
+        if turned:
+            stations.reverse()
+        return tuple(self._links[u][v] for u, v in pairwise(stations))
+
+    def _first(self, first: int, last: int, step: _Step) -> list[int]:
+        stations, here = [first], first
+        while here != last:
+            here = min(step(here, len(stations) - 1))
+            stations.append(here)
+        return stations
+
+    def _widest(self, first: int, last: int, step: _Step) -> list[int]:
+        """Of the shortest ways one with the widest bottleneck: wide ones first, then far ones."""
+        before: dict[int, int] = {}
+        # What was reached, by the width of the way to it: the widest first, of those the farthest.
+        reached: dict[float, list[tuple[int, int, int]]] = {float("inf"): [(first, 0, first)]}
+        while last not in before:
+            width = max(reached)
+            todo = reached[width]
+            while todo and last not in before:
+                here, hops, came_from = todo.pop()
+                if here in before:
+                    continue
+                before[here] = came_from
+                widths = self._widths[here]
+                for there in () if here == last else sorted(step(here, hops), reverse=True):
+                    if there not in before:
+                        narrowest = min(width, widths[there])
+                        reached.setdefault(narrowest, []).append((there, hops + 1, here))
+            if not todo:
+                del reached[width]
+        stations = [last]
+        while stations[-1] != first:
+            stations.append(before[stations[-1]])
+        return stations[::-1]
+
+    def _search(self, first: int, last: int) -> _Step | None:
+        """Search from both ends; nearer vertices of the ways found."""
+        near = self._near
+        out, back = ([{v}, set(near[v])] if v >= self._inner else [{v}] for v in (first, last))
+        while out[-1].isdisjoint(back[-1]):
+            side = out if len(out[-1]) <= len(back[-1]) else back
+            fresh = set().union(*[near[v] for v in side[-1]])
+            fresh -= side[-1]
+            if len(side) > 1:
+                fresh -= side[-2]
+            if not fresh:
+                return None
+            self._searched += len(fresh)
+            side.append(fresh)
+        # Of what was met on the way out, only what leads to where both met.
+        out[-1] &= back[-1]
+        for k in range(len(out) - 2, 0, -1):
+            out[k] &= set().union(*[near[v] for v in out[k + 1]])
+        levels = [*out, *back[-2::-1]]
+
+        def step(here: int, hops: int) -> Iterable[int]:
+            ahead = levels[hops + 1]
+            return ahead if hops + 2 == len(levels) else ahead.intersection(near[here])
+
+        return step
+
+    def _walk(self, first: int, last: int) -> _Step | None:
+        """Nearer vertices by the table."""
+        assert self._rows is not None
+        size = len(self._names) // 8 + 1
+        whole = [rows[last] for rows in self._rows]
+        bits = [row.to_bytes(size, "little") for row in whole]
+        at, mask = first >> 3, 1 << (first & 7)
+        far = next((m for m in range(3) if bits[m][at] & mask), None)
+        if far is None:
+            return None
+
+        def step(here: int, hops: int) -> Sequence[int]:
+            if last in self._links[here]:
+                return (last,)
+            m = (far - hops - 1) % 3
+            if here in self._hubs:
+                return _numbers_in(self._hubs[here] & whole[m])
+            row = bits[m]
+            return [w for w in self._near[here] if row[w >> 3] & 1 << (w & 7)]
+
+        if first < self._inner:
+            return step
+        # Neighbours of what does not forward may differ by more than one hop, and look alike by 3.
+        starts = step(first, 0)
+        if len(starts) < 2:
+            return step
+        lengths = {}
+        for start in starts:
+            here, hops = start, 1
+            while here != last:
+                here, hops = step(here, hops)[0], hops + 1
+            lengths[start] = hops
+        nearest = [w for w in starts if lengths[w] == min(lengths.values())]
+        return lambda here, hops: step(here, hops) if hops else nearest
+
+    def _perhaps_make_rows(self) -> None:
+        """Make the table if it is worth it; who comes meanwhile searches."""
+        count = len(self._names)
+        if self._rows is not None or not self._searched > _SEARCHED * count:
+            return
+        if count <= TABLE_LIMIT and self._making.acquire(blocking=False):
+            try:
+                self._rows = self._rows or self._make_rows()
+            finally:
+                self._making.release()
+
+    def _make_rows(self) -> _Rows:
+        """Distances of all pairs by 3: hop by hop, for all vertices at once in rows of bits."""
+        count = len(self._names)
+        rows: _Rows = ([0] * count, [0] * count, [0] * count)
+        before, now = [0] * count, [1 << v for v in range(count)]
+        ends = [sum(1 << w for w in x if w >= self._inner) for x in self._links]
+        hops, going = 0, True
+        while going:
+            hops += 1
+            kept, ahead, going = rows[hops % 3], [], False
+            for v, near in enumerate(self._near):
+                fresh = ends[v] if hops == 1 else 0
+                for w in near:
+                    fresh |= now[w]
+                met = now[v] | before[v]
+                if v >= self._inner:  # its neighbours may be any number of hops apart
+                    met |= rows[0][v] | rows[1][v] | rows[2][v]
+                fresh ^= fresh & met
+                ahead.append(fresh)
+                if fresh:
+                    kept[v] |= fresh
+                    going = True
+            before, now = now, ahead
+        self._hubs = {
+            v: sum(1 << w for w in near) for v, near in enumerate(self._near) if len(near) > _HUB
+        }
+        return rows
+
+
+def _width(link: Link) -> float:
+    """Unknown bandwidth counts as none."""
+    return link.bandwidth_bytes_per_s or 0.0
+
+
+def _numbers_in(row: int) -> Sequence[int]:
+    found = []
+    while row:
+        lowest = row & -row
+        found.append(lowest.bit_length() - 1)
+        row ^= lowest
+    return found

@@ -160,7 +160,8 @@ class Arrivals:
                 return False
             for s in r.sources:
                 s.inflow.stop()
-            blocks = () if r.destination is None else r.destination.blocks()
+            made = r.destination is not None and r.destination.bounce_bytes
+            blocks = r.destination.blocks() if made and r.destination is not None else ()
             if r.handle.take(Event.COMPLETE, blocks=blocks, first=first) is None:
                 return False
         return True

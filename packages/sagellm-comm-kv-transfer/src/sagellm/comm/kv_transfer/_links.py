@@ -196,9 +196,7 @@ class Links:
         def make_reader(inflows: dict[int, Inflow]) -> DataReader:
             return DataReader(
                 inflows,
-                lambda flow, head, fresh, again: self._engine.receiving.arrivals.on_frame(
-                    link, flow, head, fresh, again
-                ),
+                lambda *frame: self._engine.receiving.arrivals.on_frame(link, *frame),
                 io_timeout_s=s.io_timeout_s,
                 scratch_bytes=s.chunk_bytes // 4,
                 traffic=Traffic(self._engine.meters, "receive"),

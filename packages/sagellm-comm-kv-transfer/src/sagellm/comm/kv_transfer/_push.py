@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sagellm.core.protocols import CommError, KVBlock, ReadyEvent, TransferKey
+from sagellm.core.protocols import CommError, KVBlock, ReadyEvent
 
 from . import wire
 from ._flows import Outflow, Span
@@ -54,6 +54,7 @@ class Push:
         sealed: bool = True,
     ) -> None:
         self.handle = handle
+        self.key = handle.key
         self.target = target
         self.pool = pool
         self.blocks = blocks or {}
@@ -64,11 +65,6 @@ class Push:
         self.flow = Outflow(handle, 0)
         if pool is not None:
             handle.expect(0, 0, len(pool.group_names))
-
-    @property
-    def key(self) -> TransferKey:
-        """Its key."""
-        return self.handle.key
 
     def sends_what(self, other: Push) -> bool:
         """Whether both were given the same memory, and the same destinations."""

@@ -147,13 +147,7 @@ class DataReader:
 
         """
         if (lane := self._seat) is not None:
-            lane.visit(gate, over, timeout_s, self._step)
-
-    def _step(self, lane: Lane) -> bool:
-        coming = lane.receive_small(self._flows, self.key)
-        if coming is not None and not coming.left:
-            self._finish(lane, coming)
-        return lane.head is None
+            lane.visit(gate, over, timeout_s, self._flows, self.key, self._finish)
 
     def _finish(self, lane: Lane, coming: Coming) -> None:
         """Verify a frame that has been received in parts, and report it."""
@@ -242,7 +236,8 @@ class DataReader:
             done = extent.span_bytes(layer, head.first, head.count)
         else:
             done = head.payload_bytes
-        wire = HEADER_BYTES + head.table_bytes + head.payload_bytes
+        table_bytes = head.table_bytes if head.flags else 8 * head.count
+        wire = HEADER_BYTES + table_bytes + head.payload_bytes
         self.traffic.count(done, wire)
         flow.handle.moved(  # before `landed`: whoever sees it complete sees all of it counted
             done,

@@ -92,7 +92,7 @@ class Sending:
                         "attempt number"
                     )
                 return same
-            known = self._landed.get(name) or self._error_of(p) is not None
+            known = self._landed.get(name) or self._failed.get(p.key) or self._heard.get(name)
             if not known:
                 if len(self._active) >= limit:
                     raise ResourceError(
@@ -364,8 +364,7 @@ class Sending:
         extent = p.flow.extent
         assert extent is not None, "granted"
         p.flow.broken = lambda e: self.engine.loop.call(lambda: self._event_failed(p, e))
-        units = [extent.units(i) for i in range(extent.layers)]
-        size = sum([extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n])
+        units, size = extent.measure()
         p.handle.accepted(size, units, link.path)
         return size
 

@@ -28,8 +28,9 @@ class Gate:
 
     def open(self) -> None:
         """Let the caller go on, also when he is reading."""
+        turn = self._turn
         self.step_up()
-        if (turn := self._turn) is not None:
+        if turn is not None:
             turn.poke(self)
 
     def step_up(self) -> None:

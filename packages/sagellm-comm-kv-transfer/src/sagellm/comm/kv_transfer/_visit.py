@@ -48,6 +48,7 @@ class Lane:
         coming: A frame that a visitor has not received in full.
         error: Why nobody can go on.
         posted: Whether the event loop has to be roused.
+        receiving: Whether a visitor is in the middle of something.
         calm: Whether what came last was small, so that its thread need not hurry.
 
     """
@@ -61,6 +62,7 @@ class Lane:
     coming: Coming | None = None
     error: Exception | None = None
     posted: bool = False
+    receiving: bool = False
     calm: bool = True
 
     def visit(
@@ -68,7 +70,9 @@ class Lane:
         gate: Gate,
         over: Callable[[], bool],
         timeout_s: float,
-        step: Callable[[Lane], bool],
+        flows: Mapping[int, Inflow],
+        key: bytes,
+        finish: Callable[[Lane, Coming], None],
     ) -> None:
         """Read small frames on the caller's thread, as `DataReader.read` says.
 
@@ -76,7 +80,9 @@ class Lane:
             gate: What the caller waits at.
             over: Whether it has what it waits for.
             timeout_s: Longest wait.
-            step: Takes what has come; False when the lane's thread has to go on.
+            flows: Where frames go, by number.
+            key: What seals their headers.
+            finish: Takes a frame that has come in full.
 
         """
         turn = self.turn
@@ -85,38 +91,38 @@ class Lane:
         end = time.monotonic() + timeout_s
         try:
             gate.wait(timeout_s)
-            while turn.has(gate) and not over():
+            while not over() and turn.has(gate):
                 left = end - time.monotonic()
                 begun = self.coming is not None or bool(self.head_left)
                 if left <= 0:
                     return
                 if turn.come(min(left, _PATIENCE_S) if begun else left):
-                    if not self._take(step):
+                    self.receiving = True
+                    coming = self.receive_small(flows, key)
+                    if coming is not None and not coming.left:
+                        finish(self, coming)
+                    self.receiving = False
+                    if self.head is not None:
                         return
                 elif begun:
                     return
+        except Exception as e:  # which its thread meets
+            self.error = e
+        except BaseException:
+            if self.receiving:
+                self.error = DistributedRuntimeError("whoever read a frame was interrupted")
+            raise
         finally:
             turn.leave(gate)
-
-    def _take(self, step: Callable[[Lane], bool]) -> bool:
-        try:
-            return step(self)
-        except Exception as e:
-            self.error = e
-            return False
-        except BaseException:
-            self.error = DistributedRuntimeError("whoever read from the connection was interrupted")
-            raise
 
     def receive_small(self, flows: Mapping[int, Inflow], key: bytes) -> Coming | None:
         """Receive what has come of a frame; None when there is none that the visitor may take.
 
         `head` is set when its header has come, and its thread has to take it.
         """
-        conn = self.conn
-        assert isinstance(conn, SocketConnection), "only those are visited"
+        take = self.conn.take  # type: ignore[attr-defined]  # only those that have it are visited
         if (coming := self.coming) is None:
-            self.head_left = conn.take(self.head_left or [self.head_bytes])
+            self.head_left = take(self.head_left or [self.head_bytes])
             if self.head_left:
                 return None
             head = Header.unpack(self.head_bytes, key)
@@ -136,8 +142,11 @@ class Lane:
                 raise IntegrityError(
                     f"a frame brings {head.payload_bytes} bytes for blocks of another size"
                 )
-        coming.left = conn.take(coming.left)
+        coming.left = take(coming.left)
         coming.calls += 1
+        if coming.left:  # its end is on its way
+            coming.left = take(coming.left)
+            coming.calls += 1
         return coming
 
 

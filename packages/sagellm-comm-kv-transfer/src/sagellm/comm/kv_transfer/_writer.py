@@ -125,10 +125,15 @@ class DataWriter:
                 is idle and nothing else waits. It may block as long as the connection lets it.
 
         """
-        lane, chunk = None, None
+        lane: _Lane | None = None
+        chunk = None
         with self._lock:
             if here and not self._flows and not self._stopped:
-                lane = next((x for x in self._lanes if x.asleep and not x.busy), None)
+                for lane in self._lanes:
+                    if lane.asleep and not lane.busy:
+                        break
+                else:
+                    lane = None
             if lane is not None:
                 chunk = flow.claim(lane.first_bytes, lane.first_bytes)
                 lane.busy = chunk is not None

@@ -286,6 +286,16 @@ class PoolExtent:
         name = self._names[layer]
         return len(self._blocks[name]) if name in self._parts else 0
 
+    def measure(self) -> tuple[list[int], int]:
+        """Blocks of each layer that move, and the bytes of all."""
+        units, size = [], 0
+        for layer, name in enumerate(self._names):
+            count = len(self._blocks[name]) if name in self._parts else 0
+            units.append(count)
+            if count:
+                size += count * self._slab(layer).unit_bytes
+        return units, size
+
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one block that move."""
         return self._slab(layer).unit_bytes if self._names[layer] in self._parts else 0

@@ -277,7 +277,7 @@ class Attacker:
         self.token = auth.data_token(session, 0)
         self.frame_key = auth.frame_key(session, initiator=True)
         pool = b._engine.pool
-        ready = wire.Ready(pool.layout if pool is not None else None, [], "none", "tcp", True, "")
+        ready = wire.Ready(pool.layout if pool is not None else None, "tcp", True, "")
         self.sock.sendall(self.sealed(ready) + then)
 
     def _body(self):

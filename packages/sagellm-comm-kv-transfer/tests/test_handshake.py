@@ -57,9 +57,7 @@ def test_an_impostor_that_answers_is_not_believed(channel):
     sock.recv(4096)
     sock.sendall(wire.encode(wire.Challenge(1, b"n" * 32, 1)))
     sock.recv(4096)
-    sock.sendall(
-        wire.encode(wire.Welcome(b"m" * 32, None, ["none"], "none", {"tcp": address}, True, ""))
-    )
+    sock.sendall(wire.encode(wire.Welcome(b"m" * 32, None, {"tcp": address}, True, "")))
 
     with pytest.raises(KVTransferError, match="does not have") as caught:
         t.wait(10)

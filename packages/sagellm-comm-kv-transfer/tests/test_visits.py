@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ class Rig:
             self.flows,
             self._landed,
             io_timeout_s=LIMIT_S,
-            scratch_bytes=1,
             traffic=Traffic(Meters(), "receive"),
+            coded=SimpleNamespace(checksum=True),
         )
         self.thread = threading.Thread(target=self._run, name="lane")
         self.thread.start()

@@ -4,9 +4,7 @@ import random
 
 import pytest
 from hypothesis import given, settings, strategies as st
-
-from sagellm.comm.topology import TopologyGraph
-from sagellm.comm.topology.benchmarks.fake_tools import (
+from printers import (
     PATHS,
     Bridge,
     Drawn,
@@ -20,6 +18,8 @@ from sagellm.comm.topology.benchmarks.fake_tools import (
     print_p2p,
     print_rocm,
 )
+
+from sagellm.comm.topology import TopologyGraph
 from sagellm.comm.topology.export import pair_label, to_matrix, to_nccl_xml
 from sagellm.comm.topology.importers import import_topology
 from sagellm.comm.topology.merge import merge

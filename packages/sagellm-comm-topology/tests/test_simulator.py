@@ -307,7 +307,10 @@ def test_a_plan_says_what_its_best_is_the_best_of(capsys):
 
     assert "against best of those simulated" in drawn
     assert "fastest of those simulated:" in drawn
-    assert "not simulated, and perhaps faster: two_shot on 16 hosts (65,536 messages" in drawn
+    assert (
+        "not simulated, and perhaps faster: two_shot on 16 hosts (16 hosts: 65,536 messages"
+        in drawn
+    )
     assert [b["nodes"] for b in best] == [1, 2, 4, 8, 16]
     assert best[0]["of_simulated"] == ["ring", "two_shot"]
     assert best[0]["left_out"] == {}

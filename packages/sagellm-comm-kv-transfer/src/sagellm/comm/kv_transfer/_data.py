@@ -62,6 +62,7 @@ class DataConnections:
         link.transport = name
         link.writer.tuner = LaneTuner(start, most, fixed=bool(self._engine.settings.lanes))
         link.writer.traffic.transport = link.reader.traffic.transport = name
+        link.one_sided = self._paths.one_sided(name)
 
     # -- opened here -----------------------------------------------------------------------
 

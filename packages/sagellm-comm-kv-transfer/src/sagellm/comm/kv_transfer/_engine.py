@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 
 from sagellm.core.protocols import (
     CommError,
+    CommTimeoutError,
     Completion,
     DistributedRuntimeError,
     KVLayout,
@@ -18,6 +21,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
+from ._coded_link import Codecs
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -80,6 +84,9 @@ class Engine:
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)
         self.meters = Meters()
+        self.codecs = Codecs(
+            f"kv-{self.node_id}-codec", settings.codec_workers, settings.max_codec_bytes
+        )
         self.ignored: Counter[str] = Counter()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
@@ -93,6 +100,30 @@ class Engine:
     def layout(self) -> KVLayout | None:
         """Layout of the registered pool, if there is one."""
         return self.pool.layout if self.pool is not None else None
+
+    def meet(self, peer: int, wait_s: float) -> Link:
+        """The link to a peer, once it is up; from any thread but the loop's.
+
+        Raises:
+            CommTimeoutError: The peer did not come in time.
+            CommError: It never will.
+
+        """
+        met = threading.Event()
+
+        def begin() -> Link:
+            link = self.links.to(peer, time.monotonic() + wait_s)
+            link.when_up(lambda _: met.set())
+            return link
+
+        self.links.look_up(peer)
+        link = self.loop.run(begin)
+        if not met.wait(wait_s):
+            why = link.dialler.why if link.dialler is not None else "no link"
+            raise CommTimeoutError(f"node {peer} never came within {wait_s:g} s ({why})")
+        if link.error is not None:
+            raise link.error
+        return link
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what a lost link carried."""
@@ -269,7 +300,10 @@ class Engine:
                 return
         except PeerLostError:
             return
+        self.codecs.threads.encoding.close()
+        self.codecs.threads.decoding.close()
         self.links.release(10.0)
+        self.codecs.close()
         self.loop.stop()
         if self.pool is not None:
             self.pool.close()

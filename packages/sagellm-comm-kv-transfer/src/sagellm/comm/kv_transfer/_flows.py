@@ -10,13 +10,22 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sagellm.core.protocols import IntegrityError, OneSidedConnection, Pledge, ReadyEvent
+from sagellm.core.protocols import (
+    IntegrityError,
+    KVConnection,
+    OneSidedConnection,
+    Pledge,
+    ReadyEvent,
+)
 
 from .frames import MAX_UNITS, Header
 from .memory import Extent
 from .transfer import TransferHandle
+
+if TYPE_CHECKING:
+    from ._coded_out import CodedPiece
 
 __all__ = ["Chunk", "Flow", "Inflow", "Outflow", "Span"]
 
@@ -118,6 +127,13 @@ class Outflow(Flow):
         """Add units to send."""
         with self.lock:
             self._pending.extend(spans)
+
+    def coded(self, chunk: Chunk) -> CodedPiece | None:
+        """What a claimed chunk was encoded to; None sends it as it is."""
+        return None
+
+    def sent(self, conn: KVConnection, nbytes: int, seconds: float) -> None:
+        """Note what a frame took on the wire."""
 
     def claim(self, first_bytes: int, chunk_bytes: int, lanes: int = 1) -> Chunk | None:
         """The next units to send; None when there are none, or none that are ready.

@@ -23,6 +23,7 @@ from sagellm.core.protocols import (
 )
 
 from . import auth, wire
+from ._coded_link import LinkCoding
 from ._control import Control
 from ._dial import Dialler
 from ._flows import Inflow
@@ -86,6 +87,8 @@ class Link:
         self.lanes_promised = 0
         self.lanes_awaited = 0
         self.tokens_awaited: dict[bytes, str] = {}
+        self.coding: LinkCoding | None = None
+        self.one_sided = False
         self.layout: KVLayout | None = None
         self.mismatch: LayoutMismatchError | None = None
         self.error: CommError | None = None

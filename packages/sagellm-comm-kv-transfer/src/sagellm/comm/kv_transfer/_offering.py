@@ -22,6 +22,7 @@ from . import wire
 from ._arguments import check_deadline
 from ._backlog import Backlog
 from ._bounce import block_ids
+from ._coded_request import requested
 from ._limits import Watch
 from ._link import Link
 from ._push import Offered, Push
@@ -111,7 +112,10 @@ class Offering:
             handle = TransferHandle(
                 TransferKey(fetch.id, fetch.attempt), "send", fetch.deadline_s, lambda _: False
             )
-            p = Push(handle, link.peer, pool=o.pool, blocks=o.blocks)
+            codec = o.codec if not fetch.codec else requested(fetch)
+            if codec is not None and link.coding is not None and (why := link.coding.lacks(codec)):
+                raise ConfigError(why)
+            p = Push(handle, link.peer, pool=o.pool, blocks=o.blocks, codec=codec)
             p.link, p.tid, p.offered = link, fetch.tid, o
             p.flow.tid = fetch.tid
             if fetch.src_blocks is not None:

@@ -12,13 +12,13 @@ import xxhash
 from sagellm.core.protocols import (
     CommError,
     IntegrityError,
-    KVCodec,
     KVConnection,
     MemoryRuns,
     OneSidedConnection,
     Reference,
 )
 
+from ._coded_in import CodedReader
 from ._copy import Paired, pair
 from ._flows import Inflow
 from ._meters import Traffic
@@ -26,7 +26,7 @@ from ._offload import offload
 from ._segment import have_workers
 from ._turn import Gate
 from ._visit import SMALL_BYTES, Coming, Lane, open_lane
-from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
+from .frames import HEADER_BYTES, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
 
 __all__ = ["DataReader"]
@@ -43,7 +43,6 @@ class _Arrived(NamedTuple):
     calls: int
     runs: int
     verify_s: float
-    codec_s: float
 
 
 class DataReader:
@@ -57,8 +56,8 @@ class DataReader:
             damaged blocks (again). Called on this thread; True when something was posted to the
             event loop, which is not awake.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
-        scratch_bytes: Coded bytes that are held at once, unless one block is larger.
         traffic: Counts what is received.
+        coded: Takes frames of codecs.
         rouse: Has the event loop look at what `on_landed` has posted.
 
     """
@@ -69,26 +68,33 @@ class DataReader:
         on_landed: Callable[[Inflow, Header, list[int], list[int]], bool],
         *,
         io_timeout_s: float,
-        scratch_bytes: int,
         traffic: Traffic,
+        coded: CodedReader,
         rouse: Callable[[], None] = lambda: None,
     ) -> None:
         self.traffic = traffic
+        self._coded = coded
         self.late = 0
         """Frames of transfers that have ended, or of an earlier epoch."""
-        self.checksum = True
         self.key = b""
-        self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
-        self._scratch_bytes = scratch_bytes
         self._rouse = rouse
         self._seat: Lane | None = None
 
+    @property
+    def checksum(self) -> bool:
+        """Whether blocks are verified."""
+        return self._coded.checksum
+
+    @checksum.setter
+    def checksum(self, on: bool) -> None:
+        self._coded.checksum = on
+
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
-        lane = open_lane(conn, self.make_codec() if self.make_codec is not None else None)
+        lane = open_lane(conn)
         self._seat = self._seat or lane
         for_ever = float("inf")
         try:
@@ -109,7 +115,7 @@ class DataReader:
         if lane.calm and lane.turn is not None:
             self._seat = lane  # what is small goes over one lane, as long as that is idle
         table = memoryview(bytearray(head.table_bytes))
-        with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
+        with_table = not head.flags & (REF | SECTIONS)  # then it comes together with the bytes
         if not with_table:
             conn.receive([table], self._io_timeout_s)
         reference = None
@@ -126,8 +132,11 @@ class DataReader:
             self.late += 1
             self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
             return
+        if head.flags & SECTIONS:
+            self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
+            return
         try:
-            outcome = self._take(conn, lane.codec, flow, head, table, reference)
+            outcome = self._take(conn, flow, head, table, reference)
         finally:
             flow.leave()
         if outcome is not None and self._on_landed(flow, head, *outcome):
@@ -192,7 +201,6 @@ class DataReader:
     def _take(
         self,
         conn: KVConnection,
-        codec: KVCodec | None,
         flow: Inflow,
         head: Header,
         table: memoryview,
@@ -201,13 +209,10 @@ class DataReader:
         """Damaged blocks, first time and again; None for a copy that the sender disowns."""
         extent, layer = flow.extent, head.layer
         raw = extent.span_bytes(layer, head.first, head.count)
-        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0, 0.0)
-        if not head.flags & (REF | CODED):
+        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0)
+        if reference is None:
             arrived = self._receive(conn, extent, head, table, raw)
-        elif not _sound(head, table):
-            if reference is None:
-                self._discard(conn, head.payload_bytes)
-        elif reference is not None:
+        elif _sound(head, table):
             if reference.total_bytes != raw:
                 raise IntegrityError(
                     f"a frame refers to {reference.total_bytes} bytes for blocks of {raw}"
@@ -220,8 +225,6 @@ class DataReader:
                 raise
             if flow.stopped or not reference.kept():
                 return None
-        else:
-            arrived = self._decode(conn, codec, extent, head, table)
         return self._account(flow, head, arrived)
 
     def _account(
@@ -232,7 +235,7 @@ class DataReader:
         good = head.count - len(arrived.bad)
         if arrived.bad:
             done = good * extent.unit_bytes(layer)
-        elif head.flags & (CODED | REF):
+        elif head.flags & REF:
             done = extent.span_bytes(layer, head.first, head.count)
         else:
             done = head.payload_bytes
@@ -246,7 +249,7 @@ class DataReader:
             runs=arrived.runs,
             syscalls=arrived.calls,
             verify_s=arrived.verify_s,
-            codec_s=arrived.codec_s,
+            codec_s=0.0,
         )
         return flow.landed(head, arrived.bad)
 
@@ -270,7 +273,7 @@ class DataReader:
             batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
             done = self._offload(flow, head, reference, paired, batches, sums)
             if done is not None:
-                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began, 0.0)
+                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began)
         units = extent.unit_views(layer, first, count) if self.checksum else []
         copy = reference.copier(paired.sources, paired.addresses)
         calls, verify_s = 1, 0.0
@@ -284,7 +287,7 @@ class DataReader:
                 found += block_sums(units[at : at + step], layer, first + at)
                 verify_s += time.perf_counter() - start
         bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
-        return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
+        return _Arrived(bad, calls, len(paired.ends), verify_s)
 
     def _offload(
         self,
@@ -331,16 +334,16 @@ class DataReader:
     ) -> _Arrived:
         """Verify blocks that are in place."""
         if not _sound(head, table):
-            return _Arrived(list(range(head.count)), calls, len(views), 0.0, 0.0)
+            return _Arrived(list(range(head.count)), calls, len(views), 0.0)
         if head.count == len(views) == 1:  # without detours and numpy, which cost more than the sum
             start, bad = time.perf_counter(), []
             seed = (head.layer << 32) + head.first
             if self.checksum and xxhash.xxh3_64_digest(views[0], seed)[::-1] != table:
                 bad = [0]
-            return _Arrived(bad, calls, 1, time.perf_counter() - start, 0.0)
+            return _Arrived(bad, calls, 1, time.perf_counter() - start)
         units = extent.unit_views(head.layer, head.first, head.count)
         bad, verify_s = self._verify(units, head, table)
-        return _Arrived(bad, calls, len(views), verify_s, 0.0)
+        return _Arrived(bad, calls, len(views), verify_s)
 
     def _verify(
         self, units: list[Views], head: Header, table: memoryview
@@ -352,66 +355,6 @@ class DataReader:
         found = block_sums(units, head.layer, head.first)
         wrong = _wrong(found, np.frombuffer(table[: head.count * 8], dtype="<u8"))
         return wrong, time.perf_counter() - start
-
-    def _decode(
-        self,
-        conn: KVConnection,
-        codec: KVCodec | None,
-        extent: Extent,
-        head: Header,
-        table: memoryview,
-    ) -> _Arrived:
-        """Receive coded blocks, decode them where they belong, and verify them there."""
-        units = extent.unit_views(head.layer, head.first, head.count)
-        lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
-        sizes = (lengths & (RAW_BIT - 1)).tolist()
-        plain = (lengths & RAW_BIT).astype(bool).tolist()
-        limit = extent.unit_bytes(head.layer)
-        if codec is None and not all(plain):
-            raise IntegrityError("a coded frame on a link without codec")
-        if sum(sizes) != head.payload_bytes or max(sizes) > limit:
-            raise IntegrityError(f"a coded frame whose lengths do not fit blocks of {limit} bytes")
-        bad: list[int] = []
-        calls, codec_s, at = 0, 0.0, 0
-        dtype = extent.dtype(head.layer)
-        while at < head.count:
-            stop, size = at + 1, sizes[at]
-            while stop < head.count and size + sizes[stop] <= self._scratch_bytes:
-                size += sizes[stop]
-                stop += 1
-            scratch = memoryview(bytearray(size))
-            calls += conn.receive([scratch], self._io_timeout_s)
-            start = time.perf_counter()
-            offset = 0
-            for i in range(at, stop):
-                frame = scratch[offset : offset + sizes[i]]
-                offset += sizes[i]
-                try:
-                    self._place(codec if not plain[i] else None, frame, units[i], dtype)
-                except IntegrityError:
-                    bad.append(i)
-            codec_s += time.perf_counter() - start
-            at = stop
-        wrong, verify_s = self._verify(units, head, table)
-        return _Arrived(sorted({*bad, *wrong}), 2 + calls, head.count, verify_s, codec_s)
-
-    @staticmethod
-    def _place(codec: KVCodec | None, frame: memoryview, views: Views, dtype: str) -> None:
-        """Put a block where it belongs, decoded unless it came as it is (no codec)."""
-        size = sum(map(len, views))
-        if codec is None:
-            if len(frame) != size:
-                raise IntegrityError(f"a raw frame of {len(frame)} bytes for a block of {size}")
-            out = frame
-        else:
-            out = views[0] if len(views) == 1 else memoryview(bytearray(size))
-            codec.decode(frame, out, dtype=dtype)
-            if len(views) == 1:
-                return
-        at = 0
-        for view in views:
-            view[:] = out[at : at + len(view)]
-            at += len(view)
 
     def _discard(self, conn: KVConnection, count: int) -> None:
         trash = memoryview(bytearray(min(count, _SCRATCH_BYTES)))

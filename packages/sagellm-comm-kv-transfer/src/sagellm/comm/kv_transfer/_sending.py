@@ -21,6 +21,7 @@ from sagellm.core.protocols import (
 )
 
 from . import wire
+from ._coded_out import CodedOutflow
 from ._flows import Span
 from ._limits import Watch
 from ._link import Link
@@ -141,6 +142,8 @@ class Sending:
         """Take an invitation, and send what is small, on the caller's own thread."""
         if p.pool is not self.engine.pool or link.mismatch is not None:
             return False
+        if p.codec is not None and link.coding is not None and link.coding.lacks(p.codec):
+            return False  # `_start` says so
         if not self._take_invitation(p, link):
             return False
         size = self._prepare(p, link)
@@ -327,9 +330,11 @@ class Sending:
         if error is not None:
             self.fail(p, error)
             return
-        if p.tensors is None and link.mismatch is not None:
+        lacking = link.coding.lacks(p.codec) if p.codec and link.coding else None
+        if (p.tensors is None and link.mismatch is not None) or lacking is not None:
             p.link = link
-            self.fail(p, link.mismatch)
+            why = link.mismatch if p.tensors is None else None
+            self.fail(p, why or ConfigError(lacking))
         elif p.pool is self.engine.pool and self._take_invitation(p, link):
             self._go(p, link)
         else:
@@ -366,6 +371,9 @@ class Sending:
         p.flow.broken = lambda e: self.engine.loop.call(lambda: self._event_failed(p, e))
         units, size = extent.measure()
         p.handle.accepted(size, units, link.path)
+        if isinstance(p.flow, CodedOutflow):
+            fail = self.fail
+            p.flow.begin(link, size, lambda e: self.engine.loop.call(lambda: fail(p, e)))
         return size
 
     def _event_failed(self, p: Push, e: Exception) -> None:

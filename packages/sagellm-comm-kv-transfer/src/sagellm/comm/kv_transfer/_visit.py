@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sagellm.core.protocols import DistributedRuntimeError, IntegrityError, KVCodec, KVConnection
+from sagellm.core.protocols import DistributedRuntimeError, IntegrityError, KVConnection
 
 from ._flows import Inflow
 from ._turn import Gate, ReadTurn
-from .frames import CODED, HEADER_BYTES, REF, Header
+from .frames import HEADER_BYTES, REF, SECTIONS, Header
 from .memory import Views
 from .transports._socket import SocketConnection
 
@@ -40,7 +40,6 @@ class Lane:
 
     Attributes:
         conn: The connection.
-        codec: Decodes what comes over it.
         turn: Who reads it; None where only its thread can.
         head_bytes: Where a header goes.
         head_left: What a visitor has not received of it.
@@ -54,7 +53,6 @@ class Lane:
     """
 
     conn: KVConnection
-    codec: KVCodec | None
     turn: ReadTurn | None = None
     head_bytes: memoryview = field(default_factory=lambda: memoryview(bytearray(HEADER_BYTES)))
     head_left: Views = field(default_factory=list)
@@ -130,7 +128,7 @@ class Lane:
             if (
                 flow is None
                 or head.payload_bytes > SMALL_BYTES
-                or head.flags & (REF | CODED)
+                or head.flags & (REF | SECTIONS)
                 or not flow.claim(head)
             ):
                 self.head = head
@@ -150,8 +148,8 @@ class Lane:
         return coming
 
 
-def open_lane(conn: KVConnection, codec: KVCodec | None) -> Lane:
+def open_lane(conn: KVConnection) -> Lane:
     """A lane, which callers may read where connection and system allow it."""
     if isinstance(conn, SocketConnection) and ReadTurn.possible():
-        return Lane(conn, codec, ReadTurn(conn.fileno(), conn.buffered))
-    return Lane(conn, codec)
+        return Lane(conn, ReadTurn(conn.fileno(), conn.buffered))
+    return Lane(conn)

@@ -8,21 +8,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
 import xxhash
 
 from sagellm.core.protocols import (
     CommError,
     DistributedRuntimeError,
-    KVCodec,
     KVConnection,
     OneSidedConnection,
 )
 
+from ._coded_out import CodedPiece
 from ._flows import Chunk, Outflow
 from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
-from .frames import CODED, RAW_BIT, REF, Header, block_sum, block_sums
+from .frames import REF, SECTIONS, Header, block_sum, block_sums
 from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
@@ -47,12 +46,10 @@ class _Lane:
     def __init__(
         self,
         conn: KVConnection,
-        codec: KVCodec | None,
         chunk_bytes: int,
         lock: threading.Lock,
     ) -> None:
         self.conn = conn
-        self.codec = codec
         self.one_sided = conn if isinstance(conn, OneSidedConnection) else None
         self.first_bytes = max(1, chunk_bytes // _GROWTH)
         self.chunk_bytes = self.one_sided.frame_bytes if self.one_sided else chunk_bytes
@@ -105,7 +102,6 @@ class DataWriter:
         self.traffic = traffic
         self.checksum = True
         self.key = b""
-        self.make_codec: Callable[[], KVCodec] | None = None
         self.tuner = tuner
         self._want_lanes = want_lanes
         self._chunk_bytes = chunk_bytes
@@ -170,8 +166,7 @@ class DataWriter:
 
     def run(self, conn: KVConnection) -> None:
         """Send until stopped, as one lane more; raises what the connection raises."""
-        codec = self.make_codec() if self.make_codec is not None else None
-        lane = _Lane(conn, codec, self._chunk_bytes, self._lock)
+        lane = _Lane(conn, self._chunk_bytes, self._lock)
         if lane.one_sided is not None:
             lane.one_sided.watch(lambda: self._rouse(lane))
         with self._lock:
@@ -278,21 +273,22 @@ class DataWriter:
 
     def _send(self, lane: _Lane, flow: Outflow, chunk: Chunk) -> int:
         """Send one frame; the bytes of the blocks in it."""
+        if (piece := flow.coded(chunk)) is not None:
+            return self._send_coded(lane, flow, chunk, piece)
         extent = flow.extent
         assert extent is not None, "claimed without an extent"
         layer, first, count = chunk
-        if count == 1 and lane.codec is None:
+        if count == 1:
             views = extent.views(layer, first, 1)
             raw = sum(map(len, views))
             if lane.one_sided is None or raw < lane.one_sided.least_bytes:
                 return self._send_one(lane, flow, chunk, views, raw)
         raw = extent.span_bytes(layer, first, count)
-        verify_s = codec_s = 0.0
+        verify_s = 0.0
         table = bytes(8 * count)
         units: list[Views] = []
-        if self.checksum or lane.codec is not None:
-            units = extent.unit_views(layer, first, count)
         if self.checksum:
+            units = extent.unit_views(layer, first, count)
             start = time.perf_counter()
             sums = block_sums(units, layer, first)
             table = struct.pack(f"<{count}Q", *sums)
@@ -303,17 +299,12 @@ class DataWriter:
             (payload, runs), flags = reference, REF
         elif flow.stopped:
             return 0  # nobody waits for it
-        elif lane.codec is None:
+        else:
             payload = extent.views(layer, first, count)
             runs = len(payload)
-        else:
-            start = time.perf_counter()
-            payload, lengths = self._encode(lane.codec, extent, layer, units)
-            codec_s = time.perf_counter() - start
-            table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
         size = sum(map(len, payload))
         head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
-        self._ship(lane, flow, chunk, raw, head, payload, runs, verify_s, codec_s)
+        self._ship(lane, flow, chunk, raw, head, payload, runs, verify_s)
         return raw
 
     def _send_one(self, lane: _Lane, flow: Outflow, chunk: Chunk, views: Views, raw: int) -> int:
@@ -328,7 +319,7 @@ class DataWriter:
             table = block_sum(views, layer, first).to_bytes(8, "little")
         verify_s = time.perf_counter() - start
         head = Header(flow.tid, layer, first, 1, raw, flow.flags).pack(table, self.key)
-        self._ship(lane, flow, chunk, raw, head, views, len(views), verify_s, 0.0)
+        self._ship(lane, flow, chunk, raw, head, views, len(views), verify_s)
         return raw
 
     def _ship(
@@ -341,13 +332,14 @@ class DataWriter:
         payload: Views,
         runs: int,
         verify_s: float,
-        codec_s: float,
     ) -> None:
         """Put a frame on the wire, and count it."""
         start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
-        lane.pace(raw, time.perf_counter() - start)
+        spent_s = time.perf_counter() - start
+        lane.pace(raw, spent_s)
         wire = len(head) + sum(map(len, payload))
+        flow.sent(lane.conn, wire, spent_s)
         self.traffic.count(raw, wire)
         flow.handle.moved(
             raw,
@@ -356,8 +348,34 @@ class DataWriter:
             runs=runs,
             syscalls=calls,
             verify_s=verify_s,
-            codec_s=codec_s,
+            codec_s=0.0,
         )
+
+    def _send_coded(self, lane: _Lane, flow: Outflow, chunk: Chunk, piece: CodedPiece) -> int:
+        """Send a frame that was encoded ahead; the bytes of the blocks in it."""
+        try:
+            extent = flow.extent
+            if flow.stopped or extent is None:
+                return 0  # nobody waits for it
+            raw, flags = extent.span_bytes(*chunk), SECTIONS | flow.flags
+            head = Header(flow.tid, *chunk, piece.nbytes, flags).pack(piece.table, self.key)
+            start = time.perf_counter()
+            calls = lane.conn.send([memoryview(head), *piece.views], self._io_timeout_s)
+            wire = len(head) + piece.nbytes
+            flow.sent(lane.conn, wire, time.perf_counter() - start)
+        finally:
+            piece.done()
+        self.traffic.count(raw, wire)
+        flow.handle.moved(
+            raw,
+            chunk.units,
+            wire_bytes=wire,
+            runs=len(piece.views),
+            syscalls=calls,
+            verify_s=0.0,
+            codec_s=piece.codec_s,
+        )
+        return raw
 
     @staticmethod
     def _refer(
@@ -371,18 +389,3 @@ class DataWriter:
         memory = extent.runs(*chunk)
         reference = lane.one_sided.refer(memory, pledge)
         return None if reference is None else ([reference], len(memory.lengths))
-
-    @staticmethod
-    def _encode(
-        codec: KVCodec, extent: Extent, layer: int, units: list[Views]
-    ) -> tuple[Views, np.ndarray[tuple[int], np.dtype[np.uint32]]]:
-        dtype = extent.dtype(layer)
-        payload: Views = []
-        lengths = np.empty(len(units), dtype="<u4")
-        for i, views in enumerate(units):
-            block = views[0] if len(views) == 1 else memoryview(b"".join(views))
-            coded = memoryview(codec.encode(block, dtype=dtype))
-            shrank = len(coded) < len(block)
-            payload.append(coded if shrank else block)
-            lengths[i] = len(coded) if shrank else len(block) | RAW_BIT
-        return payload, lengths

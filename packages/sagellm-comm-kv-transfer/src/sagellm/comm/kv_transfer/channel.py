@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -34,15 +33,15 @@ from sagellm.core.protocols.ports import PortSettings
 
 from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
+from ._coded_request import CodecRequest, asked_of, request_of, wanted_of
 from ._engine import Engine
 from ._fetching import fetch
-from ._link import Link
 from ._paths import Paths
-from ._push import Offered, Push
+from ._push import Offered, Push, of_blocks, of_tensors
 from ._receive import Receive
 from ._records import CANCELLED
 from ._snapshot import Snapshot, take
-from .compression import load_codec_spec
+from .compression.auto import MaxError
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
@@ -116,7 +115,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             key = chosen.key.get_secret_value() if chosen.key is not None else None
         if peers is None:
             peers = chosen.peers_file
-        load_codec_spec(chosen.codec)
+        self._codec = request_of(None, None, chosen.codec)
         tls = Tls.of(chosen)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
         try:
@@ -229,7 +228,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
-        link = self._meet(peer, 30.0 if timeout_s is None else timeout_s)
+        link = self._engine.meet(peer, 30.0 if timeout_s is None else timeout_s)
         if link.mismatch is not None:
             raise link.mismatch
         return PeerInfo(peer, link.address, link.version, link.layout, link.path)
@@ -244,9 +243,19 @@ class KVTransferChannel(KVTransferChannelProtocol):
         key: TransferKey | None = None,
         dst_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         deadline_s: float = 30.0,
+        codec: str | CodecRequest | None = None,
+        max_error: MaxError | None = None,
     ) -> TransferHandle:
-        """Push blocks to a node. `dst_blocks` are used when its `receive` names none and adopts."""
-        push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
+        """Push blocks to a node. `dst_blocks` are used when its `receive` names none and adopts.
+
+        With a codec sections of the blocks are encoded while others are on the wire, and decoded
+        while the next arrive. `auto` takes what is fastest within `max_error` on this link now,
+        often nothing; `explain` of the result says why. A peer without the codec fails the push.
+        """
+        wanted = wanted_of(codec, max_error, self._codec)
+        push = self._push(
+            blocks, target_node, key, deadline_s, dst_blocks, sealed=True, codec=wanted
+        )
         push.flow.queue(push.all_spans())
         return self._engine.sending.push(push).handle
 
@@ -257,9 +266,12 @@ class KVTransferChannel(KVTransferChannelProtocol):
         blocks: Blocks,
         *,
         deadline_s: float = 30.0,
+        codec: str | CodecRequest | None = None,
+        max_error: MaxError | None = None,
     ) -> Stream:
         """Start a push whose layers follow one by one; all must have landed by the deadline."""
-        push = self._push(blocks, target_node, key, deadline_s, None, sealed=False)
+        wanted = wanted_of(codec, max_error, self._codec)
+        push = self._push(blocks, target_node, key, deadline_s, None, sealed=False, codec=wanted)
         if push.pool is None:
             raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
         if self._engine.sending.push(push) is not push:
@@ -311,10 +323,13 @@ class KVTransferChannel(KVTransferChannelProtocol):
         num_tokens: int,
         ttl_s: float,
         after: ReadyEvent | None = None,
+        codec: str | CodecRequest | None = None,
+        max_error: MaxError | None = None,
     ) -> TransferHandle:
         """Let peers fetch blocks of the pool for `ttl_s` seconds, which `renew` extends.
 
-        It lands, and ends, once every part has been fetched whole by the nodes that hold it.
+        They come coded, as for `transfer`, unless a fetch asks for something else. The offer
+        lands, and ends, once every part has been fetched whole by the nodes that hold it.
         Fetches with `src_blocks` or `layers` leave it standing.
         """
         check_deadline(ttl_s)
@@ -323,7 +338,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
         handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
-        offered = Offered(handle, self._pool(), table, num_tokens, after)
+        wanted = wanted_of(codec, max_error, self._codec)
+        offered = Offered(handle, self._pool(), table, num_tokens, after, wanted)
         handle.owner = offered
         self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
         return handle
@@ -337,6 +353,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         layers: Sequence[int] | None = None,
         deadline_s: float = 30.0,
+        codec: str | None = None,
+        max_error: MaxError | None = None,
     ) -> TransferHandle:
         """Pull offered blocks into ours, from one node or from several that each hold a part.
 
@@ -351,6 +369,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         wanted = None if src_blocks is None else pool.as_foreign_table(src_blocks)
         handle = TransferHandle(checked_key(key), "receive", deadline_s, self._cancel)
         r = Receive(handle, table, None, pool=pool)
+        r.fetch_codec = asked_of(codec, max_error)
         handle.owner = r
 
         peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))
@@ -426,27 +445,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
             PeerLostError: It is gone.
 
         """
-        return self._engine.inquiries.inspect(self._meet(peer, timeout_s), timeout_s)
+        return self._engine.inquiries.inspect(self._engine.meet(peer, timeout_s), timeout_s)
 
     # -- inside -----------------------------------------------------------------------------
-
-    def _meet(self, peer: int, wait_s: float) -> Link:
-        met = threading.Event()
-        engine = self._engine
-
-        def begin() -> Link:
-            link = engine.links.to(peer, time.monotonic() + wait_s)
-            link.when_up(lambda _: met.set())
-            return link
-
-        engine.links.look_up(peer)
-        link = engine.loop.run(begin)
-        if not met.wait(wait_s):
-            why = link.dialler.why if link.dialler is not None else "no link"
-            raise CommTimeoutError(f"node {peer} never came within {wait_s:g} s ({why})")
-        if link.error is not None:
-            raise link.error
-        return link
 
     def _pool(self) -> RegisteredPool:
         if self._engine.pool is None:
@@ -473,6 +474,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         dst_blocks: BlockIds | Mapping[str, BlockIds] | None,
         *,
         sealed: bool,
+        codec: CodecRequest | None,
     ) -> Push:
         check_deadline(deadline_s)
         name = (
@@ -483,17 +485,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if table is None:
             if dst_blocks is not None:
                 raise ConfigError("dst_blocks need blocks of a pool, not plain tensors")
-            push = Push(handle, target_node, tensors=wrap(blocks), sealed=sealed)
-        else:
-            pool = self._pool()
-            named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
-            if named is not None:
-                counts = {n: (len(ids), len(named[n])) for n, ids in table.items()}
-                if any(a != b for a, b in counts.values()):
-                    raise ConfigError(f"blocks and dst_blocks differ in number: {counts}")
-            push = Push(
-                handle, target_node, pool=pool, blocks=table, dst_blocks=named, sealed=sealed
-            )
+            handle.owner = push = of_tensors(handle, target_node, wrap(blocks), codec)
+            return push
+        push = of_blocks(handle, target_node, self._pool(), table, dst_blocks, sealed, codec)
         handle.owner = push
         return push
 

@@ -150,6 +150,15 @@ class RegisteredPool:
         """The group of a layer of the layout."""
         return self._where[layer][0]
 
+    def layer_tensors(self, layer: int) -> list[Tensor]:
+        """Views of one layer of the layout, one per tensor that it has, without a layer axis."""
+        group, index = self._where[layer]
+        if "layer" in group.axes:
+            axis = group.axes.index("layer")
+            return [self._tensors[n].select(axis, index) for n in group.tensor_names]
+        name = group.layers[index]
+        return [self._tensors[n] for n in ([f"{name}.{p}" for p in group.parts] or [name])]
+
     def lease(
         self,
         holder: object,
@@ -266,39 +275,39 @@ class PoolExtent:
         blocks: Ids per group, in the order of the tokens.
         parts: What of each group moves.
 
+    Attributes:
+        pool: As given.
+        block_table: As given.
+        parts: As given.
+
     """
 
     def __init__(self, pool: RegisteredPool, blocks: BlockTable, parts: Mapping[str, Part]) -> None:
-        self._pool = pool
-        self._blocks = blocks
-        self._parts = dict(parts)
+        self.pool = pool
+        self.block_table = blocks
+        self.parts = dict(parts)
         self._names = pool.group_names
         self._slabs: dict[int, Slab] = {}
         self.layers = len(self._names)
 
     def _slab(self, layer: int) -> Slab:
         if (found := self._slabs.get(layer)) is None:
-            found = self._slabs[layer] = self._pool.slab(layer, self._parts[self._names[layer]])
+            found = self._slabs[layer] = self.pool.slab(layer, self.parts[self._names[layer]])
         return found
 
     def units(self, layer: int) -> int:
         """Blocks of the layer that move."""
         name = self._names[layer]
-        return len(self._blocks[name]) if name in self._parts else 0
+        return len(self.block_table[name]) if name in self.parts else 0
 
     def measure(self) -> tuple[list[int], int]:
         """Blocks of each layer that move, and the bytes of all."""
-        units, size = [], 0
-        for layer, name in enumerate(self._names):
-            count = len(self._blocks[name]) if name in self._parts else 0
-            units.append(count)
-            if count:
-                size += count * self._slab(layer).unit_bytes
-        return units, size
+        counts = [len(self.block_table[n]) if n in self.parts else 0 for n in self._names]
+        return counts, sum([n * self._slab(i).unit_bytes for i, n in enumerate(counts) if n])
 
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one block that move."""
-        return self._slab(layer).unit_bytes if self._names[layer] in self._parts else 0
+        return self._slab(layer).unit_bytes if self._names[layer] in self.parts else 0
 
     def span_bytes(self, layer: int, first: int, count: int) -> int:
         """Bytes of consecutive blocks."""
@@ -306,22 +315,22 @@ class PoolExtent:
 
     def views(self, layer: int, first: int, count: int) -> Views:
         """Memory of consecutive blocks, neighbours joined."""
-        ids = self._blocks[self._names[layer]]
+        ids = self.block_table[self._names[layer]]
         return self._slab(layer).views(ids[first : first + count])
 
     def runs(self, layer: int, first: int, count: int) -> MemoryRuns:
         """Addresses of consecutive blocks, neighbours joined."""
-        ids = self._blocks[self._names[layer]]
+        ids = self.block_table[self._names[layer]]
         return self._slab(layer).runs(ids[first : first + count])
 
     def unit_views(self, layer: int, first: int, count: int) -> list[Views]:
         """Memory of each block."""
-        ids = self._blocks[self._names[layer]]
+        ids = self.block_table[self._names[layer]]
         return self._slab(layer).unit_views(ids[first : first + count])
 
     def dtype(self, layer: int) -> str:
         """The group's dtype."""
-        return self._pool.group_of(layer).dtype
+        return self.pool.group_of(layer).dtype
 
 
 def _counts(layout: KVLayout, num_blocks: int | Mapping[str, int]) -> list[tuple[CacheGroup, int]]:

@@ -27,7 +27,10 @@ class KVTransferSettings(Settings, package="kv_transfer"):
             leaves the process; needs `tls_key` and `tls_ca` too.
         tls_key: PEM file with its private key, mode 0600.
         tls_ca: PEM file with the CA that all nodes' certificates come from.
-        codec: Codec of what this channel sends: `none`, `lz4`, `zstd` or an installed one.
+        codec: Codec of what this channel sends to peers that have it, where a call names none:
+            `none`, `auto` (which changes no bit), `lossless`, `quant` or any installed one.
+        codec_workers: Threads that encode and decode sections; 0 takes one per core, at most 4.
+        max_codec_bytes: Memory for sections that are being coded, decoded or sent, each way.
         transport: What carries the blocks: `auto` takes the best that leads to a peer, a name
             that one only.
         lanes: Data connections of a link; 0 begins with what suits the transport and tunes it.
@@ -71,6 +74,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     tls_key: str | None = None
     tls_ca: str | None = None
     codec: str = "none"
+    codec_workers: Annotated[int, pydantic.Field(ge=0, le=64)] = 0
+    max_codec_bytes: Count = 64 * MIB
     transport: str = "auto"
     lanes: Annotated[int, pydantic.Field(ge=0, le=8)] = 0
     checksum: bool = True

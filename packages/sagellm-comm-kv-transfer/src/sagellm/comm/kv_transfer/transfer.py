@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from .state import RULES, TABLE, Event, Phase, Role, Step
 
 __all__ = ["TransferHandle", "Witness", "transfer_error"]
 
+_KEPT_CHOICES = 8
+
 _ROLES = {"send": Role.SEND, "receive": Role.RECEIVE}
 _GRACE_S = 10.0
 """How long past its deadline a transfer may take to end before `wait` gives up on it."""
@@ -51,6 +54,8 @@ class TransferHandle:
     # beginnings that are not written with every transfer: a small one takes microseconds
     num_tokens = 0
     """Tokens that the blocks hold, as their sender has said; 0 where it has not."""
+    codec = ""
+    """What codes its bytes just now; empty where nothing is to be coded."""
     owner: object = None
     seat: Seat | None = None
     """Where whoever waits may read it himself."""
@@ -86,6 +91,7 @@ class TransferHandle:
         self._callbacks: list[Callable[[], object]] = []
         self._layers: set[int] = set()
         self._meter = _Meter()
+        self._choices: deque[str] = deque(maxlen=_KEPT_CHOICES)
 
     def __repr__(self) -> str:
         return f"<{self.direction} {self._key.id}/{self._key.attempt} {self.state.value}>"
@@ -131,8 +137,18 @@ class TransferHandle:
                 verify_s=m.verify_s,
                 codec_s=m.codec_s,
                 path=m.path,
+                codec=self.codec,
                 retries=m.retries,
             )
+
+    def explain(self) -> str:
+        """How it goes and why its bytes are coded as they are, in words."""
+        m = self.metrics
+        how = f"{self.direction} {self._key.id}/{self._key.attempt} by {m.path or 'no path yet'}"
+        sizes = f"{m.bytes} bytes as {m.wire_bytes} on the wire, {m.codec_s:.3g} s in codecs"
+        with self._lock:
+            choices = "; then ".join(self._choices)
+        return f"{how}: {sizes}; {choices or 'not coded: no codec was asked for'}"
 
     @property
     def blocks(self) -> Sequence[KVBlock]:
@@ -397,6 +413,13 @@ class TransferHandle:
     def retried(self, blocks: int) -> None:
         """Count blocks that were asked for again."""
         self._meter.retries += blocks
+
+    def coded_as(self, name: str, why: str = "") -> None:
+        """Note what codes its bytes from now on."""
+        with self._lock:
+            if name != self.codec:
+                self.codec = name
+                self._choices.append(why or name)
 
     def via(self, path: str) -> None:
         """Note how it goes."""

@@ -110,22 +110,21 @@ class Welcome(_Message, frozen=True, tag="welcome"):
 
     mac: bytes
     layout: KVLayout | None
-    codecs: list[str]
-    codec: str
     endpoints: dict[str, str]
     checksum: bool
     address: str
+    codecs: dict[str, int] = {}
+    """Codecs that coded frames may use, with versions; `frame` stands for the frames' own."""
 
 
 class Ready(_Message, frozen=True, tag="ready"):
     """I → A: what I have and have chosen; the link is up."""
 
     layout: KVLayout | None
-    codecs: list[str]
-    codec: str
     transport: str
     checksum: bool
     address: str
+    codecs: dict[str, int] = {}
 
 
 class Reject(_Message, frozen=True, tag="reject"):
@@ -205,6 +204,9 @@ class Fetch(_Message, frozen=True, tag="fetch"):
     src_blocks: dict[str, bytes] | None = None
     layers: list[int] | None = None
     deadline_s: float = 30.0
+    codec: str = ""
+    options: dict[str, bool | int | float | str] = {}
+    max_error: str | float | None = None
 
 
 class Nack(_Message, frozen=True, tag="nack"):

@@ -72,12 +72,14 @@ class EvenRoutes:
         if turned:
             first, last = last, first
         self._perhaps_make_rows()
-        step = self._search(first, last) if self._rows is None else self._walk(first, last)
-        if step is None:
+        steps = self._search(first, last) if self._rows is None else self._walks(first, last)
+        if steps is None:
             return None
-        stations = self._first(first, last, step) if self._one_width else (
-            self._widest(first, last, step)
-        )  # fmt: skip
+        stations = (
+            self._first(first, last, steps[0])
+            if self._one_width
+            else self._widest(first, last, steps[0], steps[1])
+        )
         if turned:
             stations.reverse()
         return tuple(self._links[u][v] for u, v in pairwise(stations))
@@ -89,33 +91,36 @@ class EvenRoutes:
             stations.append(here)
         return stations
 
-    def _widest(self, first: int, last: int, step: _Step) -> list[int]:
-        """Of the shortest ways one with the widest bottleneck: wide ones first, then far ones."""
-        before: dict[int, int] = {}
-        # What was reached, by the width of the way to it: the widest first, of those the farthest.
-        reached: dict[float, list[tuple[int, int, int]]] = {float("inf"): [(first, 0, first)]}
-        while last not in before:
-            width = max(reached)
-            todo = reached[width]
-            while todo and last not in before:
-                here, hops, came_from = todo.pop()
-                if here in before:
-                    continue
-                before[here] = came_from
-                widths = self._widths[here]
-                for there in () if here == last else sorted(step(here, hops), reverse=True):
-                    if there not in before:
-                        narrowest = min(width, widths[there])
-                        reached.setdefault(narrowest, []).append((there, hops + 1, here))
-            if not todo:
-                del reached[width]
-        stations = [last]
-        while stations[-1] != first:
-            stations.append(before[stations[-1]])
-        return stations[::-1]
+    def _widest(self, first: int, last: int, ahead: _Step, back: _Step) -> list[int]:
+        """Of the shortest ways one with the widest bottleneck.
 
-    def _search(self, first: int, last: int) -> _Step | None:
-        """Search from both ends; nearer vertices of the ways found."""
+        What links of a width reach is explored from both ends in turn. Where one end comes to
+        its end, no way is that wide, and narrower links are let in.
+        """
+        out, into = _End(first, ahead), _End(last, back)
+        bound, mine, other = float("inf"), out, into
+        while True:
+            if not mine.open:
+                bound = max(mine.narrower)
+                for end in (out, into):
+                    for width in [w for w in end.narrower if w >= bound]:
+                        end.open += end.narrower.pop(width)
+            here, hops, came_from = mine.open.pop()
+            if here in mine.before:
+                continue
+            mine.before[here] = came_from
+            if here in other.before:
+                return [*out.line(here)[::-1], *into.line(here)[1:]]
+            widths = self._widths[here]
+            for there in sorted(mine.step(here, hops), reverse=True):
+                if there not in mine.before:
+                    width = widths[there]
+                    reached = mine.open if width >= bound else mine.narrower.setdefault(width, [])
+                    reached.append((there, hops + 1, here))
+            mine, other = other, mine
+
+    def _search(self, first: int, last: int) -> tuple[_Step, _Step] | None:
+        """Search from both ends; what is nearer to the last, and to the first, on ways found."""
         near = self._near
         out, back = ([{v}, set(near[v])] if v >= self._inner else [{v}] for v in (first, last))
         while out[-1].isdisjoint(back[-1]):
@@ -134,11 +139,19 @@ class EvenRoutes:
             out[k] &= set().union(*[near[v] for v in out[k + 1]])
         levels = [*out, *back[-2::-1]]
 
-        def step(here: int, hops: int) -> Iterable[int]:
-            ahead = levels[hops + 1]
-            return ahead if hops + 2 == len(levels) else ahead.intersection(near[here])
+        def ahead(here: int, hops: int) -> Iterable[int]:
+            found = levels[hops + 1]
+            return found if hops + 2 == len(levels) else found.intersection(near[here])
 
-        return step
+        def behind(here: int, hops: int) -> Iterable[int]:
+            found = levels[-hops - 2]
+            return found if hops + 2 == len(levels) else found.intersection(near[here])
+
+        return ahead, behind
+
+    def _walks(self, first: int, last: int) -> tuple[_Step, _Step] | None:
+        ahead, behind = self._walk(first, last), self._walk(last, first)
+        return None if ahead is None or behind is None else (ahead, behind)
 
     def _walk(self, first: int, last: int) -> _Step | None:
         """Nearer vertices by the table."""
@@ -213,6 +226,25 @@ class EvenRoutes:
             v: sum(1 << w for w in near) for v, near in enumerate(self._near) if len(near) > _HUB
         }
         return rows
+
+
+class _End:
+    """One end of a way that is searched for: what was reached from it, and over which links."""
+
+    __slots__ = ("before", "narrower", "open", "step")
+
+    def __init__(self, start: int, step: _Step) -> None:
+        self.step = step
+        self.before: dict[int, int] = {}
+        self.open = [(start, 0, start)]  # vertex, hops, vertex before
+        self.narrower: dict[float, list[tuple[int, int, int]]] = {}
+
+    def line(self, here: int) -> list[int]:
+        """Vertices from here to where the search began."""
+        found = [here]
+        while self.before[found[-1]] != found[-1]:
+            found.append(self.before[found[-1]])
+        return found
 
 
 def _width(link: Link) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sagellm.core.protocols import ConfigError, ResourceError, TopologyInfo
+from sagellm.core.protocols.bandwidth import busbw_factor
 
-from ._cost_prior import busbw_factor
 from ._sim_schedules import SCHEDULES, schedule
 from .graph import TopologyGraph
 from .simulator import Network, SimSettings, simulate

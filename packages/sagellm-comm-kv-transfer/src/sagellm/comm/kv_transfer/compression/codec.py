@@ -28,10 +28,12 @@ class SectionCodec(ABC):
 
     Attributes:
         undoes_rope: Whether it gains by a layout that says how keys were rotated.
+        version: Of what it writes; a channel uses it with peers of the same version only.
 
     """
 
     undoes_rope: ClassVar[bool] = False
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import xxhash
 
@@ -188,6 +188,20 @@ class Compressor:
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def of(cls, coding: Coding) -> Compressor:
+        """One for a coding, which a peer may have named; it works on the caller's thread.
+
+        Raises:
+            ConfigError: No such codec or option.
+            BackendUnavailableError: What the codec needs is missing.
+
+        """
+        options: dict[str, Any] = dict(coding.options)
+        if ours := {"codec", "max_bytes", "self", "workers"} & set(options):
+            raise ConfigError(f"codec {coding.name!r} has no options {sorted(ours)}")
+        return cls(coding.name, workers=1, **options)
 
     def __enter__(self) -> Compressor:
         return self

@@ -158,7 +158,7 @@ def _left_out(found: Plan) -> list[str]:
         where = " and ".join(", ".join(str(row.nodes) for row in rows).rsplit(", ", 1))
         notes.append(
             f"not simulated, and perhaps faster: {name} on {where} hosts "
-            f"({rows[-1].left_out} on {rows[-1].nodes})"
+            f"({rows[-1].nodes} hosts: {rows[-1].left_out})"
         )
     return notes
 

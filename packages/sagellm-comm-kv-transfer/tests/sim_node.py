@@ -220,6 +220,7 @@ class Node(_engine.Engine):
         self.heads = range(HEADS) if rank is None else (rank,)
         self.channel = KVTransferChannel.__new__(KVTransferChannel)
         self.channel._engine = self
+        self.channel._codec = None
         self.handles = {}  # (what, key): those that the engine of this node was given
         self.readers = {}  # (link, lane): the piece of a thread
         self.writers = []

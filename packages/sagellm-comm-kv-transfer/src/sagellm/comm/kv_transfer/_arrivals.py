@@ -18,6 +18,7 @@ from ._limits import Watch
 from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, bare, ending, failure
+from ._visit import SMALL_BYTES
 from .frames import SEALED, Header
 from .state import RULES, Event
 
@@ -91,6 +92,8 @@ class Arrivals:
         link.inflows[inflow.tid] = inflow
         inflow.broken = lambda e: self._engine.loop.call(lambda: self.fail(r, e))
         r.check_layers(range(inflow.extent.layers))
+        small = inflow.total_bytes <= SMALL_BYTES and len(r.sources) == 1
+        r.handle.seat = link.reader if small else None
 
     def withdraw(self, r: Receive, link: Link) -> None:
         """Forget an invitation that its sender has not taken and will not take."""
@@ -108,10 +111,13 @@ class Arrivals:
 
     def on_frame(
         self, link: Link, flow: Inflow, head: Header, fresh: list[int], again: list[int]
-    ) -> None:
-        """A frame is in place; called on the link's reader thread."""
+    ) -> bool:
+        """A frame is in place; called on the thread that has received it.
+
+        Returns whether the event loop has to be roused to see the end of the transfer.
+        """
         if (entry := self.by_tid.get((link, flow.tid))) is None:
-            return
+            return False
         r, source = entry
         if head.flags & SEALED:
             source.sealed = source.whole = True
@@ -123,7 +129,7 @@ class Arrivals:
                 "arrived changed twice"
             )
             loop.call(lambda: self.fail(r, error))
-            return
+            return False
         if fresh:
             r.handle.retried(len(fresh))
             spans = [(head.layer, head.first + i, 1) for i in fresh]
@@ -131,13 +137,16 @@ class Arrivals:
         if flow.layer_complete(head.layer):
             if not source.whole:
                 loop.call(lambda: link.send(wire.LayerDone(flow.tid, head.layer)))
-            if not (flow.complete and self.maybe_land(r)):
-                r.check_layers((head.layer,))
+            if flow.complete and self.maybe_land(r):
+                return True
+            r.check_layers((head.layer,))
+        return False
 
     def maybe_land(self, r: Receive) -> bool:
         """End a receive in success, if everything is there; from any thread.
 
-        Its caller is told at once, on this thread; the books and the senders follow.
+        Its caller is told at once, on this thread; the books and the senders follow when the
+        event loop, which is not roused here, comes to it.
         """
         engine = self._engine
 
@@ -152,10 +161,10 @@ class Arrivals:
                 return False
             for s in r.sources:
                 s.inflow.stop()
-            blocks = () if r.destination is None else r.destination.blocks()
+            made = r.destination is not None and r.destination.bounce_bytes
+            blocks = r.destination.blocks() if made and r.destination is not None else ()
             if r.handle.take(Event.COMPLETE, blocks=blocks, first=first) is None:
                 return False
-        engine.loop.rouse()
         return True
 
     def _landed(self, r: Receive) -> None:

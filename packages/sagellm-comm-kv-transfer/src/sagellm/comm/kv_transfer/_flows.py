@@ -59,13 +59,14 @@ class Flow:
 
     """
 
+    stopped = False
+    idle: Callable[[], object] | None = None
+    _pieces = 0
+
     def __init__(self, handle: TransferHandle, tid: int) -> None:
         self.handle = handle
         self.tid = tid
         self.lock = threading.Lock()
-        self.stopped = False
-        self.idle: Callable[[], object] | None = None
-        self._pieces = 0
 
     @property
     def busy(self) -> bool:
@@ -101,14 +102,15 @@ class Outflow(Flow):
     Spans may be queued before the receiver has granted anything; they wait for the extent.
     """
 
+    extent: Extent | None = None
+    flags = 0
+    broken: Callable[[Exception], object] | None = None
+    """Told of an event that cannot be asked, under the locks of whoever asked it."""
+    _claimed_bytes = 0
+
     def __init__(self, handle: TransferHandle, tid: int) -> None:
         super().__init__(handle, tid)
-        self.extent: Extent | None = None
-        self.flags = 0
-        self.broken: Callable[[Exception], object] | None = None
-        """Told of an event that cannot be asked, under the locks of whoever asked it."""
         self._pending: deque[Span] = deque()
-        self._claimed_bytes = 0
         self._pledges: dict[OneSidedConnection, Pledge] = {}
 
     def stop(self) -> bool:

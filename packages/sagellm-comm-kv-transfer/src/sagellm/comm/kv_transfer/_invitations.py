@@ -29,7 +29,8 @@ class Invitations:
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._by_tid: dict[int, wire.Invite] = {}
+        self._by_tid: dict[int, tuple[wire.Invite, TransferKey, int]] = {}
+        """With their keys, and the memory they take."""
         self._tids: dict[TransferKey, int] = {}
         self._lock = threading.Lock()
         self._newest = wire.INVITED - 1
@@ -57,7 +58,7 @@ class Invitations:
                 self._drop(next(iter(self._by_tid)))
             if size > self._max_bytes or not self._room.take(size):
                 return
-            self._by_tid[invite.tid] = invite
+            self._by_tid[invite.tid] = invite, key, size
             self._tids[key] = invite.tid
             self._bytes += size
 
@@ -81,9 +82,8 @@ class Invitations:
             self._bytes = 0
 
     def _drop(self, tid: int) -> wire.Invite:
-        invite = self._by_tid.pop(tid)
-        del self._tids[TransferKey(invite.id, invite.attempt)]
-        size = wire.held_bytes(invite)
+        invite, key, size = self._by_tid.pop(tid)
+        del self._tids[key]
         self._bytes -= size
         self._room.give(size)
         return invite

@@ -195,14 +195,18 @@ class Links:
     def _make_link(self, peer: int, *, outgoing: bool) -> Link:
         s = self._engine.settings
 
-        def on_landed(flow: Inflow, head: Header, fresh: list[int], again: list[int]) -> None:
-            self._engine.receiving.arrivals.on_frame(link, flow, head, fresh, again)
+        def on_landed(flow: Inflow, head: Header, fresh: list[int], again: list[int]) -> bool:
+            return self._engine.receiving.arrivals.on_frame(link, flow, head, fresh, again)
+
+        def on_decoded(flow: Inflow, head: Header, fresh: list[int], again: list[int]) -> None:
+            if on_landed(flow, head, fresh, again):
+                self._engine.loop.rouse()
 
         def make_reader(inflows: dict[int, Inflow]) -> DataReader:
             traffic = Traffic(self._engine.meters, "receive")
             coded = CodedReader(
                 self._engine.codecs.threads,
-                on_landed,
+                on_decoded,
                 lambda e: self._engine.loop.call(lambda: link.lose(e)),
                 io_timeout_s=s.io_timeout_s,
                 traffic=traffic,
@@ -213,6 +217,7 @@ class Links:
                 io_timeout_s=s.io_timeout_s,
                 traffic=traffic,
                 coded=coded,
+                rouse=self._engine.loop.rouse,
             )
 
         link = Link(

@@ -55,6 +55,8 @@ class Meters:
     """The instruments of one channel, from the sink that is set when the channel is made."""
 
     def __init__(self) -> None:
+        self.seen = not isinstance(metrics.get_metrics(), metrics.NoMetrics)
+        """Whether anybody sees what is counted."""
         self.payload = metrics.counter(metrics.KV_PAYLOAD_BYTES)
         self.wire = metrics.counter(metrics.KV_WIRE_BYTES)
         self._transfers = metrics.counter(metrics.KV_TRANSFERS)
@@ -101,6 +103,7 @@ class Traffic:
         with self._lock:
             self.payload += payload
             self.wire += wire
-        labels = {"direction": self._direction, "transport": self.transport}
-        self._meters.payload.add(payload, **labels)
-        self._meters.wire.add(wire, **labels)
+        if self._meters.seen:
+            labels = {"direction": self._direction, "transport": self.transport}
+            self._meters.payload.add(payload, **labels)
+            self._meters.wire.add(wire, **labels)

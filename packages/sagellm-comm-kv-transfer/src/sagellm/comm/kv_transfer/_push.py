@@ -6,14 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from sagellm.core.protocols import (
-    BlockIds,
-    CommError,
-    ConfigError,
-    KVBlock,
-    ReadyEvent,
-    TransferKey,
-)
+from sagellm.core.protocols import BlockIds, CommError, ConfigError, KVBlock, ReadyEvent
 
 from . import wire
 from ._coded_out import CodedOutflow
@@ -43,6 +36,15 @@ class Push:
 
     """
 
+    num_tokens = 0
+    offered: Offered | None = None
+    link: Link | None = None
+    tid = 0
+    error: CommError | None = None
+    nacked = 0
+    room_bytes = 0
+    watch: Watch | None = None
+
     def __init__(
         self,
         handle: TransferHandle,
@@ -56,30 +58,18 @@ class Push:
         codec: CodecRequest | None = None,
     ) -> None:
         self.handle = handle
+        self.key = handle.key
         self.target = target
         self.pool = pool
         self.blocks = blocks or {}
         self.tensors = tensors
         self.dst_blocks = dst_blocks
         self.sealed = sealed
-        self.num_tokens = 0
-        self.offered: Offered | None = None
         self.full_fetch: dict[str, Part] = {}
-        self.link: Link | None = None
-        self.tid = 0
         self.codec = codec
         self.flow = Outflow(handle, 0) if codec is None else CodedOutflow(handle, 0, codec)
-        self.error: CommError | None = None
-        self.nacked = 0
-        self.room_bytes = 0
-        self.watch: Watch | None = None
         if pool is not None:
             handle.expect(0, 0, len(pool.group_names))
-
-    @property
-    def key(self) -> TransferKey:
-        """Its key."""
-        return self.handle.key
 
     def sends_what(self, other: Push) -> bool:
         """Whether both were given the same memory, and the same destinations."""
@@ -108,8 +98,8 @@ class Push:
         """Everything it has, layer by layer."""
         if self.pool is None:
             return [Span(0, 0, 1 << 40, after)]
-        groups = [g.name for g in self.pool.layout.groups for _ in g.layers]
-        return [Span(i, 0, len(self.blocks[n]), after) for i, n in enumerate(groups)]
+        names = self.pool.group_names
+        return [Span(i, 0, len(self.blocks[n]), after) for i, n in enumerate(names)]
 
     def queue(self, spans: Iterable[Span]) -> None:
         """Send these when they are ready and granted; from any thread."""

@@ -27,6 +27,8 @@ from ._landing import Landing, land
 from ._meters import Traffic
 from ._offload import Offloaded, offload
 from ._segment import have_workers
+from ._turn import Gate
+from ._visit import SMALL_BYTES, Coming, Lane, open_lane
 from .frames import HEADER_BYTES, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
 
@@ -54,21 +56,24 @@ class DataReader:
     Args:
         flows: Flows of the link by number.
         on_landed: Told of every frame that was moved: flow, header, damaged blocks (first time),
-            damaged blocks (again). Called on this thread.
+            damaged blocks (again). Called on this thread; True when something was posted to the
+            event loop, which is not awake.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
         traffic: Counts what is received.
         coded: Takes frames of codecs.
+        rouse: Has the event loop look at what `on_landed` has posted.
 
     """
 
     def __init__(
         self,
         flows: Mapping[int, Inflow],
-        on_landed: Callable[[Inflow, Header, list[int], list[int]], None],
+        on_landed: Callable[[Inflow, Header, list[int], list[int]], bool],
         *,
         io_timeout_s: float,
         traffic: Traffic,
         coded: CodedReader,
+        rouse: Callable[[], None] = lambda: None,
     ) -> None:
         self.traffic = traffic
         self._coded = coded
@@ -78,6 +83,8 @@ class DataReader:
         self._flows = flows
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
+        self._rouse = rouse
+        self._seat: Lane | None = None
 
     @property
     def checksum(self) -> bool:
@@ -90,43 +97,116 @@ class DataReader:
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
-        head_bytes = memoryview(bytearray(HEADER_BYTES))
+        lane = open_lane(conn)
+        self._seat = self._seat or lane
         for_ever = float("inf")
-        while True:
-            conn.receive([head_bytes], for_ever)
-            head = Header.unpack(head_bytes, self.key)
-            table = memoryview(bytearray(head.table_bytes))
-            with_table = not head.flags & (REF | SECTIONS)  # it comes together with the bytes
-            if not with_table:
-                conn.receive([table], self._io_timeout_s)
-            reference = None
-            if head.flags & REF:  # also of a transfer that has ended: it may show us memory
-                if not isinstance(conn, OneSidedConnection):
-                    raise IntegrityError("a reference to memory on a path that reads none")
-                reference = conn.resolve(head.payload_bytes, self._io_timeout_s)
-            flow = self._flows.get(head.tid)
-            if flow is None or not flow.claim(head):
-                if reference is None:
-                    rest = len(table) if with_table else 0
-                    self._discard(conn, rest + head.payload_bytes)
-                self.late += 1
-                self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
-                continue
-            if head.flags & SECTIONS and isinstance(flow.extent, DeviceExtent):
-                self._refuse_coded(conn, flow, head)
-                continue
-            if head.flags & SECTIONS:
-                self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
-                continue
-            if isinstance(flow.extent, DeviceExtent):
-                self._land(conn, flow, head, table, reference)
-                continue
+        try:
+            while True:
+                if lane.calm and lane.turn is not None and lane.turn.settle():
+                    self._resume(lane)
+                    continue
+                conn.receive([lane.head_bytes], for_ever)
+                self._frame(lane, Header.unpack(lane.head_bytes, self.key))
+        finally:
+            if lane.turn is not None:
+                lane.turn.close()
+
+    def _frame(self, lane: Lane, head: Header) -> None:
+        """Receive what follows a header."""
+        conn = lane.conn
+        lane.calm = head.payload_bytes <= SMALL_BYTES
+        if lane.calm and lane.turn is not None:
+            self._seat = lane  # what is small goes over one lane, as long as that is idle
+        table = memoryview(bytearray(head.table_bytes))
+        with_table = not head.flags & (REF | SECTIONS)  # then it comes together with the bytes
+        if not with_table:
+            conn.receive([table], self._io_timeout_s)
+        reference = None
+        if head.flags & REF:  # also of a transfer that has ended: it may show us memory
+            lane.calm = False
+            if not isinstance(conn, OneSidedConnection):
+                raise IntegrityError("a reference to memory on a path that reads none")
+            reference = conn.resolve(head.payload_bytes, self._io_timeout_s)
+        flow = self._flows.get(head.tid)
+        if flow is None or not flow.claim(head):
+            if reference is None:
+                rest = len(table) if with_table else 0
+                self._discard(conn, rest + head.payload_bytes)
+            self.late += 1
+            self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
+            return
+        on_device = isinstance(flow.extent, DeviceExtent)
+        if head.flags & SECTIONS and on_device:
+            self._refuse_coded(conn, flow, head)
+            return
+        if head.flags & SECTIONS:
+            self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
+            return
+        if on_device:
+            self._land(conn, flow, head, table, reference)
+            return
+        try:
+            outcome = self._take(conn, flow, head, table, reference)
+        finally:
+            flow.leave()
+        if outcome is not None and self._on_landed(flow, head, *outcome):
+            self._rouse()
+
+    # -- on the thread of somebody who waits --------------------------------------------------
+
+    def read(self, gate: Gate, over: Callable[[], bool], timeout_s: float) -> None:
+        """Read small frames until it is over; returns early when a lane's thread has to go on.
+
+        What an exception leaves unfinished ends the connection.
+
+        Args:
+            gate: What the caller waits at, which is opened when it is over.
+            over: Whether it is.
+            timeout_s: Longest wait.
+
+        """
+        if (lane := self._seat) is not None:
+            lane.visit(gate, over, timeout_s, self._flows, self.key, self._finish)
+
+    def _finish(self, lane: Lane, coming: Coming) -> None:
+        """Verify a frame that has been received in parts, and report it."""
+        flow, head = coming.flow, coming.head
+        try:
+            arrived = self._check(flow.extent, head, coming.table, coming.views, coming.calls)
+            outcome = self._account(flow, head, arrived)
+        finally:
+            lane.coming = None
+            flow.leave()
+        # not here: the event loop would take the GIL from a caller who has what he waits for
+        lane.posted |= self._on_landed(flow, head, *outcome)
+
+    def _resume(self, lane: Lane) -> None:
+        """Go on with what somebody else has left."""
+        coming, head = lane.coming, lane.head
+        if lane.posted:
+            lane.posted = False
+            self._rouse()
+        if lane.error is not None:
+            if coming is not None:
+                coming.flow.leave()
+            raise lane.error
+        if coming is not None:
             try:
-                outcome = self._take(conn, flow, head, table, reference)
-            finally:
-                flow.leave()
-            if outcome is not None:
-                self._on_landed(flow, head, *outcome)
+                coming.calls += lane.conn.receive(coming.left, self._io_timeout_s)
+            except BaseException:
+                coming.flow.leave()
+                raise
+            self._finish(lane, coming)
+            self._rouse()
+        elif head is not None:
+            lane.head = None
+            self._frame(lane, head)
+        elif lane.head_left:
+            lane.conn.receive(lane.head_left, self._io_timeout_s)
+            lane.head_left = []
+            self._frame(lane, Header.unpack(lane.head_bytes, self.key))
+
+    # -- what a frame brings ------------------------------------------------------------------
 
     def _take(
         self,
@@ -155,9 +235,22 @@ class DataReader:
                 raise
             if flow.stopped or not reference.kept():
                 return None
+        return self._account(flow, head, arrived)
+
+    def _account(
+        self, flow: Inflow, head: Header, arrived: _Arrived
+    ) -> tuple[list[int], list[int]]:
+        """Count a frame: damaged blocks, first time and again."""
+        extent, layer = flow.extent, head.layer
         good = head.count - len(arrived.bad)
-        done = raw if not arrived.bad else good * extent.unit_bytes(layer)
-        wire = HEADER_BYTES + len(table) + head.payload_bytes
+        if arrived.bad:
+            done = good * extent.unit_bytes(layer)
+        elif head.flags & REF:
+            done = extent.span_bytes(layer, head.first, head.count)
+        else:
+            done = head.payload_bytes
+        table_bytes = head.table_bytes if head.flags else 8 * head.count
+        wire = HEADER_BYTES + table_bytes + head.payload_bytes
         self.traffic.count(done, wire)
         flow.handle.moved(  # before `landed`: whoever sees it complete sees all of it counted
             done,
@@ -213,31 +306,19 @@ class DataReader:
 
     def _landed(self, landing: Landing, kept: bool) -> None:
         """Note what the device has put in place."""
-        flow, head, bad = landing.flow, landing.head, landing.bad
+        flow, head = landing.flow, landing.head
         outcome = None
         try:
             if landing.errors:
                 if flow.broken is not None:
                     flow.broken(landing.errors[0])
             elif kept and not flow.stopped:
-                good = head.count - len(bad)
-                done = landing.raw if not bad else good * landing.unit
-                wire = HEADER_BYTES + len(landing.table) + head.payload_bytes
-                self.traffic.count(done, wire)
-                flow.handle.moved(
-                    done,
-                    good,
-                    wire_bytes=wire,
-                    runs=landing.runs,
-                    syscalls=landing.calls,
-                    verify_s=landing.verify_s,
-                    codec_s=0.0,
-                )
-                outcome = flow.landed(head, bad)
+                arrived = _Arrived(landing.bad, landing.calls, landing.runs, landing.verify_s)
+                outcome = self._account(flow, head, arrived)
         finally:
             flow.leave()
-        if outcome is not None:
-            self._on_landed(flow, head, *outcome)
+        if outcome is not None and self._on_landed(flow, head, *outcome):
+            self._rouse()
 
     def _copy(
         self, flow: Inflow, head: Header, table: memoryview, reference: Reference
@@ -334,9 +415,22 @@ class DataReader:
             raise IntegrityError(f"a frame brings {head.payload_bytes} bytes for blocks of {raw}")
         views = extent.views(layer, first, count)
         calls = 1 + conn.receive([table, *views], self._io_timeout_s)
+        return self._check(extent, head, table, views, calls)
+
+    def _check(
+        self, extent: Extent, head: Header, table: memoryview, views: Views, calls: int
+    ) -> _Arrived:
+        """Verify blocks that are in place."""
         if not _sound(head, table):
-            return _Arrived(list(range(count)), calls, len(views), 0.0)
-        bad, verify_s = self._verify(extent.unit_views(layer, first, count), head, table)
+            return _Arrived(list(range(head.count)), calls, len(views), 0.0)
+        if head.count == len(views) == 1:  # without detours and numpy, which cost more than the sum
+            start, bad = time.perf_counter(), []
+            seed = (head.layer << 32) + head.first
+            if self.checksum and xxhash.xxh3_64_digest(views[0], seed)[::-1] != table:
+                bad = [0]
+            return _Arrived(bad, calls, 1, time.perf_counter() - start)
+        units = extent.unit_views(head.layer, head.first, head.count)
+        bad, verify_s = self._verify(units, head, table)
         return _Arrived(bad, calls, len(views), verify_s)
 
     def _verify(
@@ -347,10 +441,7 @@ class DataReader:
             return [], 0.0
         start = time.perf_counter()
         found = block_sums(units, head.layer, head.first)
-        if head.count == 1:  # without numpy, whose calls cost more than the sum
-            wrong = [] if found[0].to_bytes(8, "little") == table[:8] else [0]
-        else:
-            wrong = _wrong(found, np.frombuffer(table[: head.count * 8], dtype="<u8"))
+        wrong = _wrong(found, np.frombuffer(table[: head.count * 8], dtype="<u8"))
         return wrong, time.perf_counter() - start
 
     def _discard(self, conn: KVConnection, count: int) -> None:

@@ -190,12 +190,14 @@ class Receive:
     @property
     def complete(self) -> bool:
         """Whether every sender has brought all it was to bring, and nothing is missing."""
-        counts = self.destination.counts if self.destination is not None else {}
-        return (
-            bool(self.sources)
-            and not any(counts.get(name, 1) for name in self.open_groups)
-            and all(s.sealed and s.inflow.complete for s in self.sources)
-        )
+        for s in self.sources:
+            if not s.sealed or not s.inflow.complete:
+                return False
+        if self.open_groups:
+            counts = self.destination.counts if self.destination is not None else {}
+            if any(counts.get(name, 1) for name in self.open_groups):
+                return False
+        return bool(self.sources)
 
     @property
     def came(self) -> set[int]:

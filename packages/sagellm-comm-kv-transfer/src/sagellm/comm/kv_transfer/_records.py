@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from sagellm.core.protocols import (
@@ -99,6 +100,8 @@ class Memory(Generic[K, V]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._items: OrderedDict[K, V] = OrderedDict()
+        self.get: Callable[[K], V | None] = self._items.get
+        """What was put in; None when nothing was, or it is forgotten."""
         self._lock = threading.Lock()
 
     def __setitem__(self, key: K, value: V) -> None:
@@ -107,10 +110,6 @@ class Memory(Generic[K, V]):
             self._items.move_to_end(key)
             while len(self._items) > self._limit:
                 self._items.popitem(last=False)
-
-    def get(self, key: K) -> V | None:
-        """What was put in; None when nothing was, or it is forgotten."""
-        return self._items.get(key)
 
 
 class CompletionQueue:

@@ -93,7 +93,7 @@ class Sending:
                         "attempt number"
                     )
                 return same
-            known = self._landed.get(name) or self._error_of(p) is not None
+            known = self._landed.get(name) or self._failed.get(p.key) or self._heard.get(name)
             if not known:
                 if len(self._active) >= limit:
                     raise ResourceError(
@@ -173,10 +173,10 @@ class Sending:
                 return False  # an offer finds out what is wrong
             p.link, p.tid, p.flow.tid = link, invite.tid, invite.tid
             self._by_tid[link, p.tid] = p
-        p.flow.extent = extent = extent_of(p.pool, p.blocks, invite.parts)
+        p.flow.extent = extent_of(p.pool, p.blocks, invite.parts)
         if p.sealed:
             p.flow.flags = SEALED
-            if not any(map(extent.units, range(extent.layers))):  # no frame will say so
+            if not any([len(ids) for ids in p.blocks.values()]):  # no frame will say so
                 self.engine.loop.call(lambda: link.send(wire.Sealed(p.tid, p.num_tokens)))
         return True
 
@@ -371,12 +371,8 @@ class Sending:
         extent = p.flow.extent
         assert extent is not None, "granted"
         p.flow.broken = lambda e: self.engine.loop.call(lambda: self._event_failed(p, e))
-        units = [extent.units(i) for i in range(extent.layers)]
-        size = sum(extent.span_bytes(i, 0, n) for i, n in enumerate(units) if n)
-        p.handle.expect(size, sum(units), extent.layers)
-        p.handle.layers_done([i for i, n in enumerate(units) if not n])  # nothing to wait for
-        p.handle.via(link.path)
-        p.handle.take(Event.ACCEPT)
+        units, size = extent.measure()
+        p.handle.accepted(size, units, link.path)
         if isinstance(p.flow, CodedOutflow):
             fail = self.fail
             p.flow.begin(link, size, lambda e: self.engine.loop.call(lambda: fail(p, e)))

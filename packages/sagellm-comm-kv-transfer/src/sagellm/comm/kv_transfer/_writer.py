@@ -8,8 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import xxhash
+
 from sagellm.core.protocols import (
     CommError,
+    DistributedRuntimeError,
     KVConnection,
     OneSidedConnection,
 )
@@ -19,7 +22,7 @@ from ._device_extent import DeviceExtent, Gathered
 from ._flows import Chunk, Outflow
 from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
-from .frames import REF, SECTIONS, Header, block_sums
+from .frames import REF, SECTIONS, Header, block_sum, block_sums
 from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
@@ -121,10 +124,15 @@ class DataWriter:
                 is idle and nothing else waits. It may block as long as the connection lets it.
 
         """
-        lane, chunk = None, None
+        lane: _Lane | None = None
+        chunk = None
         with self._lock:
             if here and not self._flows and not self._stopped:
-                lane = next((x for x in self._lanes if x.asleep and not x.busy), None)
+                for lane in self._lanes:
+                    if lane.asleep and not lane.busy:
+                        break
+                else:
+                    lane = None
             if lane is not None:
                 chunk = flow.claim(lane.first_bytes, lane.first_bytes)
                 lane.busy = chunk is not None
@@ -141,6 +149,9 @@ class DataWriter:
             sent = self._send(lane, flow, chunk)
         except CommError as e:
             lane.error = e  # the lane's own thread ends the link
+        except BaseException as e:  # perhaps in the middle of a frame
+            lane.error = DistributedRuntimeError(f"whoever sent was stopped by {e!r}")
+            raise
         finally:
             flow.leave()
             self._sent(sent)
@@ -330,6 +341,11 @@ class DataWriter:
         """Send one frame from where its blocks are in host memory."""
         layer, first, count = chunk
         memory = extent if gathered is None else gathered
+        if gathered is None and count == 1:
+            views = extent.views(layer, first, 1)
+            raw = sum(map(len, views))
+            if lane.one_sided is None or raw < lane.one_sided.least_bytes:
+                return self._send_one(lane, flow, chunk, views, raw)
         raw = extent.span_bytes(layer, first, count)
         verify_s = 0.0
         table = bytes(8 * count)
@@ -353,23 +369,52 @@ class DataWriter:
             runs = len(payload)
         size = sum(map(len, payload))
         head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
+        self._ship(lane, flow, chunk, raw, head, payload, runs, verify_s)
+        return raw
+
+    def _send_one(self, lane: _Lane, flow: Outflow, chunk: Chunk, views: Views, raw: int) -> int:
+        """Send one block as it is, without the detours that many are worth."""
+        if flow.stopped:
+            return 0  # nobody waits for it
+        layer, first, _ = chunk
+        start, table = time.perf_counter(), bytes(8)
+        if self.checksum and len(views) == 1:
+            table = xxhash.xxh3_64_digest(views[0], (layer << 32) + first)[::-1]
+        elif self.checksum:
+            table = block_sum(views, layer, first).to_bytes(8, "little")
+        verify_s = time.perf_counter() - start
+        head = Header(flow.tid, layer, first, 1, raw, flow.flags).pack(table, self.key)
+        self._ship(lane, flow, chunk, raw, head, views, len(views), verify_s)
+        return raw
+
+    def _ship(
+        self,
+        lane: _Lane,
+        flow: Outflow,
+        chunk: Chunk,
+        raw: int,
+        head: bytes,
+        payload: Views,
+        runs: int,
+        verify_s: float,
+    ) -> None:
+        """Put a frame on the wire, and count it."""
         start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
         spent_s = time.perf_counter() - start
         lane.pace(raw, spent_s)
-        wire = len(head) + size
+        wire = len(head) + sum(map(len, payload))
         flow.sent(lane.conn, wire, spent_s)
         self.traffic.count(raw, wire)
         flow.handle.moved(
             raw,
-            count,
+            chunk.units,
             wire_bytes=wire,
             runs=runs,
             syscalls=calls,
             verify_s=verify_s,
             codec_s=0.0,
         )
-        return raw
 
     def _send_coded(self, lane: _Lane, flow: Outflow, chunk: Chunk, piece: CodedPiece) -> int:
         """Send a frame that was encoded ahead; the bytes of the blocks in it."""

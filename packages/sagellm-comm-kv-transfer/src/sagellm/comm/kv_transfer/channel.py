@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from numpy import ndarray
+
 from sagellm.core.protocols import (
     BlockIds,
     Blocks,
@@ -460,7 +462,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def _own_blocks(self, blocks: Blocks) -> BlockTable | None:
         """Ids per group; None when `blocks` are plain tensors."""
-        ids = type(blocks) is list and blocks and type(blocks[0]) is int  # the most frequent
+        # the most frequent first
+        ids = type(blocks) is ndarray or (
+            type(blocks) is list and blocks and type(blocks[0]) is int
+        )
         if not ids and not isinstance(blocks, Mapping):
             if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
                 return None

@@ -80,6 +80,10 @@ class Extent(Protocol):
         """Bytes of consecutive units."""
         ...
 
+    def measure(self) -> tuple[list[int], int]:
+        """Units of each layer, and the bytes of all."""
+        ...
+
     def views(self, layer: int, first: int, count: int) -> Views:
         """Memory of consecutive units in wire order, neighbours joined."""
         ...
@@ -208,6 +212,10 @@ class TensorExtent:
     def unit_bytes(self, layer: int) -> int:
         """Bytes of a full page."""
         return min(self._page, self._total)
+
+    def measure(self) -> tuple[list[int], int]:
+        """Pages, and the bytes of all."""
+        return [self.units(0)], self._total
 
     def span_bytes(self, layer: int, first: int, count: int) -> int:
         """Bytes of consecutive pages."""

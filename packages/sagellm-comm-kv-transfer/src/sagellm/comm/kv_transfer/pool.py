@@ -342,6 +342,11 @@ class PoolExtent:
         name = self._names[layer]
         return len(self.block_table[name]) if name in self.parts else 0
 
+    def measure(self) -> tuple[list[int], int]:
+        """Blocks of each layer that move, and the bytes of all."""
+        counts = [len(self.block_table[n]) if n in self.parts else 0 for n in self._names]
+        return counts, sum([n * self._slab(i).unit_bytes for i, n in enumerate(counts) if n])
+
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one block that move."""
         return self._slab(layer).unit_bytes if self._names[layer] in self.parts else 0
@@ -424,6 +429,8 @@ def _table(
     what: str,
 ) -> BlockTable:
     names = list(limits)
+    if type(blocks) is np.ndarray and len(names) == 1:  # the most frequent
+        return {names[0]: _ids(blocks, names[0], limits[names[0]], unique, what)}
     if isinstance(blocks, Mapping):
         if unknown := sorted(set(blocks) - set(names)):
             raise ConfigError(f"{what}: no cache groups {unknown}; the layout has {names}")
@@ -439,6 +446,9 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
     if type(blocks) is list and len(blocks) == 1 and type(blocks[0]) is int:
         if 0 <= blocks[0] < limit:
             return np.array(blocks, dtype=np.int64)
+    if type(blocks) is np.ndarray and blocks.shape == (1,) and type(blocks.item()) is int:
+        if 0 <= blocks.item() < limit:
+            return blocks.astype(np.int64)
     raw: NDArray[np.generic] = np.asarray(blocks)
     if raw.size == 0:
         return np.zeros(0, dtype=np.int64)

@@ -26,6 +26,7 @@ from sagellm.core.protocols import (
 )
 
 from ._arguments import check_deadline
+from ._turn import Gate, Seat
 from .memory import Ints
 from .state import RULES, TABLE, Event, Phase, Role, Step
 
@@ -33,6 +34,7 @@ __all__ = ["TransferHandle", "Witness", "transfer_error"]
 
 _KEPT_CHOICES = 8
 
+_ROLES = {"send": Role.SEND, "receive": Role.RECEIVE}
 _GRACE_S = 10.0
 """How long past its deadline a transfer may take to end before `wait` gives up on it."""
 
@@ -49,6 +51,25 @@ class Witness:
 class TransferHandle:
     """One transfer; made by a channel. Thread-safe; dropping it cancels nothing."""
 
+    # beginnings that are not written with every transfer: a small one takes microseconds
+    num_tokens = 0
+    """Tokens that the blocks hold, as their sender has said; 0 where it has not."""
+    codec = ""
+    """What codes its bytes just now; empty where nothing is to be coded."""
+    owner: object = None
+    seat: Seat | None = None
+    """Where whoever waits may read it himself."""
+    _over = False
+    _phase = Phase.OFFERED
+    _expired = False
+    _error: KVTransferError | None = None
+    _blocks: tuple[KVBlock, ...] = ()
+    _totals = (0, 0, 0)
+    _bytes_done = 0
+    _blocks_done = 0
+    _first: float | None = None
+    _last: float | None = None
+
     def __init__(
         self,
         key: TransferKey,
@@ -59,33 +80,18 @@ class TransferHandle:
     ) -> None:
         self._key = key
         self.direction = direction
-        self.owner: object = None
         self.witness = Witness()
-        self.deadline = time.monotonic() + deadline_s
+        self.started = time.monotonic()
+        self.deadline = self.started + deadline_s
         self.deadline_s = deadline_s
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._gates: list[tuple[int | None, threading.Lock]] = []
-        self._over = False
-        self._steps = TABLE[role or Role(direction)]
-        self._phase = Phase.OFFERED
-        self._expired = False
-        self._error: KVTransferError | None = None
+        self._gates: list[tuple[int | None, Gate]] = []
+        self._steps = TABLE[role or _ROLES[direction]]
         self._callbacks: list[Callable[[], object]] = []
-        self._blocks: tuple[KVBlock, ...] = ()
         self._layers: set[int] = set()
-        self._totals = (0, 0, 0)
-        self._bytes_done = 0
-        self._blocks_done = 0
-        self.started = time.monotonic()
-        self._first: float | None = None
-        self._last: float | None = None
         self._meter = _Meter()
-        self.codec = ""
-        """What codes its bytes just now; empty where nothing is to be coded."""
         self._choices: deque[str] = deque(maxlen=_KEPT_CHOICES)
-        self.num_tokens = 0
-        """Tokens that the blocks hold, as their sender has said; 0 where it has not."""
 
     def __repr__(self) -> str:
         return f"<{self.direction} {self._key.id}/{self._key.attempt} {self.state.value}>"
@@ -268,8 +274,7 @@ class TransferHandle:
         if self._over:
             return
         wait_s = self.left_s + _GRACE_S if timeout_s is None else max(0.0, timeout_s)
-        gate = threading.Lock()
-        gate.acquire()
+        gate, end = Gate(), time.monotonic() + wait_s
         entry = (layer, gate)
         with self._lock:
             if self._over or layer in self._layers:
@@ -277,9 +282,11 @@ class TransferHandle:
             self._gates.append(entry)
         opened = False
         try:
-            opened = gate.acquire(timeout=wait_s)
+            if layer is None and (seat := self.seat) is not None:
+                seat.read(gate, self.done, wait_s)
+            opened = self._over or gate.wait(max(0.0, end - time.monotonic()))
             while not opened and timeout_s is None and self.left_s:  # renewed meanwhile
-                opened = gate.acquire(timeout=self.left_s + _GRACE_S)
+                opened = gate.wait(self.left_s + _GRACE_S)
         finally:
             if not opened:
                 with self._lock:
@@ -358,11 +365,12 @@ class TransferHandle:
             if self._landed:
                 self._layers.update(range(self._totals[2]))
             self._over = True
+            self.seat = None
             self.owner = None  # which holds this handle, and its blocks with it
             callbacks, self._callbacks = self._callbacks, []
             gates, self._gates = self._gates, []
         for _, gate in gates:
-            gate.release()
+            gate.open()
         for callback in callbacks:
             callback()
         return step
@@ -395,6 +403,17 @@ class TransferHandle:
             m.verify_s += verify_s
             m.codec_s += codec_s
 
+    def accepted(self, total_bytes: int, units: Sequence[int], path: str) -> None:
+        """Both sides know what moves: so many units of each layer, by this path."""
+        with self._lock:
+            self._totals = (total_bytes, sum(units), len(units))
+            self._meter.path = path
+            if 0 in units:  # nothing to wait for
+                self._layers.update(i for i, n in enumerate(units) if not n)
+        if 0 in units:
+            self.layers_done(())
+        self.take(Event.ACCEPT)
+
     def retried(self, blocks: int) -> None:
         """Count blocks that were asked for again."""
         self._meter.retries += blocks
@@ -419,18 +438,15 @@ class TransferHandle:
             opened = [g for g in self._gates if g[0] in self._layers]
             self._gates = [g for g in self._gates if g[0] not in self._layers]
         for _, gate in opened:
-            gate.release()
+            gate.open()
 
 
 class _Meter:
     """Costs of a transfer, under its handle's lock."""
 
-    __slots__ = ("codec_s", "path", "retries", "runs", "syscalls", "verify_s", "wire_bytes")
-
-    def __init__(self) -> None:
-        self.wire_bytes = self.runs = self.syscalls = self.retries = 0
-        self.verify_s = self.codec_s = 0.0
-        self.path = ""
+    wire_bytes = runs = syscalls = retries = 0
+    verify_s = codec_s = 0.0
+    path = ""
 
 
 def transfer_error(

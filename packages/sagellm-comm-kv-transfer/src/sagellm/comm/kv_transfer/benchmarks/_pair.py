@@ -23,6 +23,8 @@ __all__ = ["Cost", "Pair", "regions"]
 
 _START_S = 120.0
 _TURN_S = 180.0
+_POSTED_S = 0.001
+"""For a receiver to wait, asleep or polling, before the sender's clock starts."""
 _turns = itertools.count(1)  # of all pairs: they share memory, and none may find its work done
 
 
@@ -144,8 +146,10 @@ class Pair:
             self._ask(0, "stamp", turn)
             if command == "finish":
                 self._ask(1, "begin", turn)
-            for i in (1, 0):
-                self._pipes[i].send((command, turn))
+            self._pipes[1].send((command, turn))
+            if command == "finish":
+                time.sleep(_POSTED_S)
+            self._pipes[0].send((command, turn))
             (p0, _, p_cpu), (d0, d1, d_cpu) = (self._answer(i, _TURN_S) for i in range(2))
             for i in range(2):
                 self._pipes[i].send(("sums", turn))

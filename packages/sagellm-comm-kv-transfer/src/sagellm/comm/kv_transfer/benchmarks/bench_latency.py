@@ -1,9 +1,9 @@
 """One block of 64 KiB: from the sender's call until the receiver has it in place and knows it.
 
-The two sides have met, and the receiver waits already. NIXL is used in both ways, and judged by the
-better: the sender writes and notifies, or it tells the receiver, by a byte on a socket, to read. A
-sample is the median of many turns, so that a row's median is the p50; `p99` rows are the same
-turns' 99th percentile. The bytes are compared after every turn.
+The two sides have met, and every receiver has waited for a millisecond. NIXL is used in both ways,
+and judged by the better: the sender writes and notifies, or it tells the receiver, by a byte on a
+socket, to read. A sample is the median of many turns, so that a row's median is the p50; `p99` rows
+are the same turns' 99th percentile. The bytes are compared after every turn.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         super().__init__(sock, peer)
         size = _REFERRING_BUFFER_BYTES if meeting.readable else buffer_bytes
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        self._buffer_bytes = size
         self._meeting = meeting
         self._promises = meeting.theirs.memory.view(np.uint64)
         self._views: dict[int, View] = {}
@@ -114,6 +115,8 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         assert isinstance(pledge, BoardPledge), "made by this connection"
         if len(runs.lengths) > MAX_RUNS:
             return None
+        if self._meeting.readable:  # references shall not pile up
+            self._buffer(_REFERRING_BUFFER_BYTES)
         located = locate(runs)
         shown: list[tuple[int, int]] = []
         which = np.empty(0, np.uint64)
@@ -153,13 +156,9 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         """Send all bytes; segments that are shown go with the last view."""
         fds, self._enclosed = self._enclosed, []
         if not fds:
-            if not self._meeting.readable or sum(map(len, views)) < _REFERRING_BUFFER_BYTES:
-                return super().send(views, deadline_s)
-            self._buffer(_SENDING_BUFFER_BYTES)  # only for now: references shall not pile up
-            try:
-                return super().send(views, deadline_s)
-            finally:
-                self._buffer(_REFERRING_BUFFER_BYTES)
+            if self._meeting.readable and sum(map(len, views)) >= _REFERRING_BUFFER_BYTES:
+                self._buffer(_SENDING_BUFFER_BYTES)
+            return super().send(views, deadline_s)
         try:
             calls = super().send(views[:-1], deadline_s)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
@@ -175,6 +174,9 @@ class ShmConnection(SocketConnection, OneSidedConnection):
                 os.close(fd)
 
     def _buffer(self, nbytes: int) -> None:
+        if nbytes == self._buffer_bytes:
+            return
+        self._buffer_bytes = nbytes
         with contextlib.suppress(OSError):  # broken, which the next call says
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
 
@@ -226,6 +228,24 @@ class ShmConnection(SocketConnection, OneSidedConnection):
             calls += self._read_ahead(deadline_s)
         return calls
 
+    def buffered(self) -> bool:
+        """Whether something was read ahead."""
+        return self._ahead_at < self._ahead_end
+
+    def take(self, views: Sequence[memoryview]) -> list[memoryview]:
+        """Fill views with what has come, without waiting; those that are left, or their rest."""
+        rest = list(views)
+        self._from_ahead(rest)
+        if (missing := sum(map(len, rest))) >= _AHEAD_BYTES:
+            return super().take(rest)
+        if missing:
+            self._ahead_at = self._ahead_end = 0
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                if not self._read_some([memoryview(self._ahead)], socket.MSG_DONTWAIT):
+                    raise PeerLostError(f"{self._peer} closed the connection")
+            self._from_ahead(rest)
+        return rest
+
     def resolve(self, size: int, deadline_s: float) -> Reference:
         """Receive a reference, map what is shown with it, and check every run."""
         if size > MAX_BYTES:
@@ -271,22 +291,22 @@ class ShmConnection(SocketConnection, OneSidedConnection):
     def _read_ahead(self, deadline_s: float) -> int:
         """Read what is there, at least a byte, with the descriptors that come with it."""
         self._ahead_at = self._ahead_end = 0
+        return self._move(self._read_some, [memoryview(self._ahead)], deadline_s, partly=True)
 
-        def call(batch: Sequence[memoryview]) -> int:
-            got, ancillary, flags, _ = self._sock.recvmsg_into(
-                batch, socket.CMSG_SPACE(_FDS), socket.MSG_CMSG_CLOEXEC
-            )
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds = array.array("i")
-                    fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-                    self._fds.extend(fds)
-            if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_SHOWN:
-                raise IntegrityError("more descriptors than a reference may bring")
-            self._ahead_end = got
-            return got
-
-        return self._move(call, [memoryview(self._ahead)], deadline_s, partly=True)
+    def _read_some(self, batch: Sequence[memoryview], flags: int = 0) -> int:
+        """Receive bytes and descriptors."""
+        got, ancillary, flags, _ = self._sock.recvmsg_into(
+            batch, socket.CMSG_SPACE(_FDS), socket.MSG_CMSG_CLOEXEC | flags
+        )
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_SHOWN:
+            raise IntegrityError("more descriptors than a reference may bring")
+        self._ahead_end = got
+        return got
 
     # -- the end ----------------------------------------------------------------------------
 

@@ -55,6 +55,27 @@ class SocketConnection(KVConnection):
 
         return self._move(call, views, deadline_s)
 
+    def fileno(self) -> int:
+        """What becomes readable when something comes."""
+        return self._sock.fileno()
+
+    def buffered(self) -> bool:
+        """Whether something has been received that nobody has taken."""
+        return False
+
+    def take(self, views: Sequence[memoryview]) -> list[memoryview]:
+        """Fill views with what has come, without waiting; those that are left, or their rest."""
+        batch = list(views[:IOV_MAX])
+        try:
+            moved = self._sock.recvmsg_into(batch, 0, socket.MSG_DONTWAIT)[0]
+        except (BlockingIOError, InterruptedError):
+            return list(views)
+        except OSError as e:
+            raise PeerLostError(f"the connection to {self._peer} broke: {e}") from e
+        if not moved:
+            raise PeerLostError(f"{self._peer} closed the connection")
+        return _rest(batch, moved) + list(views[IOV_MAX:])
+
     def _move(
         self,
         call: Callable[[Sequence[memoryview]], int],

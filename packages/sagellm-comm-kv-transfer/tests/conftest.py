@@ -154,7 +154,7 @@ class Proxy:
     """Forwards one address byte by byte, except those that it flips.
 
     `flip` sees what goes to the address, `flip_back` what comes from it, each with its position
-    in the stream; None cuts the connection.
+    in the stream; None cuts the connection, a tuple does after what it holds.
     """
 
     def __init__(self, target):
@@ -184,6 +184,9 @@ class Proxy:
                 at, position = position, position + len(data)
                 data = (self.flip if forward else self.flip_back)(at, data)
                 if data is None:
+                    break
+                if isinstance(data, tuple):
+                    b.sendall(data[0])
                     break
                 b.sendall(data)
             else:

@@ -131,6 +131,27 @@ def test_a_sender_cannot_choose_blocks_that_were_not_given_to_it(pair, adopt, na
         into.receive(None, [1], adopt=True)
 
 
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [([3, 8], "other"), ([8, 8], "twice|unique|repeat|more than once"), ([8, 99], "99")],
+)
+def test_destinations_that_a_sender_names_overlap_nothing_and_exist(pair, named, why):
+    out, _, into, b = pair()
+    other = into.receive(TransferKey("other"), [3], deadline_s=60)
+    before = {n: t.clone() for n, t in b.items()}
+
+    r = into.receive(TransferKey("k"), adopt=True)
+    t = out.transfer([1, 2], into.node_id, key=TransferKey("k"), dst_blocks=named)
+
+    for handle in (r, t):
+        with pytest.raises(KVTransferError, match=why) as caught:
+            handle.wait(10)
+        assert caught.value.cause == "invalid_argument"
+    assert all(torch.equal(b[n], before[n]) for n in b)
+    assert not other.done()
+    other.cancel()
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_permutation_of_blocks_lands(pushing, data):

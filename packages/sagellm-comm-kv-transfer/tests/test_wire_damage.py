@@ -1,4 +1,4 @@
-"""What happens between the machines: bytes and frames changed, dropped, repeated, swapped, cut."""
+"""What happens between the machines: frames changed, dropped, repeated, swapped, cut off."""
 
 import random
 import struct
@@ -38,6 +38,8 @@ class Cutter:
             self.count += 1
             if frame is None:
                 return None
+            if isinstance(frame, tuple):
+                return (out + frame[0],)
             out += frame
         return out
 
@@ -68,7 +70,8 @@ def damage(kind, which, rng):
         if kind == "swap":
             kept.append(frame)
             return b""
-        return {"drop": b"", "repeat": 2 * frame, "cut": None}[kind]
+        half = (frame[: len(frame) // 2],)
+        return {"drop": b"", "repeat": 2 * frame, "cut": None, "truncate": half}[kind]
 
     return edit
 
@@ -131,7 +134,7 @@ def heal(out, a, into, b, after, gates):
     )
 
 
-@pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
+@pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut", "truncate"])
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
 def test_a_control_message_is_right_or_ends_the_link(leakless, between, at_once, kind, back):
     """Every message of a transfer in turn, the handshake's included."""
@@ -161,7 +164,7 @@ def test_a_control_message_is_right_or_ends_the_link(leakless, between, at_once,
     assert sum(count > which for which, count in counts.items()) > 2
 
 
-@pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
+@pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut", "truncate"])
 def test_a_data_frame_is_right_or_not_taken(leakless, between, at_once, kind):
     """Frames say where they belong: in another order they land as well."""
 
@@ -177,7 +180,7 @@ def test_a_data_frame_is_right_or_not_taken(leakless, between, at_once, kind):
         assert cutter.count > which
         if kind == "swap" and which < 2:
             assert ended == [True, True]
-        if kind in ("drop", "cut"):
+        if kind in ("drop", "cut", "truncate"):
             assert ended == [False, False]
         heal(out, a, into, b, after, [control, data])
         out.close()

@@ -231,11 +231,12 @@ class Compressor:
         frame[: len(header.data)] = header.data
         at = len(header.data)
 
-        def run(index: int) -> tuple[bytes, bytes | bytearray]:
+        def kept(index: int) -> tuple[bytes, Payload]:
             entry, payload = encoder.section(index)
             return entry, bytes(payload) if isinstance(payload, memoryview) else payload
 
-        for entry, payload in self._map(run, count):
+        alone = self.workers == 1 or count < 2  # payloads are taken before the next is made
+        for entry, payload in encoder if alone else self._map(kept, count):
             frame[at : at + ENTRY_BYTES] = entry
             at += ENTRY_BYTES
             frame += payload

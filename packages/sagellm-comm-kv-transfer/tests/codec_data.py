@@ -13,7 +13,7 @@ def rotated(x_THD, rope, position=0):
     out = x_THD.clone()
     pairs = pairs_of(x_THD, rope).contiguous()
     turned = torch.empty_like(pairs)
-    rotate(pairs, turned, rope, position, undo=False)
+    rotate(pairs, turned, torch.empty_like(pairs), rope, position, undo=False)
     pairs_of(out, rope).copy_(turned)
     return out
 

@@ -28,17 +28,19 @@ class SectionCodec(ABC):
 
     Attributes:
         undoes_rope: Whether it gains by a layout that says how keys were rotated.
+        has_kernels: Whether it also codes tensors on a GPU, where they are.
 
     """
 
     undoes_rope: ClassVar[bool] = False
+    has_kernels: ClassVar[bool] = False
 
     @abstractmethod
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
         """The coded values; valid until the next call.
 
         Args:
-            x_THD: On the CPU, any strides; left as it is.
+            x_THD: On the CPU (or a GPU, see `has_kernels`), any strides; left as it is.
             section: What the values are.
 
         Returns:

@@ -19,6 +19,7 @@ from sagellm.core.protocols import (
     ResourceError,
 )
 
+from ._devices import DEVICES, runs_kernels
 from ._registry import create_section_codec, section_codec_spec
 from .codec import Scratch, SectionCodec, dtype_name
 from .frame import ENTRY_BYTES, ITEM_BYTES, Coding, Entry, Header, Option, Payload, split
@@ -70,7 +71,7 @@ class Encoder:
 
     def __init__(self, tensor: Tensor, layout: TensorLayout, codings: tuple[Coding, ...]) -> None:
         dtype = dtype_name(tensor.dtype)
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in DEVICES:
             raise ConfigError(f"a tensor on {tensor.device}; copy it to the CPU first")
         if dtype not in ITEM_BYTES:
             raise ConfigError(f"dtype {dtype} is not coded; known: {', '.join(ITEM_BYTES)}")
@@ -88,7 +89,10 @@ class Encoder:
         x = _gathered(geometry, self.view, section, bench.scratch)
         raw = geometry.section_bytes(index)
         for number, coding in enumerate(self.header.codings):
-            payload = bench.codec(coding).pack(x, section)
+            codec = bench.codec(coding)
+            if not (codec.has_kernels and runs_kernels(x)):
+                x = x.cpu()
+            payload = codec.pack(x, section)
             if payload is None:
                 continue
             if memoryview(payload).nbytes < raw or number + 1 == len(self.header.codings):
@@ -105,14 +109,15 @@ class Decoder:
 
     Args:
         header: The frame's.
-        out: Where to, any strides; of the shape and dtype that the header says.
+        out: Where to, any strides, on the CPU or a CUDA GPU; of the shape and dtype that the
+            header says.
 
     """
 
     def __init__(self, header: Header, out: Tensor) -> None:
         want = f"{header.dtype}{list(header.geometry.shape)}"
         have = f"{dtype_name(out.dtype)}{list(out.shape)}"
-        if have != want or out.device.type != "cpu":
+        if have != want or out.device.type not in DEVICES:
             raise LayoutMismatchError(
                 f"the frame does not fit `out` on {out.device}", ours=have, theirs=want
             )
@@ -142,7 +147,9 @@ class Decoder:
         except ConfigError as e:
             raise IntegrityError(f"section {index} cannot be decoded: {e}") from None
         pieces = list(geometry.pieces(self._view, section))
-        if (rows := _rows(pieces)) is not None:
+        rows = _rows(pieces)
+        there = codec.has_kernels and runs_kernels(self._view)
+        if rows is not None and (there or rows.device.type == "cpu"):
             codec.unpack(payload, rows, section)
             return
         out = bench.scratch.get(
@@ -206,7 +213,8 @@ class Compressor:
         """Code a tensor section by section, as a stream wants it.
 
         Args:
-            tensor: On the CPU, any strides; must not change meanwhile.
+            tensor: On the CPU or a CUDA GPU, any strides; must not change meanwhile. What has no
+                kernels (see `SectionCodec`) goes to the CPU section by section.
             layout: What its dimensions mean.
 
         Raises:
@@ -337,7 +345,11 @@ def _gathered(geometry: Geometry, view: Tensor, section: Section, scratch: Scrat
     pieces = list(geometry.pieces(view, section))
     if (rows := _rows(pieces)) is not None:
         return rows
-    out = scratch.get("page", (section.tokens, geometry.heads, geometry.dim), view.dtype)
+    shape = (section.tokens, geometry.heads, geometry.dim)
+    if view.device.type == "cpu":
+        out = scratch.get("page", shape, view.dtype)
+    else:
+        out = view.new_empty(shape)
     for first, last, piece in pieces:
         out[first:last].view(piece.shape).copy_(piece)
     return out

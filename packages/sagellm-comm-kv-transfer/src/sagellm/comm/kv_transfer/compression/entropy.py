@@ -43,12 +43,12 @@ def deflate(values: NDArray[Any]) -> bytes:  # Any: bytes or signed bytes
     return _contexts()[0].compress(values.data)
 
 
-def inflate(payload: Payload, out: Bytes) -> Bytes:
-    """Fill `out` with the bytes that a frame of `deflate` holds.
+def inflate(payload: Payload, size: int, out: Bytes | None = None) -> Bytes:
+    """The `size` bytes that a frame of `deflate` holds, in `out` where one is given.
 
     Raises:
         IntegrityError: It holds another number of bytes, or is damaged; nothing was allocated
-            beyond the decoder's own buffers.
+            beyond `size` and the decoder's own buffers.
 
     """
     import zstandard
@@ -56,13 +56,12 @@ def inflate(payload: Payload, out: Bytes) -> Bytes:
     try:
         # before decoding: the decoder's buffers are as large as what a frame declares
         declared = zstandard.frame_content_size(payload)
-        if declared != len(out):
-            raise IntegrityError(
-                f"a zstd frame declares {declared} bytes, the section has {len(out)}"
-            )
+        if declared != size:
+            raise IntegrityError(f"a zstd frame declares {declared} bytes, the section has {size}")
+        out = np.empty(size, np.uint8) if out is None else out
         reader = _contexts()[1].stream_reader(payload, read_across_frames=False)
         done = reader.readinto(out.data)
-        if done != len(out) or reader.read(1):
+        if done != size or reader.read(1):
             raise IntegrityError(f"a zstd frame holds {done} bytes and declares {declared}")
     except zstandard.ZstdError as e:
         raise IntegrityError(f"a zstd frame of {len(payload)} bytes is damaged: {e}") from None

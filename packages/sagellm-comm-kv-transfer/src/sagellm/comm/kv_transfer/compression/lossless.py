@@ -121,7 +121,7 @@ class LosslessCodec(KVCodec, SectionCodec):
             if mode == _RAW and len(data) == count:
                 plane = np.frombuffer(data, np.uint8)
             elif mode == _HUFFMAN:
-                plane = inflate(data, self._room(f"plane {i}", count))
+                plane = inflate(data, count, self._room(f"plane {i}", count))
             elif mode == _NIBBLES:
                 plane = self._from_nibbles(data, self._room(f"plane {i}", count), channels)
             else:
@@ -208,7 +208,7 @@ class LosslessCodec(KVCodec, SectionCodec):
             raise IntegrityError(f"an escape lies beyond the {count} values of its plane")
         strays = np.frombuffer(data, np.uint8, found, at + 4 * found)
         half = (count + 1) // 2
-        both = inflate(data[at + 5 * found :], self._room("pairs", half))
+        both = inflate(data[at + 5 * found :], half, self._room("pairs", half))
         np.bitwise_and(both, 15, out=out[:half])
         np.right_shift(both[: count - half], 4, out=out[half:])
         for top, start in zip(tops, range(0, count, step), strict=True):

@@ -95,7 +95,7 @@ class _Tile:
         # read in one run before heads are taken apart: memory is slow at scattered rows
         held = scratch.get(f"held {x.dtype}", tuple(x.shape), x.dtype)
         turned.copy_(pairs_of(held.copy_(x), self.rope))
-        rotate(turned, z, self.rope, position + self.start, undo=True)
+        rotate(turned, z, None, self.rope, position + self.start, undo=True)
 
     def store(self, out_THD: Tensor, position: int, scratch: Scratch) -> None:
         """Rotate `z` again and write it to its place."""
@@ -104,7 +104,7 @@ class _Tile:
             view.copy_(self._shaped[0])
             return
         z, turned = self._shaped
-        rotate(z, turned, self.rope, position + self.start, undo=False)
+        rotate(z, turned, None, self.rope, position + self.start, undo=False)
         if view.dtype == turned.dtype:
             view.copy_(turned)
             return
@@ -277,11 +277,11 @@ class QuantCodec(SectionCodec):
 
         codes = self._scratch.get("codes", (count,), torch.uint8)
         if not paired:
-            inflate(payload, codes.numpy())
+            inflate(payload, count, codes.numpy())
             # signed: a mean that is far below a step must not drown in 128 steps
             return codes.bitwise_xor_(128).view(torch.int8)
         both = self._scratch.get("pairs", (count // 2,), torch.uint8)
-        inflate(payload, both.numpy())
+        inflate(payload, count // 2, both.numpy())
         torch.bitwise_and(both, 15, out=codes[: count // 2])
         torch.bitwise_right_shift(both, 4, out=codes[count // 2 :])
         return codes

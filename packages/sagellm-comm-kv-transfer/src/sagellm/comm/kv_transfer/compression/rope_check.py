@@ -78,7 +78,7 @@ def _sample(geometry: Geometry, view: Tensor, layer: int) -> Tensor | None:
     if section.kind != "k" or not view.is_floating_point():
         return None
     rows = [
-        piece.float().reshape(-1, geometry.heads, geometry.dim)[:CHUNK_TOKENS]
+        piece.float().cpu().reshape(-1, geometry.heads, geometry.dim)[:CHUNK_TOKENS]
         for first, _, piece in geometry.pieces(view, section)
         if first < CHUNK_TOKENS
     ]
@@ -96,7 +96,7 @@ def _bits(x_THD: Tensor, rope: RopeSpec | None, position: int) -> float:
     if rope is not None:
         turned = pairs_of(x_THD, rope).contiguous()
         z = torch.empty_like(turned)
-        rotate(turned, z, rope, position, undo=True)
+        rotate(turned, z, torch.empty_like(turned), rope, position, undo=True)
         z = torch.cat([z.permute(1, 2, 3, 0).flatten(2), x_THD[..., rope.dim :]], 2)
     centred = z - z.mean(0)
     return float((centred.square().mean(0) + 2.0**-60).log2().mean()) / 2

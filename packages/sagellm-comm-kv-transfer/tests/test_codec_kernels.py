@@ -4,8 +4,10 @@ import pytest
 import torch
 from codec_data import cache, half, layout, same_bits
 
+from sagellm.comm.kv_transfer.benchmarks import _gpu_kernels, bench_compression
 from sagellm.comm.kv_transfer.compression import Compressor, compressor, fixed
 from sagellm.comm.kv_transfer.compression.frame import split
+from sagellm.core.protocols.bench import Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("fp8", "int8", "int4")
@@ -125,3 +127,22 @@ def test_codecs_without_kernels_go_by_way_of_the_cpu(name):
         assert coder.encode(there, layout(rope=rope)) == frame
         out = coder.decode(frame, torch.zeros_like(there))
         assert same_bits(out.cpu(), coder.decode(frame))
+
+
+def test_the_benchmark_of_kernels_refuses_to_run_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert bench_compression.main(["--gpu", "--quick"]) == 1
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_kernels_are_judged_by_a_copy_of_the_same_run():
+    rows = [
+        Row(case, name, (seconds,))
+        for case in _gpu_kernels.cases(True)
+        for name, seconds in (("int8", 2.0), (_gpu_kernels.COPY, 1.5))
+    ]
+
+    found = _gpu_kernels.ratios(rows)
+
+    assert [(r.value, r.goal) for r in found] == [(0.75, 0.7)] * 4

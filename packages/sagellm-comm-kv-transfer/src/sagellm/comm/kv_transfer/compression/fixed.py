@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ._triton_fixed import Code
 
-__all__ = ["FP8", "INT4", "INT8", "Fp8Codec", "Int4Codec", "Int8Codec"]
+__all__ = ["FP8", "INT4", "INT8", "Fp8Codec", "Int4Codec", "Int8Codec", "fp8_values"]
 
 _TINY = 2.0**-126
 
@@ -134,7 +134,7 @@ class _FixedCodec(SectionCodec):
         codes = np.frombuffer(payload, np.uint8, offset=numbers.nbytes).copy()
         cuts = [c.reshape(self.sides, -1) for c in np.split(numbers, [self.sides * groups[0]])]
         joined = torch.from_numpy(np.concatenate(cuts, 1)).to(out_THD.device)
-        table = torch.from_numpy(_e4m3()).to(out_THD.device)
+        table = torch.from_numpy(fp8_values()).to(out_THD.device)
         out = out_THD.new_empty(out_THD.shape, dtype=_triton_fixed.written(out_THD.dtype))
         _triton_fixed.decode(
             torch.from_numpy(codes).to(out.device), joined[0], joined[-1], table, out.flatten(1),
@@ -204,7 +204,7 @@ class Fp8Codec(_FixedCodec):
 
     def _values(self, codes: Bytes, f_THD: Tensor) -> None:
         # torch converts one by one; 256 values are a table
-        np.take(_e4m3(), codes, out=f_THD.view(-1).numpy())
+        np.take(fp8_values(), codes, out=f_THD.view(-1).numpy())
 
 
 class Int8Codec(_FixedCodec):
@@ -270,7 +270,8 @@ def _divide(values: Tensor, axis: int, top: float) -> Tensor:
 
 
 @functools.cache
-def _e4m3() -> NDArray[np.float32]:
+def fp8_values() -> NDArray[np.float32]:
+    """What the 256 codes of float8_e4m3fn mean."""
     import torch
 
     codes = torch.arange(256, dtype=torch.uint8)

@@ -89,12 +89,15 @@ class Scratch:
 
     _held: dict[str, Tensor] = field(default_factory=dict)
 
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def get(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+    ) -> Tensor:
         """The buffer of that name as a tensor of that shape, contents undefined."""
         import torch
 
         count = math.prod(shape)
+        name = f"{name} on {device}"
         held = self._held.get(name)
         if held is None or held.dtype != dtype or held.numel() < count:
-            held = self._held[name] = torch.empty(count, dtype=dtype)
+            held = self._held[name] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)

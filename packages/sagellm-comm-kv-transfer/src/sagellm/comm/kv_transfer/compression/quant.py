@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError
 
+from ._devices import runs_kernels
 from .codec import Scratch, SectionCodec
 from .entropy import deflate, inflate
 from .frame import Payload
 from .generic import importable
-from .layout import CHUNK_TOKENS, Kind, Section
+from .layout import CHUNK_TOKENS, MAX_SECTION_BYTES, Kind, Section
 from .rope import RopeSpec, pairs_of, rotate
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _LARGEST = float(2**15 - 1)
 _WILD = 2.0**30  # of a variance; its eighths of octaves fit a byte
 _CALM = np.float32(2.0**-30)
 _TILE_VALUES = 1 << 18  # smaller ones stay in a core's second-level cache and cost more calls
+_SECTION_VALUES = MAX_SECTION_BYTES // 2  # a GPU takes them at once
 _FAR = np.float32(2.0**12)  # a mean's square in variances, beyond which float32 sums cancel
 
 
@@ -93,7 +95,7 @@ class _Tile:
             return
         z, turned = self._shaped
         # read in one run before heads are taken apart: memory is slow at scattered rows
-        held = scratch.get(f"held {x.dtype}", tuple(x.shape), x.dtype)
+        held = scratch.get(f"held {x.dtype}", tuple(x.shape), x.dtype, str(x.device))
         turned.copy_(pairs_of(held.copy_(x), self.rope))
         rotate(turned, z, None, self.rope, position + self.start, undo=True)
 
@@ -105,7 +107,7 @@ class _Tile:
             return
         z, turned = self._shaped
         rotate(z, turned, None, self.rope, position + self.start, undo=False)
-        if view.dtype == turned.dtype:
+        if view.dtype == turned.dtype or view.device.type != "cpu":
             view.copy_(turned)
             return
         # rounded in one run, then moved: torch is slow at both at once, and at scattered rows
@@ -124,7 +126,7 @@ def _integers(x: Tensor) -> NDArray[Any]:  # Any: integers as wide as the values
 
 
 def _tiles(
-    tokens: int, heads: int, dim: int, rope: RopeSpec | None, scratch: Scratch
+    tokens: int, heads: int, dim: int, rope: RopeSpec | None, scratch: Scratch, device: str
 ) -> list[_Tile]:
     """A section's tiles in the order in which they are coded."""
     import torch
@@ -133,13 +135,14 @@ def _tiles(
     first = rope.dim if rope else 0
     if first < dim:
         parts.append((slice(first, dim), None))
-    most = max(_TILE_VALUES, CHUNK_TOKENS * max(dims.stop - dims.start for dims, _ in parts))
-    rooms = [scratch.get(name, (most,), torch.float32) for name in ("z", "spare")]
+    values = _TILE_VALUES if device == "cpu" else _SECTION_VALUES
+    most = max(values, CHUNK_TOKENS * max(dims.stop - dims.start for dims, _ in parts))
+    rooms = [scratch.get(name, (most,), torch.float32, device) for name in ("z", "spare")]
     tiles = []
     for dims, turned in parts:
         width = dims.stop - dims.start
-        some = max(1, min(heads, _TILE_VALUES // (CHUNK_TOKENS * width)))
-        many = max(1, _TILE_VALUES // (CHUNK_TOKENS * width * some))
+        some = max(1, min(heads, values // (CHUNK_TOKENS * width)))
+        many = max(1, values // (CHUNK_TOKENS * width * some))
         whole = tokens // CHUNK_TOKENS
         spans = [
             (min(many, whole - c), CHUNK_TOKENS, c * CHUNK_TOKENS) for c in range(0, whole, many)
@@ -169,6 +172,7 @@ class QuantCodec(SectionCodec):
     """
 
     undoes_rope = True
+    has_kernels = True
 
     def __init__(self, step: float = 0.25, k: float = 0.7, v: float = 1.4) -> None:
         if not all(1 / 256 <= s * step <= 16 for s in (k, v)):
@@ -179,16 +183,17 @@ class QuantCodec(SectionCodec):
         self._inverse = {kind: 1 / table for kind, table in self._scales.items()}
         self._most_k = 1.1 / self._steps["k"]  # a deviation's exponent is at most half of 1/8 off
         self._scratch = Scratch()
-        self._plans: dict[tuple[int, int, int, RopeSpec | None], list[_Tile]] = {}
+        self._plans: dict[tuple[object, ...], list[_Tile]] = {}
 
-    def _plan(self, shape: Sequence[int], rope: RopeSpec | None) -> list[_Tile]:
+    def _plan(self, x_THD: Tensor, rope: RopeSpec | None) -> list[_Tile]:
         """The tiles of sections of a shape; sections of a few shapes follow one another."""
-        tokens, heads, dim = shape
-        key = (tokens, heads, dim, rope)
+        tokens, heads, dim = x_THD.shape
+        device = str(x_THD.device)
+        key = (tokens, heads, dim, rope, device)
         if key not in self._plans:
             if len(self._plans) >= 4:
                 self._plans.clear()
-            self._plans[key] = _tiles(tokens, heads, dim, rope, self._scratch)
+            self._plans[key] = _tiles(tokens, heads, dim, rope, self._scratch, device)
         return self._plans[key]
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
@@ -199,25 +204,34 @@ class QuantCodec(SectionCodec):
             return None
         paired = self._paired(section.kind, x_THD.numel())
         offset = 8 if paired else 128
-        codes = self._scratch.get("codes", (x_THD.numel(),), torch.int8)
+        device = str(x_THD.device)
+        codes = self._scratch.get("codes", (x_THD.numel(),), torch.int8, device)
         sides: tuple[list[bytes], list[bytes]] = ([], [])
         escapes, at = [], 0
-        for tile in self._plan(x_THD.shape, section.rope):
+        for tile in self._plan(x_THD, section.rope):
             tile.load(x_THD, section.position, self._scratch)
-            bound = self._quantise(tile, section.kind, x_THD.shape[2], offset, sides)
-            if bound is None:
+            found = self._normalise(tile, section.kind, x_THD.shape[2], offset, sides)
+            if found is None:
                 return None
+            bound, by, add = found
+            place = codes[at : at + tile.size]
+            at += tile.size
+            if runs_kernels(x_THD):
+                from . import _triton_quant
+
+                if _triton_quant.quantise(tile.z, by, add, place, 2 * offset):
+                    continue
+            tile.z.mul_(by).add_(add)
             if bound >= offset - 1:
-                values = tile.flat.numpy()
+                values = tile.flat.cpu().numpy()
                 low, high = float(values.min()), float(values.max())
                 if max(offset - low, high - offset) > _LARGEST:
                     return None
                 if low < 1 or high >= 2 * offset:
-                    escapes.append(_escapes(values, offset, at))
+                    escapes.append(_escapes(values, offset, at - tile.size))
                     tile.flat.clamp_(1, 2 * offset - 1)
             # by way of words: twice as fast
-            codes[at : at + tile.size].copy_(tile.words.copy_(tile.flat))
-            at += tile.size
+            place.copy_(tile.words.copy_(tile.flat))
         strays = np.concatenate(escapes) if escapes else np.empty(0, _ESCAPE)
         if len(strays) * 16 > x_THD.numel():
             return None
@@ -226,7 +240,9 @@ class QuantCodec(SectionCodec):
             codes = low_half.bitwise_or_(high_half.bitwise_left_shift_(4))
         flags = (_ROTATED if section.rope else 0) | (_PAIRED if paired else 0)
         head = _HEAD.pack(flags, 0, 0, len(strays))
-        return b"".join([head, *sides[0], *sides[1], strays.tobytes(), deflate(codes.numpy())])
+        return b"".join(
+            [head, *sides[0], *sides[1], strays.tobytes(), deflate(codes.cpu().numpy())]
+        )
 
     def unpack(self, payload: memoryview, out_THD: Tensor, section: Section) -> None:
         """Decode into `out_THD`."""
@@ -249,7 +265,7 @@ class QuantCodec(SectionCodec):
         places = escapes["at"]
         if strays and (int(places[-1]) >= count or (places[1:] <= places[:-1]).any()):
             raise IntegrityError(f"escapes out of order or beyond the section's {count} values")
-        codes = self._codes(payload[at + escapes.nbytes :], count, paired)
+        codes = self._codes(payload[at + escapes.nbytes :], count, paired).to(out_THD.device)
         offset = 8 if paired else 0
         means = np.frombuffer(payload, "<u2", sides, _HEAD.size).astype("<u4") << 16
         if not np.isfinite(means.view("<f4")).all():
@@ -257,13 +273,15 @@ class QuantCodec(SectionCodec):
         exponents = np.frombuffer(payload, np.uint8, sides // spread, _HEAD.size + 2 * sides)
         scales = np.repeat(self._scales[section.kind].take(exponents), spread)
         shifts = means.view("<f4") - offset * scales
-        scale, shift = torch.from_numpy(scales), torch.from_numpy(shifts)
+        scale, shift = (torch.from_numpy(s).to(out_THD.device) for s in (scales, shifts))
         at = side = 0
-        for tile in self._plan(out_THD.shape, section.rope):
+        for tile in self._plan(out_THD, section.rope):
             tile.flat.copy_(codes[at : at + tile.size])
             if strays:
                 first, last = np.searchsorted(places, [at, at + tile.size])
-                tile.flat.numpy()[places[first:last] - at] = escapes["code"][first:last] + offset
+                inside = torch.from_numpy(places[first:last].astype(np.int64) - at)
+                wide = torch.from_numpy(escapes["code"][first:last].astype(np.float32) + offset)
+                tile.flat[inside.to(codes.device)] = wide.to(codes.device)
             shape = (tile.z.shape[0], 1, tile.z.shape[2])
             by, add = (s[side : side + tile.sides].view(shape) for s in (scale, shift))
             tile.z.mul_(by).add_(add)
@@ -290,22 +308,23 @@ class QuantCodec(SectionCodec):
         """Whether codes are so small that two share a byte, which Huffman's whole bits need."""
         return self._steps[kind] > 0.6 and count % 2 == 0
 
-    def _quantise(
+    def _normalise(
         self, tile: _Tile, kind: Kind, dim: int, offset: int,
         sides: tuple[list[bytes], list[bytes]],
-    ) -> float | None:  # fmt: skip
-        """Turn values, in place, into what lies less than one above their codes.
+    ) -> tuple[float, Tensor, Tensor] | None:  # fmt: skip
+        """What makes of a tile's values those that lie less than one above their codes.
 
         Returns:
             What no code's distance from `offset` exceeds, for none of n values lies beyond
-            sqrt(n) deviations; None for values that are not finite or too wild.
+            sqrt(n) deviations; factors and summands. None for values that are not finite or
+            too wild.
 
         """
         import torch
 
         z, tokens = tile.z, tile.tokens
-        total = z.sum(1).numpy()
-        square = torch.mul(z, z, out=tile.spare).sum(1).numpy()
+        total = z.sum(1).cpu().numpy()
+        square = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
         bits = (total * np.float32(1 / tokens)).view(np.uint32)
         bits += 0x8000
         bits &= 0xFFFF0000  # bfloat16
@@ -313,9 +332,9 @@ class QuantCodec(SectionCodec):
         with np.errstate(over="ignore", invalid="ignore"):
             energy = square - mean * (total + total - tokens * mean)
         if not (energy * _FAR >= square).all():  # also when they are not numbers
-            z.sub_(torch.from_numpy(mean).unsqueeze(1))
+            z.sub_(torch.from_numpy(mean).unsqueeze(1).to(z.device))
             mean = np.zeros_like(mean)
-            energy = torch.mul(z, z, out=tile.spare).sum(1).numpy()
+            energy = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
         if not float(energy.max()) < _WILD * tokens:
             return None
         power, count = energy, tokens
@@ -330,15 +349,14 @@ class QuantCodec(SectionCodec):
         if kind == "v":
             inverse = np.repeat(inverse, dim).reshape(mean.shape)
         shift = np.float32(offset + 0.5) - mean * inverse
-        by, add = (torch.from_numpy(s).unsqueeze(1) for s in (inverse, shift))
-        z.mul_(by).add_(add)
+        by, add = (torch.from_numpy(s).unsqueeze(1).to(z.device) for s in (inverse, shift))
         sides[0].append((bits >> 16).astype(np.uint16).tobytes())
         sides[1].append(exponent.tobytes())
         if kind == "k":
-            return math.sqrt(tokens) * self._most_k
+            return math.sqrt(tokens) * self._most_k, by, add
         energy *= inverse
         energy *= inverse
-        return math.sqrt(float(energy.max())) * 1.01
+        return math.sqrt(float(energy.max())) * 1.01, by, add
 
 
 def _escapes(values: NDArray[np.float32], offset: int, first: int) -> NDArray[Any]:

@@ -194,7 +194,8 @@ def rotate(
     """
     import torch
 
-    cos, sin = _tables.get(rope, position, x_PTHR.shape[1])
+    tables = _tables.get(rope, position, x_PTHR.shape[1])
+    cos, sin = (t.to(x_PTHR.device) for t in tables)
     if scratch_PTHR is not None:
         cos, sin = (s.copy_(t) for s, t in zip(scratch_PTHR, (cos, sin), strict=True))
     sign = 1.0 if undo else -1.0

@@ -6,7 +6,7 @@ head, all first halves of pairs and all second ones; `_tiles` says in which orde
 
 Codes are positive: a code is the integer below value / step + 1/2 + 128 (8 when two share a byte),
 for conversions to integers round to zero and passes over the values are what time goes into.
-Products and sums are rounded apart, as everywhere; fused they would depend on the machine.
+Encoding rounds products and sums apart: fused, codes would depend on the machine.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class QuantCodec(SectionCodec):
                 tile.flat[inside.to(codes.device)] = wide.to(codes.device)
             shape = (tile.z.shape[0], 1, tile.z.shape[2])
             by, add = (s[side : side + tile.sides].view(shape) for s in (scale, shift))
-            tile.z.mul_(by).add_(add)
+            torch.addcmul(add, tile.z, by, out=tile.z)
             tile.store(out_THD, section.position, self._scratch)
             at += tile.size
             side += tile.sides

@@ -14,7 +14,7 @@ from sagellm.core.protocols import (  # noqa: E402
     IntegrityError,
     UnsupportedOperationError,
 )
-from sagellm.core.protocols._process_group.stats import busbw_factor  # noqa: E402
+from sagellm.core.protocols.bandwidth import busbw_factor  # noqa: E402
 from sagellm.core.protocols.process_group import (  # noqa: E402
     ProcessGroupBackend,
     completed_future,

@@ -13,9 +13,9 @@ from sagellm.core.protocols._process_group.stats import (  # noqa: E402
     BATCH,
     BUCKETS,
     CallCounters,
-    busbw_factor,
     percentile_us,
 )
+from sagellm.core.protocols.bandwidth import busbw_factor  # noqa: E402
 from sagellm.core.protocols.metrics import (  # noqa: E402
     GROUP_BYTES,
     GROUP_CALLS,

@@ -113,3 +113,17 @@ def test_what_runs_by_override_is_not_measured_as_something_else(gloo_pools, tmp
 def test_calibrate_that_is_no_bool_is_refused():
     with pytest.raises(ConfigError, match="option calibrate is 'yes'; pass True or False"):
         ShmBackend(options={"calibrate": "yes"})
+
+
+def test_another_release_of_torch_or_of_this_package_measures_anew(monkeypatch):
+    from sagellm.comm.collective_ops import MockWorld, calibrate
+
+    def key():
+        first, second = MockWorld(2).run(calibrate.table_key)
+        assert first == second
+        return first
+
+    before = key()
+    assert key() == before
+    monkeypatch.setattr(calibrate, "__version__", "0.0.1")
+    assert key() != before

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from sagellm.comm.collective_ops import MockWorld
 from sagellm.comm.collective_ops._cli import bench, checkup
-from sagellm.comm.collective_ops._cli.host import quota_cpus
 from sagellm.comm.collective_ops._cli.launch import Meeting
 from sagellm.comm.collective_ops._cli.main import main
 from sagellm.core.protocols import CommTimeoutError
@@ -87,19 +86,6 @@ def test_doctor_sees_half_a_rendezvous():
     (finding,) = checkup._rendezvous({"RANK": "0", "WORLD_SIZE": "2"})
     assert finding.status == "error"
     assert finding.detail == "RANK, WORLD_SIZE set but MASTER_ADDR, MASTER_PORT missing"
-
-
-def test_cpu_quota_is_the_tightest_above_this_process(tmp_path):
-    below = tmp_path / "pod" / "box"
-    below.mkdir(parents=True)
-    assert quota_cpus(tmp_path, "/pod/box") is None
-    (tmp_path / "pod" / "cpu.max").write_text("150000 100000\n")
-    (below / "cpu.max").write_text("max 100000\n")
-    assert quota_cpus(tmp_path, "/pod/box") == 1.5
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert quota_cpus(tmp_path, "/pod/box") == 0.5
 
 
 @pytest.mark.parametrize("op", bench.OPS)

@@ -2,9 +2,10 @@
 
 import torch
 
-from sagellm.comm.kv_transfer.compression import RopeSpec, TensorLayout
+from sagellm.comm.kv_transfer.compression import RopeSpec, TensorLayout, codec_names
 from sagellm.comm.kv_transfer.compression.rope import pairs_of, rotate
 
+CODECS = tuple(n for n in codec_names() if n != "transform")  # which needs a basis: its own tests
 AXES = ("layer", "kv", "token", "head", "dim")
 
 

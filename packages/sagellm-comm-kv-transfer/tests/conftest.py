@@ -1,6 +1,7 @@
 """Channels that are closed, layouts and tensors to move, a proxy that damages bytes."""
 
 import collections
+import concurrent.futures
 import contextlib
 import gc
 import os
@@ -22,6 +23,13 @@ from sagellm.core.protocols.testing.pytest_plugin import (
 )
 
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_for_good():
+    """Tests that count what is held collect garbage: what was imported before is none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +244,23 @@ def strangers():
 
 
 @pytest.fixture
+def at_once():
+    """Runs a function for many cases, each on a thread, because most of them just wait."""
+
+    def run(function, cases, threads=8):
+        failed = []
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for case, done in [(case, pool.submit(function, case)) for case in cases]:
+                if (error := done.exception()) is not None:
+                    error.add_note(f"case: {case}")
+                    failed.append(error)
+        if failed:
+            raise ExceptionGroup(f"{len(failed)} cases", failed)
+
+    return run
+
+
+@pytest.fixture
 def works():
     """Tells whether a small transfer goes through."""
 
@@ -277,7 +302,7 @@ class Attacker:
         self.token = auth.data_token(session, 0)
         self.frame_key = auth.frame_key(session, initiator=True)
         pool = b._engine.pool
-        ready = wire.Ready(pool.layout if pool is not None else None, [], "none", "tcp", True, "")
+        ready = wire.Ready(pool.layout if pool is not None else None, "tcp", True, "")
         self.sock.sendall(self.sealed(ready) + then)
 
     def _body(self):
@@ -328,6 +353,12 @@ class Attacker:
     def lost(self):
         """Whether the other side ends the link in time."""
         return Strangers.closed(self.sock)
+
+
+@pytest.fixture
+def attackers():
+    """What such peers are made by, for tests that make thousands and close each."""
+    return Attacker
 
 
 @pytest.fixture

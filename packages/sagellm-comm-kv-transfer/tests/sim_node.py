@@ -130,6 +130,8 @@ class SimLink(Link):
             make_reader=lambda inflows: SimpleNamespace(key=b"", late=0),
             max_backlog_bytes=1 << 20,
             max_invitations=16,
+            invited=node.invited,
+            control=node.control,
             on_message=node.on_message,
             on_lost=node.links.on_lost,
         )

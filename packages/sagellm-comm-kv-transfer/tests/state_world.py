@@ -85,7 +85,13 @@ class World:
             return None
         if event is Event.COMPLETE and p.content != attempt:
             raise BrokenError("a block landed with other bytes than were sent")
+        counted = p.phase is Phase.SETTLING or event is Event.COMPLETE
+        counted |= self.rules[p.phase].landed
         p.phase = step.to
+        if self.rules[p.phase].landed and attempt not in self.ever:
+            raise BrokenError("what was not verified counts as landed")
+        if counted and self.rules[p.phase].safe and not self.rules[p.phase].landed:
+            raise BrokenError("what has landed does not count")
         if self.rules[p.phase].safe:
             p.lease = False
             if p.busy:
@@ -97,6 +103,9 @@ class World:
     def moves(self, side, attempt):
         p = self.parts[side][attempt]
         return p.phase is not None and self.rules[p.phase].moves
+
+    def awaits(self, side, attempt, event):
+        return event in self.table[side].get(self.parts[side][attempt].phase, {})
 
     def over(self, side, attempt):
         p = self.parts[side][attempt]
@@ -178,7 +187,7 @@ class World:
             if not self.parts[S][attempt].tid and attempt not in self.failed[S]:
                 self.invites = (*(x for x in self.invites if x[1] != attempt), (name, attempt))
         elif kind == "grant" and mine:
-            if self.parts[S][mine[0]].phase is Phase.OFFERED:
+            if self.awaits(S, mine[0], Event.ACCEPT):
                 self.take(S, mine[0], Event.ACCEPT)
         elif kind == "done" and mine:
             step = self.take(S, mine[0], Event.DONE)
@@ -290,7 +299,7 @@ class World:
         else:
             self.parked = ()
         for attempt, p in enumerate(self.parts[side]):
-            if side is R and p.phase is Phase.LANDED:
+            if p.phase is not None and self.rules[p.phase].at_limit is Event.RELEASE:
                 self.take(R, attempt, Event.RELEASE)
                 p.tid = 0
             elif p.tid or side is R:
@@ -431,7 +440,9 @@ class World:
                     p.busy = False  # the connection is broken, so that threads leave
                     self.idle(side, a)
         for p in self.parts[side]:
-            if p.phase is not None and self.table[side].get(p.phase):
+            if p.phase is None:
+                continue
+            if self.table[side].get(p.phase) or self.rules[p.phase].limit is not Limit.NONE:
                 raise BrokenError(f"nothing ends {p.phase}")
             if p.lease:
                 raise BrokenError("a lease is held for ever")

@@ -82,17 +82,3 @@ def test_too_large_a_pool_is_refused_with_what_there_is(channel, layout, monkeyp
 
     assert kept() == before
     node.allocate(layout(), 2)
-
-
-def test_room_is_what_the_tightest_cgroup_leaves(tmp_path, monkeypatch):
-    from sagellm.comm.kv_transfer import _segment
-
-    (tmp_path / "a").mkdir()
-    for folder, limit in ((tmp_path, "max"), (tmp_path / "a", "1000000")):
-        (folder / "memory.max").write_text(limit)
-        (folder / "memory.current").write_text("900000")
-        (folder / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
-    found = [(f, "memory.max", "memory.current") for f in (tmp_path / "a", tmp_path)]
-    monkeypatch.setattr(_segment, "_cgroups", lambda: found)
-
-    assert _segment.room_bytes() == 200_000

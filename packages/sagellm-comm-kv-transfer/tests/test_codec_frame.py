@@ -8,9 +8,9 @@ import struct
 import pytest
 import torch
 import xxhash
-from codec_data import cache, half, layout, same_bits
+from codec_data import CODECS, cache, half, layout, same_bits
 
-from sagellm.comm.kv_transfer.compression import Compressor, Decoder, codec_names
+from sagellm.comm.kv_transfer.compression import Compressor, Decoder
 from sagellm.comm.kv_transfer.compression.frame import ENTRY_BYTES, Header, split
 from sagellm.core.protocols import (
     CommError,
@@ -82,7 +82,7 @@ def mutant(frame, source):
 def test_no_mutant_crashes_misleads_or_fills_memory():
     source = random.Random(20)
     compressor = Compressor("none", workers=1, max_bytes=1 << 20)
-    frames = [frame_of(name) for name in codec_names()]
+    frames = [frame_of(name) for name in CODECS]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     decoded = 0
 
@@ -121,7 +121,7 @@ def test_a_frame_says_what_it_holds():
     assert len(frame) < 3000
 
 
-@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize("codec", CODECS)
 def test_sections_decode_alone_and_in_any_order(codec):
     x = cache(3, 300, 2, 16)
     compressor = Compressor(codec, workers=1)

@@ -7,19 +7,18 @@ import threading
 
 import pytest
 import torch
-from codec_data import AXES, cache, half, layout, same_bits
+from codec_data import AXES, CODECS, cache, half, layout, same_bits
 
 from sagellm.comm.kv_transfer.compression import (
     Compressor,
     TensorLayout,
-    codec_names,
     section_codec_spec,
 )
 from sagellm.comm.kv_transfer.compression.frame import split
 from sagellm.core.protocols import LayoutMismatchError
 
-LOSSLESS = [n for n in codec_names() if section_codec_spec(n).lossless]
-LOSSY = [n for n in codec_names() if n not in LOSSLESS]
+LOSSLESS = [n for n in CODECS if section_codec_spec(n).lossless]
+LOSSY = [n for n in CODECS if n not in LOSSLESS]
 LARGE_MIB = int(os.environ.get("SAGELLM_KV_LARGE_MIB", "256"))
 
 
@@ -77,7 +76,7 @@ def test_lossy_codecs_stay_close(name, most, dtype):
     assert len(frame) < x.nbytes / 1.7
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(
     "shape", [(1, 2, 1, 1, 1), (1, 2, 0, 2, 16), (0, 2, 9, 2, 16), (3, 2, 1, 2, 32),
               (1, 2, 257, 3, 32), (1, 2, 255, 1, 224), (2, 2, 513, 5, 32)],
@@ -91,7 +90,7 @@ def test_odd_shapes(name, shape):
     assert not x.numel() or error(out, x) < 0.2
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("value", [0.0, -1.5, 3e38, 1e-30])
 def test_blocks_of_one_value_come_back_and_are_small(name, value):
     x = torch.full((1, 2, 256, 2, 32), value, dtype=torch.bfloat16)
@@ -103,7 +102,7 @@ def test_blocks_of_one_value_come_back_and_are_small(name, value):
         assert len(frame) < x.nbytes / 8
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("where", ["one value", "a token", "a channel"])
 def test_outliers_of_a_hundred_times_come_back_and_leave_the_rest_within_reach(name, where):
     x = cache(1, 300, 2, 32)
@@ -117,7 +116,7 @@ def test_outliers_of_a_hundred_times_come_back_and_leave_the_rest_within_reach(n
     assert error(out[at], x[at]) < 0.05 or name == "int4"  # sixteen levels
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 def test_one_compressor_takes_tensors_of_mixed_dtypes_in_turn(name):
     xs = [cache(1, 40, 2, 16, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float16)]
     xs.append((xs[0] * 8).to(torch.int8))
@@ -131,7 +130,7 @@ def test_one_compressor_takes_tensors_of_mixed_dtypes_in_turn(name):
                 compressor.decode(frame, torch.zeros(x.shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 def test_strides_change_nothing(name):
     x = cache(2, 300, 2, 32)
     frame, want = coded(name, x)
@@ -146,7 +145,7 @@ def test_strides_change_nothing(name):
     assert bool((other[..., 1::2] == 7).all())
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(
     "axes",
     [
@@ -190,7 +189,7 @@ def test_sections_with_wild_values_are_lossless_and_the_others_are_not(name, bad
     assert same_bits(out[1, 1], x[1, 1])
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", CODECS)
 def test_the_same_bits_on_every_run_with_any_number_of_workers(name):
     rope = half(32)
     x = cache(4, 1100, 2, 32, rope=rope)

@@ -87,6 +87,52 @@ def test_more_than_are_allowed_are_refused_and_those_before_go_on(pair):
     into.receive(TransferKey("k3"), [3]).wait(10)
 
 
+def test_no_completion_is_lost_when_nobody_polls(pair, eventually):
+    """Nothing more begins until some are taken; then it goes on."""
+    settings = {"settings": KVTransferSettings(max_remembered=8)}
+    out, _, into, _ = pair(sender=settings, receiver=settings)
+    peer, ended = into.node_id, []
+
+    def go(attempt):
+        r = into.receive(TransferKey("k", attempt), [1], source_node=out.node_id)
+        t = out.transfer([2], peer, key=TransferKey("k", attempt))
+        eventually(lambda: r.done() and t.done())
+
+    for attempt in range(10):
+        go(attempt)
+    for begin in (
+        lambda: into.receive(TransferKey("k", 99), [1]),
+        lambda: into.receive(TransferKey("k", 1), [1]),  # which has landed
+        lambda: into.fetch(TransferKey("k", 99), out.node_id, [1]),
+        lambda: out.transfer([2], peer),
+        lambda: out.transfer([2], peer, key=TransferKey("k", 1)),
+        lambda: out.offer(TransferKey("o"), [2], num_tokens=1, ttl_s=1),
+    ):
+        with pytest.raises(ResourceError, match="10 completions wait for `poll`"):
+            begin()
+    for c in (out, into):
+        ended += c.poll(7)
+        assert not c.snapshot()["transfers"]
+    go(10)
+
+    ended += [*out.poll(), *into.poll()]
+    assert sorted(c.key.attempt for c in ended) == sorted([*range(11)] * 2)
+
+
+def test_whoever_waits_for_handles_need_not_poll(pair):
+    settings = {"settings": KVTransferSettings(max_remembered=8)}
+    out, _, into, _ = pair(sender=settings, receiver=settings)
+    for attempt in range(60):
+        key = TransferKey("k", attempt)
+        r = into.receive(key, [1], source_node=out.node_id)
+        t = out.transfer([2], into.node_id, key=key)
+        t.wait(10)
+        r.wait(10)
+
+    assert 0 < len(into.poll()) < 12
+    assert 0 < len(out.poll()) < 12
+
+
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_a_large_transfer_does_not_starve_a_small_one(channel, layout, tensors, transport):
     settings = {"settings": KVTransferSettings(transport=transport)}

@@ -198,17 +198,12 @@ def through_proxy(channel, proxy, layout, tensors, **settings):
     return out, a, into, b, gate
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_a_damaged_block_is_asked_for_once_more(channel, proxy, layout, tensors, codec):
+def test_a_damaged_block_is_asked_for_once_more(channel, proxy, layout, tensors):
     out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors)
-    if codec != "none":
-        out._engine.settings = KVTransferSettings(codec=codec, transport="tcp")
-        for tensor in a.values():
-            tensor.zero_()
     flipped = []
 
     def flip(position, data):
-        at = 48 + 48 + 12 * 3 + 5  # token, header, table: inside the first blocks
+        at = 48 + 48 + 8 * 3 + 5  # token, header, table: inside the first blocks
         if not flipped and position <= at < position + len(data):
             data[at - position] ^= 0xFF
             flipped.append(at)
@@ -357,10 +352,9 @@ def test_nothing_leaks(channel, layout, tensors, eventually):
     eventually(lambda: count() == before)
 
 
-@pytest.mark.parametrize("codec", ["none", "lz4"])
-def test_blocks_swapped_on_the_way_are_asked_for_again(channel, proxy, layout, tensors, codec):
+def test_blocks_swapped_on_the_way_are_asked_for_again(channel, proxy, layout, tensors):
     """Right bytes in the wrong place: only the position in the checksum tells."""
-    out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors, codec=codec)
+    out, a, into, b, gate = through_proxy(channel, proxy, layout, tensors)
     size = a["layer0"][0].nbytes
     swapped = []
 

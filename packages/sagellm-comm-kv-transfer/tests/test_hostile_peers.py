@@ -144,6 +144,23 @@ def test_parked_offers_hold_bounded_memory(channel, layout, tensors, attacker):
     assert reply.code == "resource_exhausted"
 
 
+@pytest.mark.parametrize("what", ["offers", "fetches"])
+def test_what_one_peer_leaves_waiting_is_counted(channel, layout, tensors, attacker, what):
+    b = channel(settings=KVTransferSettings(max_in_flight=4))
+    b.register(layout(), tensors(layout()))
+    enemy = attacker(b)
+    if what == "offers":
+        enemy.say(*[wire.Offer(i, f"p{i}", 0, {"kv": 1}) for i in range(1, 9)])
+    else:
+        enemy.say(*[wire.Fetch(i, f"p{i}", 0, {"kv": 1}, {}) for i in range(1, 9)])
+
+    replies = [enemy.answer(wire.Fail) for _ in range(4)]
+
+    assert [r.tid for r in replies] == [5, 6, 7, 8]
+    assert {r.code for r in replies} == {"resource_exhausted"}
+    assert len(b.snapshot()["waiting"]) == 4
+
+
 def test_a_nack_storm_ends_the_transfer(pair, attacker):
     _, _, b, _ = pair()
     enemy = attacker(b)

@@ -8,6 +8,7 @@ import torch
 
 from sagellm.comm.kv_transfer import KVTransferSettings, wire
 from sagellm.comm.kv_transfer._invitations import Invitations
+from sagellm.comm.kv_transfer._room import Room
 from sagellm.core.protocols import KVTransferError, PeerLostError, TransferKey, TransferState
 
 KEY = b"a key of this test, long enough"
@@ -294,7 +295,7 @@ def invite(tid, name="k", attempt=0):
 
 
 def test_invitations_are_bounded_and_the_oldest_goes():
-    kept = Invitations(max_count=3, max_bytes=1 << 20)
+    kept = Invitations(max_count=3, max_bytes=1 << 20, room=Room(1 << 30))
     for i in range(5):
         kept.add(invite(wire.INVITED + i, f"k{i}"))
 
@@ -303,14 +304,35 @@ def test_invitations_are_bounded_and_the_oldest_goes():
     assert kept.take(TransferKey("k4")).tid == wire.INVITED + 4
     assert kept.take(TransferKey("k4")) is None
     assert kept.forget(wire.INVITED + 4) is None
-    small = Invitations(max_count=1000, max_bytes=4000)
+    small = Invitations(max_count=1000, max_bytes=4000, room=Room(1 << 30))
     for i in range(100):
         small.add(invite(wire.INVITED + i, f"k{i}"))
     assert len(small) <= 5
 
 
+def test_invitations_of_all_links_are_bounded_together():
+    """What finds no room is not kept: the push begins with an offer."""
+    room = Room(10_000)
+    links = [Invitations(max_count=100, max_bytes=4000, room=room) for _ in range(50)]
+    for kept in links:
+        for i in range(5):
+            kept.add(invite(wire.INVITED + i, f"k{i}"))
+    assert 8000 < room.used <= 10_000
+    assert 10 < sum(map(len, links)) < 20
+
+    for kept in links[::2]:
+        kept.take(TransferKey("k4"))
+        kept.forget(wire.INVITED)
+    for kept in links:
+        kept.clear()
+
+    assert room.used == 0
+    links[-1].add(invite(wire.INVITED))
+    assert len(links[-1]) == 1
+
+
 def test_a_second_invitation_of_a_key_replaces_the_first():
-    kept = Invitations(max_count=3, max_bytes=1 << 20)
+    kept = Invitations(max_count=3, max_bytes=1 << 20, room=Room(1 << 30))
     kept.add(invite(wire.INVITED))
     kept.add(invite(wire.INVITED + 1))
 

@@ -337,6 +337,7 @@ def test_within_a_host_no_more_lanes_are_used_than_there_are_cpus(pair, monkeypa
     lanes = {link.writer.tuner.measured(2.0 ** next(rates)) for _ in range(50)}
 
     assert max(lanes) == cpus
+    assert min(lanes) == min(2, cpus), "one lane alone leaves CPUs idle"
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="the system has one only")

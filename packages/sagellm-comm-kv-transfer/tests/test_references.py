@@ -281,13 +281,13 @@ def test_a_reference_to_what_the_peer_has_not_shown_is_refused(connected, what):
 def test_a_frame_refers_to_as_many_bytes_as_its_blocks_have():
     handle = TransferHandle(TransferKey("k"), "receive", 10, lambda _: False)
     flow = Inflow(handle, 1, TensorExtent([torch.zeros(4, dtype=torch.uint8)], 1))
-    reader = DataReader({}, lambda *_: None, io_timeout_s=1, scratch_bytes=1, traffic=None)
+    reader = DataReader({}, lambda *_: None, io_timeout_s=1, traffic=None, coded=None)
     packed = Header(1, 0, 0, 4, 10, REF).pack(bytes(32))
     head, sums = Header.unpack(packed[:HEADER_BYTES]), memoryview(packed[HEADER_BYTES:])
 
     for size in (3, 5):
         with pytest.raises(IntegrityError, match=f"refers to {size} bytes for blocks of 4"):
-            reader._take(None, None, flow, head, sums, SimpleNamespace(total_bytes=size))
+            reader._take(None, flow, head, sums, SimpleNamespace(total_bytes=size))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")

@@ -307,6 +307,57 @@ def test_a_copy_worker_moves_blocks_without_this_process(shared, monkeypatch, op
     assert len(workers_of(into)) == 1
 
 
+@pytest.fixture
+def sharing(monkeypatch):
+    """Options of channels that share the copying of everything, and the jobs of their workers."""
+    from sagellm.comm.kv_transfer import _copy_workers, _offload, _reader, _segment
+
+    monkeypatch.setattr(_segment, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(_segment, "usable_cpus", lambda: 2.0)
+    monkeypatch.setattr(_offload, "_SHARED_BYTES", 0)
+    monkeypatch.setattr(_reader, "_WARM_BYTES", 1)
+    jobs, real = [], _copy_workers.CopyWorkers.begin
+
+    def begin(workers, job, *args):
+        jobs.append(job.stretches.shape[1])
+        return real(workers, job, *args)
+
+    monkeypatch.setattr(_copy_workers.CopyWorkers, "begin", begin)
+    return {"settings": KVTransferSettings(transport="shm", checksum=False)}, jobs
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_worker_shares_the_copying_of_unchecked_blocks(shared, sharing, dies):
+    options, jobs = sharing
+    out, a, into, b = shared(options=options, blocks=40)
+    ids = np.random.default_rng(1).permutation(40)[:32]
+    push(out, into, [0], [39], key=TransferKey("meet"))
+    if dies:
+        (worker,) = workers_of(into)._workers
+        os.kill(worker._process.pid, signal.SIGKILL)
+
+    push(out, into, ids, ids[::-1])
+
+    assert all(torch.equal(a[n][ids], b[n][ids[::-1].copy()]) for n in a)
+    assert 0 < jobs[-1] < 32
+    assert len(workers_of(into)) == (0 if dies else 1)
+
+
+def test_blocks_that_are_checked_and_small_pools_are_copied_here(shared, sharing, monkeypatch):
+    from sagellm.comm.kv_transfer import _segment
+
+    _, jobs = sharing
+    out, a, into, b = shared(options={"settings": KVTransferSettings(transport="shm")})
+    push(out, into, [1, 2, 3], [2, 3, 4])
+
+    assert all(torch.equal(a[n][1:4], b[n][2:5]) for n in a)
+    assert not jobs
+    monkeypatch.setattr(_segment, "_WORTH_BYTES", 1 << 40)
+    before = children()
+    shared(options={"settings": KVTransferSettings(transport="shm")})
+    assert children() == before
+
+
 def test_a_copy_worker_finds_damaged_blocks(shared, monkeypatch):
     from sagellm.comm.kv_transfer import _writer
 

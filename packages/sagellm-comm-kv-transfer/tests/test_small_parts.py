@@ -1,6 +1,7 @@
 """States, pools, discovery and settings, each on its own."""
 
 import json
+import select
 import threading
 import time
 
@@ -15,7 +16,7 @@ from sagellm.comm.kv_transfer._records import CompletionQueue, Memory
 from sagellm.comm.kv_transfer.frames import Header
 from sagellm.comm.kv_transfer.memory import TensorExtent
 from sagellm.comm.kv_transfer.pool import RegisteredPool, as_block_table
-from sagellm.comm.kv_transfer.transfer import TransferHandle
+from sagellm.comm.kv_transfer.transfer import TransferHandle, Witness
 from sagellm.comm.kv_transfer.transports.tcp import parse_address
 from sagellm.core.protocols import (
     CacheGroup,
@@ -23,6 +24,7 @@ from sagellm.core.protocols import (
     IntegrityError,
     KVLayout,
     PeerLostError,
+    ResourceError,
     Shard,
     TransferKey,
     TransferState,
@@ -69,7 +71,7 @@ def test_tensors_that_do_not_fit_are_refused(layout, tensors, change, match):
 
 def test_device_memory_is_refused(layout, tensors):
     made = {n: t.to("meta") for n, t in tensors(layout()).items()}
-    with pytest.raises(UnsupportedOperationError, match="host"):
+    with pytest.raises(UnsupportedOperationError, match=r"on meta.*no streams"):
         RegisteredPool(layout(), made)
 
 
@@ -190,17 +192,44 @@ def test_addresses_are_checked(address):
         parse_address(address)
 
 
-def test_memory_and_completions_are_bounded(caplog):
+def test_memory_is_bounded():
     memory = Memory(2)
     for i in range(3):
         memory[i] = i
     assert [memory.get(i) for i in range(3)] == [None, 1, 2]
-    queue = CompletionQueue(2)
-    for i in range(3):
-        queue.put(i)
-    assert queue.lost == 1
-    assert "2 completions wait for poll" in caplog.text
-    assert queue.take(None) == [1, 2]
+
+
+def test_completions_go_only_when_their_end_was_seen():
+    queue = CompletionQueue(8)
+    readable = select.poll()
+    readable.register(queue.fileno(), select.POLLIN)
+    seen, unseen = Witness(), Witness()
+    seen.seen = True
+    for i in range(10):
+        queue.put(i, seen if i % 2 else unseen)
+    queue.check_room()  # half of them have been seen
+    for i in range(10, 15):
+        queue.put(i, unseen)
+    for _ in range(2):
+        with pytest.raises(ResourceError, match=r"10 completions wait for `poll`"):
+            queue.check_room()
+    queue.put(15, unseen)  # it was in flight
+    assert queue.take(2) == [0, 2]
+    with pytest.raises(ResourceError, match=r"9 completions wait for `poll`"):
+        queue.check_room()
+    assert queue.take(2) == [4, 6]
+
+    queue.check_room()
+    assert queue.take(None) == [8, 10, 11, 12, 13, 14, 15]
+
+    assert not readable.poll(0)
+    for i in range(10):
+        queue.put(i, seen)
+    assert readable.poll(0)
+    queue.check_room()
+    assert not readable.poll(0)
+    queue.put(1, unseen)
+    assert readable.poll(0)
     queue.close()
     queue.close()
 

@@ -84,6 +84,25 @@ WEAKENED = {
         {"rules": ruled(Phase.LANDED, limit=Limit.NONE, at_limit=None)},
         "nothing ends landed",
     ),
+    "released does not count as landed": (
+        {"rules": ruled(Phase.RELEASED, landed=False)},
+        "does not count",
+    ),
+    "failed counts as landed": (
+        {"rules": ruled(Phase.FAILED, landed=True)},
+        "counts as landed",
+    ),
+    "nobody listens for the release": (
+        {"table": changed(R, Phase.LANDED, Event.RELEASE, None)},
+        "nothing ends landed",
+    ),
+    "a lost link fails what has landed": (
+        {
+            "table": changed(R, Phase.LANDED, Event.FAULT, Step(Phase.FAILED)),
+            "rules": ruled(Phase.LANDED, at_limit=Event.FAULT),
+        },
+        "does not count",
+    ),
     "failing keeps its lease": ({"rules": ruled(Phase.FAILED, safe=False)}, "held for ever"),
     "a fault ends nothing while it moves": (
         {"table": changed(S, Phase.MOVING, Event.FAULT, None)},

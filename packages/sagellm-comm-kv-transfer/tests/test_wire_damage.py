@@ -133,10 +133,12 @@ def heal(out, a, into, b, after, gates):
 
 @pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
-def test_a_control_message_is_right_or_ends_the_link(leakless, between, kind, back):
+def test_a_control_message_is_right_or_ends_the_link(leakless, between, at_once, kind, back):
     """Every message of a transfer in turn, the handshake's included."""
-    for which in range(6):
-        for deadline_s in (0.4, 10.0):  # the longer one where a busy machine did not get that far
+    counts = {}
+
+    def one(which):
+        for deadline_s in (0.8, 10.0):  # the longer one where a busy machine did not get that far
             out, a, into, b, control, data = between()
             cutter = Cutter(message_length, damage(kind, which, random.Random(which)))
             if back:
@@ -151,15 +153,19 @@ def test_a_control_message_is_right_or_ends_the_link(leakless, between, kind, ba
             into.close()
             if cutter.count > which or ended == [True, True]:
                 break
+        counts[which] = cutter.count
         if cutter.count <= which:  # there were no more messages
             assert ended == [True, True]
-            break
+
+    at_once(one, range(6))
+    assert sum(count > which for which, count in counts.items()) > 2
 
 
 @pytest.mark.parametrize("kind", ["flip", "drop", "repeat", "swap", "cut"])
-def test_a_data_frame_is_right_or_not_taken(leakless, between, kind):
+def test_a_data_frame_is_right_or_not_taken(leakless, between, at_once, kind):
     """Frames say where they belong: in another order they land as well."""
-    for which in range(3):
+
+    def one(which):
         out, a, into, b, control, data = between()
         cutter = Cutter(frame_length, damage(kind, which, random.Random(which)), TOKEN_BYTES)
         data.flip = cutter
@@ -177,20 +183,19 @@ def test_a_data_frame_is_right_or_not_taken(leakless, between, kind):
         out.close()
         into.close()
 
+    at_once(one, range(3))
 
-def test_any_bit_of_the_data_stream_may_flip(leakless, between):
+
+def test_any_bit_of_the_data_stream_may_flip(leakless, between, at_once):
     """Token, header, sums, payload: noticed where it matters, mended where it can be."""
     rng = random.Random(4)
-    landed = 0
-    for at in [
-        *range(0, 48, 16),
-        *range(48, 130, 7),
-        *(rng.randrange(130, 5000) for _ in range(9)),
-    ]:
+    landed = []
+
+    def one(at):
         out, a, into, b, control, data = between()
         flipped = []
 
-        def flip(position, chunk, at=at, flipped=flipped):
+        def flip(position, chunk):
             if not flipped and position <= at < position + len(chunk):
                 chunk[at - position] ^= 1 << (at % 8)
                 flipped.append(at)
@@ -202,11 +207,15 @@ def test_any_bit_of_the_data_stream_may_flip(leakless, between):
         ended, after = attempt(out, a, into, b, 0, 5.0)
 
         assert flipped
-        landed += ended == [True, True]
+        if ended == [True, True]:
+            landed.append(at)
         heal(out, a, into, b, after, [control, data])
         out.close()
         into.close()
-    assert landed > 9
+
+    positions = [*range(0, 48, 16), *range(48, 130, 7)]
+    at_once(one, positions + [rng.randrange(130, 5000) for _ in range(9)])
+    assert len(landed) > 9
 
 
 def test_a_damaged_length_of_a_coded_block_is_mended(between):

@@ -1,5 +1,6 @@
 """Drawn machines that the tests look at in place of real ones."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from sagellm.comm.topology import TopologyManager, _nvml, _sysfs_net, _sysfs_numa, _sysfs_pci
 from sagellm.comm.topology.benchmarks.fake_machine import FakeMachine, StubNvml, draw_hgx
 from sagellm.core.protocols import DetectorSpec
+
+sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
 
 SYSFS = (_sysfs_pci.SPEC, _sysfs_numa.SPEC, _sysfs_net.SPEC)
 HGX_GPUS = tuple(f"0000:{0x13 + 0x30 * p + i:02x}:00.0" for p in range(4) for i in range(2))

@@ -15,7 +15,7 @@ def rows_of(case, contenders):
     ]
 
 
-@pytest.mark.parametrize("shape", ["cluster", "one switch", "one PCI tree"])
+@pytest.mark.parametrize("shape", bench_graph.SHAPES)
 def test_graph_figures_are_taken_and_judged(shape, monkeypatch):
     monkeypatch.setattr(bench_graph, "DEVICES", 300)
     monkeypatch.setattr(bench_graph, "PAIRS", 40)
@@ -59,12 +59,37 @@ def test_choices_and_plans_are_judged():
     rows = [row for c in cases for row in rows_of(c, bench_cost_model.contenders(c))]
     names = {r.name: r for r in bench_cost_model.ratios(rows)}
 
+    assert names["bad choices by chance/after measuring"].value > 1
     assert names["choices within 5 % after measuring/95 %"].value > 0.9
     assert names["60 s/plan"].value > 1
 
 
+def test_what_luck_would_do_is_told_of_recorded_tables_too(shared_samples, monkeypatch):
+    monkeypatch.setenv(bench_cost_model.CURVES_VARIABLE, str(shared_samples.parent / "curves"))
+    bench_cost_model.choices.cache_clear()
+    case = {"what": "choices", "topologies": 2}
+
+    rows = rows_of(case, bench_cost_model.contenders(case))
+    bench_cost_model.choices.cache_clear()
+    figures = {row.contender: row.median for row in rows}
+    names = {r.name: r for r in bench_cost_model.ratios(rows)}
+
+    assert 0.5 <= figures["between recorded tables by chance, share within 5 %"] < 0.8
+    assert names["bad choices by chance/between recorded tables"].value > 1
+
+
+def test_live_sizes_are_those_fixed_beforehand_and_a_second_grid_beside_them():
+    powers, beside = (bench_cost_model.grid(g) for g in ("powers of two", "off the pages"))
+    names = {c["grid"] for c in bench_cost_model.cases(quick=False) if c["what"] == "live"}
+
+    assert powers == [1 << k for k in range(12, 25)]
+    assert beside == sorted(set(beside))
+    assert (len(beside), beside[0]) == (25, 4096)
+    assert names == {"powers of two", "off the pages"}
+
+
 def test_a_live_figure_is_judged_by_the_noise_where_that_is_greater():
-    case = {"what": "live", "backend": "gloo", "ranks": 2, "rounds": 5}
+    case = {"what": "live", "backend": "gloo", "ranks": 2, "rounds": 5, "grid": "powers of two"}
     figures = {"error, median": 0.1, "half-split of repeats, median": 0.2}
     rows = [Row(case, name, (value,)) for name, value in figures.items()]
 
@@ -79,7 +104,7 @@ def test_a_live_figure_is_judged_by_the_noise_where_that_is_greater():
 
 def test_a_backend_that_cannot_be_timed_leaves_its_column_empty():
     pytest.importorskip("torch", reason="timing collectives needs torch")
-    case = {"what": "live", "backend": "nonesuch", "ranks": 2, "rounds": 5}
+    case = {"what": "live", "backend": "nonesuch", "ranks": 2, "rounds": 5, "grid": "powers of two"}
 
     rows = rows_of(case, bench_cost_model.contenders(case))
 

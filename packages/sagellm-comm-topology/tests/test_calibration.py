@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sagellm.comm.topology.calibration import calibrate
+from sagellm.comm.topology.calibration import calibrate, find_switches
 from sagellm.comm.topology.cost_model import CostModel
 from sagellm.core.protocols import ConfigError, TopologyInfo
 
@@ -28,6 +28,23 @@ def test_knots_close_in_on_a_protocol_switch():
     above = min(n for n in found if n >= 3 << 20)
     assert above / below < 2
     assert (found[0], found[-1], len(found)) == (4 << 10, 256 << 20, 14)
+
+
+def test_a_protocol_switch_is_told_and_a_bend_is_none():
+    def bend(nbytes):
+        return (30**3 + (nbytes * 2e-4) ** 3) ** (1 / 3)
+
+    def late(nbytes):
+        return 10 + nbytes * 1e-3 + (500 if nbytes >= 100_000 else 0)
+
+    down, up = (find_switches(calibrate(lambda n, f=f: [f(n)], **WHAT)) for f in (switching, late))
+
+    assert [s.below < 3 << 20 <= s.above for s in down] == [True]
+    assert [s.below < 100_000 <= s.above for s in up] == [True]
+    assert down[0].factor < 0.5 < 1.5 < up[0].factor
+    for smooth in (bend, lambda n: 20 + n * 1e-3, lambda n: 5.0):
+        assert find_switches(calibrate(lambda n, f=smooth: [f(n)] * 5, **WHAT)) == ()
+    assert find_switches([]) == ()
 
 
 def test_adaptive_sizes_beat_the_same_number_of_even_ones():

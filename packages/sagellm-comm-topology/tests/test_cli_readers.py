@@ -6,11 +6,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from printers import Drawn, print_nvidia
 
 from sagellm.comm.topology.__main__ import main
 from sagellm.comm.topology._diff import Difference, differences
 from sagellm.comm.topology._doctor import examine
-from sagellm.comm.topology.benchmarks.fake_tools import Drawn, print_nvidia
 from sagellm.comm.topology.detector import Detection
 from sagellm.comm.topology.export import from_json
 from sagellm.comm.topology.importers import import_topology
@@ -174,3 +174,39 @@ def test_nics_are_listed_as_people_count(capsys):
     info = import_topology(print_nvidia(drawn).encode())
 
     assert [d.attrs["ib"] for d in info.devices if d.kind == "nic"] == drawn.nics
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show"],
+        ["export", "svg"],
+        ["export", "nccl-xml"],
+        ["export", "matrix"],
+        ["import", "FILE"],
+        ["diff", "FILE", "live"],
+        ["explain", "GPU0", "GPU1"],
+        ["predict", "--op", "all_reduce", "--bytes", "1M", "--group", "2"],
+        ["plan", "--nodes", "2", "--bytes", "1M"],
+        ["doctor"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_speaks_json(words, hgx_root, topo, capsys):
+    source = {"import": [], "diff": [], "plan": [], "doctor": ["--root", str(hgx_root)]}
+    place = source.get(words[0], ["--from", str(hgx_root)])
+
+    code = main([str(topo) if w == "FILE" else w for w in words] + [*place, "--json"])
+
+    assert code in (0, 1)
+    assert isinstance(json.loads(capsys.readouterr().out), dict | list)
+
+
+def test_an_export_to_a_file_tells_its_place_in_json(hgx_root, tmp_path, capsys):
+    file = tmp_path / "t.svg"
+
+    assert main(["export", "svg", "--from", str(hgx_root), "-o", str(file), "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"schema": "sagellm.topology.export/1", "format": "svg", "file": str(file)}
+    assert file.read_text().startswith("<svg")

@@ -3,14 +3,20 @@
 import json
 import os
 import sys
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
 
 from sagellm.comm.topology.__main__ import main
 from sagellm.comm.topology.cost_model import CostModel
-from sagellm.comm.topology.live import calibrate_live, library_of, sweep_live
-from sagellm.core.protocols import CommTimeoutError, ConfigError, DistributedRuntimeError
+from sagellm.comm.topology.live import OPS, calibrate_live, library_of, sweep_live
+from sagellm.core.protocols import (
+    BackendUnavailableError,
+    CommTimeoutError,
+    ConfigError,
+    DistributedRuntimeError,
+)
 from sagellm.core.protocols.selection import backend_registry
 
 pytest.importorskip("torch", reason="timing collectives needs torch")
@@ -39,6 +45,7 @@ def test_processes_are_timed_kept_and_predicted_from(tmp_path, capsys, hgx_root)
 
     assert {r["op"] for r in measured["rows"]} == {"all_reduce", "broadcast"}
     assert all(r["time_us"] > 0 and r["algorithm"] == "native" for r in measured["rows"])
+    assert measured["switches"].keys() == {"all_reduce", "broadcast"}
     assert Path(measured["path"]).parent == tmp_path
     assert predicted["estimates"]["native"]["basis"] == "calibrated"
     assert predicted["estimates"]["ring"]["basis"] == "prior"
@@ -98,6 +105,114 @@ def test_a_backend_found_by_its_entry_point_is_timed():
     assert len(rows) == 10
 
 
+def test_measurements_are_kept_under_the_version_of_what_moves_the_bytes(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    shipped = {e.name: e.dist for e in entry_points(group="sagellm.comm.backends")}
+
+    assert library_of("gloo") == f"gloo torch-{version('torch')}"
+    assert library_of("nccl") == "nccl 2.27.3"
+    for name in shipped.keys() - {"gloo", "nccl"}:
+        assert library_of(name) == f"{name} {shipped[name].name}-{shipped[name].version}"
+    with pytest.raises(ConfigError, match="has no 'nonesuch'"):
+        library_of("nonesuch")
+
+
+def test_without_nccl_or_with_too_few_devices_nothing_starts(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="has no NCCL"):
+        calibrate_live("nccl", 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    assert main(["calibrate", "--backend", "nccl", "--ranks", "2"]) != 0
+
+    assert "a GPU for each of 2 ranks" in capsys.readouterr().err
+
+
+# Stands in each rank's process for torch's devices: device memory is the host's, NCCL is gloo.
+FAKE_DEVICES = """
+import importlib.abc, importlib.machinery, os, sys
+
+def fake(torch):
+    import torch.distributed as dist
+    said = open(os.environ["FAKE_DEVICES_SAID"] + "." + sys.argv[-1], "a", buffering=1)
+    def on_host(make):
+        def made(*args, device=None, **more):
+            if device is not None:
+                said.write(f"{make.__name__} {device}\\n")
+            return make(*args, **more)
+        return made
+    torch.zeros, torch.tensor = on_host(torch.zeros), on_host(torch.tensor)
+    torch.cuda.set_device = lambda device: said.write(f"set_device {device}\\n")
+    torch.cuda.synchronize = lambda device=None: said.write(f"synchronize {device}\\n")
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.nccl.version = lambda: (2, 27, 3)
+    dist.is_nccl_available = lambda: True
+    begin = dist.init_process_group
+    def init_process_group(library, **more):
+        said.write(f"init {library}\\n")
+        return begin("gloo", **more)
+    dist.init_process_group = init_process_group
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            fake(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+if "sagellm.comm.topology._live_rank" in " ".join(sys.orig_argv):
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+@on_linux
+def test_nccl_is_timed_on_a_device_of_each_rank_and_kept_for_them(
+    tmp_path, capsys, monkeypatch, hgx_root
+):
+    import torch
+
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(FAKE_DEVICES)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("FAKE_DEVICES_SAID", str(tmp_path / "said"))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    source = ["--from", str(hgx_root), "--folder", str(tmp_path / "kept"), "--backend", "nccl"]
+
+    assert main(["calibrate", *source, "--largest", "64K", "--knots", "4", "--repeats", "5",
+                 "--ops", ",".join(OPS), "--json"]) == 0  # fmt: skip
+    measured = json.loads(capsys.readouterr().out)
+    assert main(["predict", *source, "--bytes", "32K", "--group", "GPU0,GPU1", "--json"]) == 0
+    near = json.loads(capsys.readouterr().out)["estimates"]["native"]
+    assert main(["predict", *source, "--bytes", "32K", "--group", "GPU0,GPU7", "--json"]) == 0
+    far = json.loads(capsys.readouterr().out)["estimates"]["native"]
+
+    assert measured["library"] == "nccl 2.27.3"
+    assert {r["op"] for r in measured["rows"]} == set(OPS)
+    assert {len(r["members"]) for r in measured["rows"]} == {2}
+    assert (near["basis"], far["basis"]) == ("calibrated", "scaled")
+    for rank in range(2):
+        said = (tmp_path / f"said.{rank}").read_text().splitlines()
+        assert said[:2] == [f"set_device cuda:{rank}", "init nccl"]
+        assert {f"zeros cuda:{rank}", f"tensor cuda:{rank}"} < set(said)
+        assert said.count(f"synchronize cuda:{rank}") >= 2 * 5 * 4 * len(OPS)
+        assert not any(f"cuda:{1 - rank}" in line for line in said)
+
+
 @on_linux
 def test_when_a_rank_fails_its_words_are_told_and_nothing_is_left(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
@@ -145,4 +260,3 @@ def test_where_only_a_library_was_measured_no_formula_is_chosen():
     name, estimate = model.select(model.freeze(), "all_reduce", 1 << 15, 2)
 
     assert (name, estimate.basis) == ("native", "calibrated")
-    assert library_of("gloo").startswith("gloo torch-")

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from sagellm.comm.topology import TopologyManager
+from sagellm.comm.topology._vendors import VISIBLE_VARIABLES
 from sagellm.comm.topology.detector import installed_detectors, make_context, run_detectors
 from sagellm.comm.topology.merge import merge
+from sagellm.comm.topology.visibility import apply_visibility
 from sagellm.core.protocols import (
     ConfigError,
     DetectorSpec,
@@ -19,6 +21,7 @@ from sagellm.core.protocols import (
     Link,
     SwitchDomain,
     TopologyFragment,
+    TopologyInfo,
 )
 
 
@@ -57,6 +60,7 @@ def test_a_detector_that_raises_is_a_warning_and_the_others_go_on(tmp_path):
 
     assert info.num_devices == 1
     assert "bad failed: RuntimeError: no luck" in info.warnings
+    assert set(info.provenance) == {"bad", "good"}
 
 
 def test_a_detector_that_hangs_is_left_behind_at_the_deadline(tmp_path):
@@ -73,6 +77,7 @@ def test_a_detector_that_hangs_is_left_behind_at_the_deadline(tmp_path):
     assert time.monotonic() - start_s < 5
     assert info.num_devices == 1
     assert any("a-hang did not answer" in w for w in info.warnings)
+    assert info.provenance["a-hang"] > 0
     release.set()
 
 
@@ -292,3 +297,20 @@ def test_detectors_share_a_thread_until_one_is_slow(tmp_path):
 
     assert [f.source for _, f in found.fragments] == ["a", "b", "c", "d", "e"]
     assert threads["a"] == threads["b"] == threads["c"] != threads["d"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "variable"),
+    [(vendor, name) for vendor, names in VISIBLE_VARIABLES.items() for name in names],
+)
+def test_every_makers_variable_chooses_and_orders_its_devices(vendor, variable):
+    devices = tuple(Device(f"{vendor}:{i}", "npu", vendor=vendor, index=i) for i in range(4))
+    others = (Device("other:0", "gpu", vendor="intel", index=0),)
+    info = TopologyInfo(devices=(*devices, *others))
+
+    seen = apply_visibility(info, {variable: "2,0"})
+
+    numbers = {d.id: d.visible_index for d in seen.devices}
+    assert numbers == {
+        f"{vendor}:0": 1, f"{vendor}:1": None, f"{vendor}:2": 0, f"{vendor}:3": None, "other:0": 0,
+    }  # fmt: skip

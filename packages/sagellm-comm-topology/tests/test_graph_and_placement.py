@@ -258,6 +258,7 @@ def test_what_is_kept_of_searches_is_bounded(monkeypatch):
     monkeypatch.setattr("sagellm.comm.topology._routes._KEPT_STEPS", 50)
     ids = [f"s{i}" for i in range(30)]
     links = tuple(Link(a, b, "pcie", 1, 1e9) for a, b in pairwise(ids))
+    links = (*links[:-1], Link("s28", "s29", "socket", 1, 1e9))
     g = TopologyGraph(
         TopologyInfo(devices=tuple(Device(i, "pci_switch") for i in ids), links=links)
     )

@@ -4,9 +4,7 @@ import random
 
 import pytest
 from hypothesis import given, settings, strategies as st
-
-from sagellm.comm.topology import TopologyGraph
-from sagellm.comm.topology.benchmarks.fake_tools import (
+from printers import (
     PATHS,
     Bridge,
     Drawn,
@@ -20,6 +18,8 @@ from sagellm.comm.topology.benchmarks.fake_tools import (
     print_p2p,
     print_rocm,
 )
+
+from sagellm.comm.topology import TopologyGraph
 from sagellm.comm.topology.export import pair_label, to_matrix, to_nccl_xml
 from sagellm.comm.topology.importers import import_topology
 from sagellm.comm.topology.merge import merge
@@ -105,6 +105,27 @@ def test_metax_matrix_is_the_identity(machine):
     info = import_topology(print_metax(machine).encode())
 
     assert {d.vendor for d in info.accelerators} == {"metax"}
+    assert_same(machine, info)
+
+
+COUSINS = {
+    "mthreads": ("GPU", ("MT1", "MT2", "MT6"), "\nMTLink\n"),
+    "iluvatar": ("GPU", (), "\nixsmi\n"),
+    "cambricon": ("MLU", ("MLK2", "MLK4"), "\ncnmon\n"),
+    "kunlunxin": ("XPU", ("XL1", "XL4"), "\nxpu-smi\n"),
+}
+
+
+@pytest.mark.parametrize("vendor", COUSINS)
+@once
+@given(st.data())
+def test_matrices_of_cousins_are_the_identity(vendor, data):
+    label, fabric, sign = COUSINS[vendor]
+    machine = data.draw(drawn(PATHS + fabric, nics=False))
+
+    info = import_topology((print_columns(machine, label=label) + sign).encode())
+
+    assert {d.vendor for d in info.accelerators} == {vendor}
     assert_same(machine, info)
 
 

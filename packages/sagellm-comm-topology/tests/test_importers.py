@@ -450,3 +450,14 @@ def test_rings_of_an_imported_square_avoid_its_missing_diagonals():
     order = [members.index(m) for m in ring(TopologyGraph(square), members)]
 
     assert order in ([0, 1, 3, 2], [0, 2, 3, 1])
+
+
+def test_a_port_faster_than_any_has_no_rate():
+    text = """<system version="1"><cpu numaid="0"><pci busid="0000:01:00.0" class="0x020000">
+    <nic><net name="cxi0" dev="0" speed="200000000"/></nic></pci></cpu></system>"""
+
+    info = import_topology(text.encode())
+
+    nic = next(d for d in info.devices if d.kind == "nic")
+    assert "port_bytes_per_s" not in nic.attrs
+    assert any("200000000 Mb/s of cxi0" in w for w in info.warnings)

@@ -257,11 +257,11 @@ def test_a_tool_without_addresses_is_joined_by_order_and_says_so(machine, look):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (TimeoutError("slow"), "did not end"),
+        (TimeoutError("slow"), "did not answer"),
         (CommandResult(0, "Failed to initialize NVML: Driver/library mismatch\n"), "no table"),
         (CommandResult(9, "", "NVIDIA-SMI has failed"), "ended with 9"),
         (CommandResult(0, "\x00" * (1 << 20)), "no table"),
-        (PermissionError("no"), "cannot be run"),
+        (PermissionError("no"), "could not be run"),
         (FileNotFoundError("nvidia-smi"), None),
     ],
 )

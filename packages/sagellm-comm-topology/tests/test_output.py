@@ -130,7 +130,7 @@ def test_no_card_covers_another(hgx):
     cards = [n for n in canvas.at.values() if n.device.kind in ("gpu", "nic")]
     for i, a in enumerate(cards):
         for b in cards[i + 1 :]:
-            apart = abs(a.x - b.x) >= _svg_canvas.CARD_W or abs(a.y - b.y) >= _svg_canvas.CARD_H
+            apart = abs(a.x - b.x) >= canvas.card_w or abs(a.y - b.y) >= _svg_canvas.CARD_H
             assert apart, (a.device.id, b.device.id)
 
 

@@ -297,6 +297,33 @@ def test_plan_of_the_command_line_draws_and_speaks_json(capsys):
     ]
 
 
+def test_a_plan_says_what_its_best_is_the_best_of(capsys):
+    words = ["plan", "--nodes", "16", "--bytes", "1M", "--algorithms", "ring,two_shot"]
+
+    assert main(words) == 0
+    drawn = " ".join(capsys.readouterr().out.split())
+    assert main([*words, "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+
+    assert "against best of those simulated" in drawn
+    assert "fastest of those simulated:" in drawn
+    assert (
+        "not simulated, and perhaps faster: two_shot on 16 hosts (16 hosts: 65,536 messages"
+        in drawn
+    )
+    assert [b["nodes"] for b in best] == [1, 2, 4, 8, 16]
+    assert best[0]["of_simulated"] == ["ring", "two_shot"]
+    assert best[0]["left_out"] == {}
+    assert best[-1]["of_simulated"] == ["ring"]
+    assert "65,536 messages" in best[-1]["left_out"]["two_shot"]
+
+
+def test_a_plan_that_leaves_nothing_out_says_best(capsys):
+    assert main(["plan", "--nodes", "2", "--bytes", "1M"]) == 0
+
+    assert "of those simulated" not in capsys.readouterr().out
+
+
 def test_plan_refuses_sizes_and_shapes_that_are_none(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--bytes", "much"])

@@ -12,7 +12,9 @@ from typing import Protocol
 
 from .topology import TopologyFragment
 
-__all__ = ["CommandResult", "DetectionContext", "Detector", "DetectorSpec"]
+__all__ = ["CommandResult", "DetectionContext", "Detector", "DetectorSpec", "ask_tool"]
+
+_LONGEST_SAYING = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,13 @@ class CommandResult:
     returncode: int
     stdout: str
     stderr: str = ""
+
+    @property
+    def first_line(self) -> str:
+        """The first line of the errors, else of the output, quoted; `nothing` without any."""
+        lines = [x.strip() for x in (*self.stderr.splitlines(), *self.stdout.splitlines())]
+        said = next((line for line in lines if line), None)
+        return "nothing" if said is None else repr(said[:_LONGEST_SAYING])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +81,48 @@ class DetectorSpec:
     precedence: int
     load: Callable[[], Detector]
     vendors: tuple[str, ...] = field(default_factory=tuple)
+
+
+def ask_tool(
+    ctx: DetectionContext,
+    tool: str,
+    arguments: Sequence[str],
+    warnings: list[str],
+    *,
+    places: Sequence[str] = (),
+    longest_s: float = 10.0,
+) -> CommandResult | None:
+    """What a vendor's tool prints; None where there is none, it hangs or cannot be run.
+
+    Never raises. Tools print errors on standard output and end with 0: the caller counts only
+    what reads as an answer.
+
+    Args:
+        ctx: Where and how long to run it.
+        tool: The command.
+        arguments: What it is asked.
+        warnings: Gets a sentence for each thing that went wrong; a missing tool is none.
+        places: Where the command is when it is not on PATH, below the root.
+        longest_s: Longest wait in seconds, where the deadline leaves that much.
+
+    """
+    for command in (tool, *(f"/{p}" for p in places if (ctx.root / p).is_file())):
+        said = " ".join((command, *arguments))
+        left_s = min(longest_s, ctx.deadline_s - ctx.clock())
+        if left_s <= 0:
+            warnings.append(f"no time left to run `{said}`")
+            return None
+        try:
+            done = ctx.run([command, *arguments], left_s)
+        except FileNotFoundError:
+            continue
+        except TimeoutError:
+            warnings.append(f"`{said}` did not answer within {left_s:.1f} s")
+            return None
+        except OSError as e:
+            warnings.append(f"`{said}` could not be run: {e}")
+            return None
+        if done.returncode != 0:
+            warnings.append(f"`{said}` ended with {done.returncode}: {done.first_line}")
+        return done
+    return None

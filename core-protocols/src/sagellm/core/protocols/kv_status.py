@@ -97,6 +97,7 @@ class TransferMetrics:
         verify_s: Spent on checksums.
         codec_s: Spent on encoding or decoding.
         path: How it went, such as `tcp:1`.
+        codec: What coded its bytes last; empty where nothing was asked to.
         retries: Blocks asked for again.
 
     """
@@ -111,6 +112,7 @@ class TransferMetrics:
     codec_s: float = 0.0
     path: str = ""
     retries: int = 0
+    codec: str = ""
 
 
 @dataclass(frozen=True, slots=True)

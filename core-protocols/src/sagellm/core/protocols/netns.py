@@ -107,6 +107,11 @@ class ShapedHosts:
             self._run(i, "tc", "qdisc", "replace", "dev", self.interfaces[i], "root", "tbf",
                       "rate", rate, "burst", "256kb", "latency", "50ms")  # fmt: skip
 
+    def unshape(self) -> None:
+        """Let the link be as fast as the machine moves packets, until it is shaped again."""
+        for i in range(2):
+            self._run(i, "tc", "qdisc", "del", "dev", self.interfaces[i], "root")
+
     def _hold(self) -> None:
         ours = os.readlink("/proc/self/ns/net")
         holder = subprocess.Popen(

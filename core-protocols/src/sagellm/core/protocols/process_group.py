@@ -27,11 +27,12 @@ from ._process_group.recorder import (
 )
 from ._process_group.shim import abort_group, group_facts, group_libraries, make_group
 from ._process_group.solo import SoloTransport
-from ._process_group.stats import EngineRow, busbw_factor
+from ._process_group.stats import EngineRow
 from ._process_group.torch_transport import TorchTransport
 from ._process_group.transport import Position, RawCall, RawWork, TorchObject, Transport, WorkReport
 from ._process_group.work import completed_future
 from .backend_spec import BackendSpec
+from .bandwidth import busbw_factor
 from .comm_backend import CommBackendProtocol
 from .errors import ConfigError
 from .observe import check_options, observe_settings

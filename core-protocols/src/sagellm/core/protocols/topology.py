@@ -386,7 +386,10 @@ class CostTable:
     Attributes:
         fingerprint: Topology it belongs to.
         version: Of the table's schema.
-        curves: (op, algorithm, group size) to ((nbytes, time_us), …) in rising size.
+        curves: (op, algorithm, group size) to ((nbytes, time_us), …) in rising size. Of an op there
+            may be more, under names that are no op's: what was measured of groups of one shape
+            (`op@shape`), formulas (`prior:op`), and half-widths of intervals in place of times
+            (`noise:op`).
 
     """
 
@@ -415,7 +418,14 @@ class CostModelProtocol(ABC):
 
     @abstractmethod
     def observe(self, samples: Sequence[Mapping[str, Any]]) -> None:  # Any: JSON-like rows
-        """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us."""
+        """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us.
+
+        A row may name its `members`, device ids: it then speaks for groups joined alike.
+
+        Raises:
+            ConfigError: A row cannot be; none was learned.
+
+        """
 
     @abstractmethod
     def freeze(self) -> CostTable:
@@ -425,4 +435,9 @@ class CostModelProtocol(ABC):
     def select(
         self, table: CostTable, op: str, nbytes: int, group: Sequence[str] | int
     ) -> tuple[str, Estimate]:
-        """The fastest algorithm and its estimate. Pure: equal tables give equal answers."""
+        """The fastest algorithm and its estimate. Pure: equal tables give equal answers.
+
+        Raises:
+            ConfigError: The table has nothing for the op, or payload or group cannot be.
+
+        """

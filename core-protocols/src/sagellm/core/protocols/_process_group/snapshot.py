@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sagellm.core.protocols.bandwidth import busbw_factor
 from sagellm.core.protocols.comm_types import CallStats, OpStats
 
 from .recorder import LOCAL, TAKEN_OVER
-from .stats import BUCKETS, CallCounters, Cell, EngineRow, busbw_factor, percentile_us
+from .stats import BUCKETS, CallCounters, Cell, EngineRow, percentile_us
 
 __all__ = ["snapshot"]
 

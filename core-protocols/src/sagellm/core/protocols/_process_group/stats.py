@@ -22,7 +22,6 @@ __all__ = [
     "CallCounters",
     "Cell",
     "EngineRow",
-    "busbw_factor",
     "percentile_us",
 ]
 
@@ -31,19 +30,6 @@ BATCH = 512
 PER_OCTAVE = 8
 BUCKETS = 40 * PER_OCTAVE
 _FLOOR = -PER_OCTAVE * log2(10)
-
-
-def busbw_factor(op: str, size: int) -> float:
-    """What nccl-tests multiply algorithm bandwidth by, to compare it with link speed.
-
-    >>> busbw_factor("all_reduce", 4), busbw_factor("all_gather", 4), busbw_factor("send", 4)
-    (1.5, 0.75, 1.0)
-    """
-    if op == "all_reduce":
-        return 2 * (size - 1) / size
-    if op in ("broadcast", "reduce", "send", "recv", "send_kv_blocks", "recv_kv_blocks"):
-        return 1.0
-    return (size - 1) / size
 
 
 def percentile_us(buckets: Sequence[int], share: float) -> float | None:

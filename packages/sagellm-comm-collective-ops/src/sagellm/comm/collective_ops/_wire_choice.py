@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sagellm.core.protocols import Choice, CommBackendProtocol
+from sagellm.core.protocols.bandwidth import busbw_factor
 
 from ._wire_codec import WIRES, make_codec
 
@@ -67,9 +68,7 @@ def choose_wire(
     """
     others = (size - 1) / size
     gathered = op.startswith("all_gather")
-    sent = nbytes * (size - 1) if gathered else nbytes * others
-    if op == "all_reduce":
-        sent *= 2
+    sent = nbytes * (size - 1) if gathered else nbytes * busbw_factor(op, size)
     times = {"none": rates.call_s + sent / rates.link_bytes_per_s}
     floats = nbytes * 4 / itemsize
     for wire in wires:
@@ -108,7 +107,7 @@ def find_rates(backend: CommBackendProtocol, link_bytes_per_s: float | None) -> 
     link = link_bytes_per_s
     if link is None:
         whole_s = _median_s(lambda: backend.all_reduce(x))
-        sent = 2 * (backend.size - 1) / backend.size * _PROBE_BYTES
+        sent = busbw_factor("all_reduce", backend.size) * _PROBE_BYTES
         link = sent / max(1e-9, whole_s - call_s)
     figures = [link, call_s]
     for wire in WIRES:

@@ -21,6 +21,7 @@ import torch
 
 from sagellm.core.protocols import CommBackendProtocol, ConfigError, CostModelProtocol, CostTable
 
+from ._version import __version__
 from .choice import AlgorithmTable, Rule
 
 __all__ = [
@@ -134,11 +135,12 @@ def _call(backend: CommBackendProtocol, op: str, nbytes: int) -> Callable[[], ob
 
 
 def table_key(backend: CommBackendProtocol, more: Sequence[str] = ()) -> str:
-    """Equal for groups that would measure alike: machines, torch, backend. Collective."""
+    """Equal for groups that would measure alike: machines, releases, backend. Collective."""
     mine = hashlib.sha256(_machine().encode()).digest()[:7]
     hosts = backend.all_gather(torch.tensor([int.from_bytes(mine, "big")]))
     assert isinstance(hosts, list)
-    facts = [backend.name, torch.__version__, *more, *(str(int(h.item())) for h in hosts)]
+    machines = [str(int(h.item())) for h in hosts]
+    facts = [backend.name, torch.__version__, __version__, *more, *machines]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 

@@ -8,11 +8,9 @@ run on the device.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sagellm.core.protocols import (
-    CommandResult,
     DetectionContext,
     Detector,
     DetectorSpec,
@@ -22,6 +20,7 @@ from sagellm.core.protocols import (
     LinkKind,
     TopologyFragment,
 )
+from sagellm.core.protocols.detection import ask_tool
 
 from .topo_table import LinkTable, parse_bus_table, parse_link_table
 
@@ -41,7 +40,7 @@ class ToolTable:
         topology: Its arguments for the matrix.
         overview: Its arguments for a table with PCI addresses.
         places: Where the command is when it is not on PATH, below the root.
-        vendor: Lower-case vendor.
+        vendor: Lower-case vendor as the topology names it: `huawei`, `mthreads`, `kunlunxin`, ….
         kind: Kind of its devices.
         name: Pattern of a row's name; the group is the index.
         fabric: Pattern of a code to the link it stands for; a group is the number of links.
@@ -77,21 +76,20 @@ class TopologyToolDetector:
         if not ctx.allow_commands:
             return TopologyFragment(table.tool)
         warnings: list[str] = []
-        printed = _run(ctx, table, table.topology, warnings)
+        printed = ask_tool(ctx, table.tool, table.topology, warnings, places=table.places)
         if printed is None:
             return TopologyFragment(
                 table.tool, warnings=tuple(warnings), elapsed_s=ctx.clock() - started
             )
         matrix = parse_link_table(printed.stdout, table.name)
         if not matrix.names:
-            said = (printed.stderr or printed.stdout).strip().splitlines()[:1] or ["nothing"]
             warnings.append(
-                f"{table.tool} ended with {printed.returncode} and printed no link matrix: "
-                f"{said[0]!r}; links of {table.vendor} are unknown"
+                f"{table.tool} printed no link matrix: {printed.first_line}; "
+                f"links of {table.vendor} are unknown"
             )
             addresses = {}
         else:
-            overview = _run(ctx, table, table.overview, warnings)
+            overview = ask_tool(ctx, table.tool, table.overview, warnings, places=table.places)
             addresses = parse_bus_table(overview.stdout) if overview else {}
         if table.experimental and matrix.names:
             warnings.append(f"reading {table.tool} is experimental")
@@ -105,28 +103,6 @@ class TopologyToolDetector:
             warnings=tuple(warnings),
             elapsed_s=ctx.clock() - started,
         )
-
-
-def _run(
-    ctx: DetectionContext, table: ToolTable, arguments: Sequence[str], warnings: list[str]
-) -> CommandResult | None:
-    commands = [table.tool, *(f"/{p}" for p in table.places if (ctx.root / p).is_file())]
-    for command in commands:
-        left_s = ctx.deadline_s - ctx.clock()
-        if left_s <= 0:
-            warnings.append(f"no time left to run {table.tool}")
-            return None
-        try:
-            return ctx.run([command, *arguments], left_s)
-        except FileNotFoundError:
-            continue
-        except TimeoutError:
-            warnings.append(f"{command} did not answer within {left_s:.1f} s")
-            return None
-        except OSError as e:
-            warnings.append(f"{command} could not be run: {e}")
-            return None
-    return None
 
 
 def _index(table: ToolTable, name: str) -> int | None:
@@ -238,7 +214,7 @@ _MOORE_THREADS_TABLE = ToolTable(
     tool="mthreads-gmi",
     topology=("topo", "-m"),
     overview=(),
-    vendor="moorethreads",
+    vendor="mthreads",
     kind="gpu",
     name=r"GPU\d+",
     fabric=((r"MT(\d+)", "mtlink"),),
@@ -248,7 +224,7 @@ _KUNLUN_TABLE = ToolTable(
     tool="xpu-smi",
     topology=("topo", "-m"),
     overview=(),
-    vendor="kunlun",
+    vendor="kunlunxin",
     kind="npu",
     name=r"XPU\d+",
     fabric=((r"XL(\d*)", "xpulink"),),

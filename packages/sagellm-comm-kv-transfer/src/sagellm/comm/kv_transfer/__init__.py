@@ -1,5 +1,6 @@
 """Moves KV-cache blocks between processes: checked, bounded and authenticated."""
 
+from ._coded_request import CodecRequest as CodecRequest
 from ._version import __version__ as __version__
 from .channel import KVTransferChannel as KVTransferChannel
 from .compression import (
@@ -15,6 +16,7 @@ from .transports import TcpTransport as TcpTransport
 
 __all__ = [
     "TRANSITIONS",
+    "CodecRequest",
     "HostStaging",
     "KVTransferChannel",
     "KVTransferSettings",

@@ -19,6 +19,7 @@ from sagellm.core.protocols import (
 from . import auth, wire
 from ._control import Control, keep_alive
 from ._loop import READ, WRITE, EventLoop, Timer
+from ._room import Pressed
 from .tls import RECORD_TYPE, Tls, TlsSocket
 
 __all__ = ["Accepted", "Doorkeeper"]
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.1
 _LINGER_S = 0.5
+_MAX_ADDRESS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Doorkeeper:
         timeout_s: For the whole handshake.
         peer_timeout_s: A peer that is silent for so long is lost.
         max_message_bytes: Of a proven peer.
+        control: Memory that the connections hold, together with those of links.
 
     """
 
@@ -76,8 +79,10 @@ class Doorkeeper:
         timeout_s: float,
         peer_timeout_s: float,
         max_message_bytes: int,
+        control: Pressed,
     ) -> None:
         self.rejected = 0
+        self._pressed = control
         self._loop = loop
         self._listener = listener
         self._node_id = node_id
@@ -125,7 +130,7 @@ class Doorkeeper:
         if len(self._guests) >= self._max:
             self._drop(min(self._guests, key=lambda g: g.proven))
         sock.setblocking(False)
-        guest = _Guest(sock)
+        guest = _Guest(sock, self._drop)
         self._guests[guest] = None
         guest.timer = self._loop.call_later(self._timeout_s, lambda: self._drop(guest))
         self._loop.watch(sock, READ, lambda events: self._ready(guest, events))
@@ -157,6 +162,7 @@ class Doorkeeper:
         for body in guest.buffer.feed(data):
             if self._step(guest, body):
                 return
+        self._pressed.hold(guest, guest.buffer.held_bytes - guest.held_bytes)
 
     def _open(self, guest: _Guest) -> None:
         """See whether it speaks TLS, and shake hands if both do."""
@@ -189,6 +195,8 @@ class Doorkeeper:
             ready = guest.control.open(body)
             if not isinstance(ready, wire.Ready) or guest.out:
                 raise DistributedRuntimeError(f"{type(ready).__name__} out of turn")
+            if len(ready.address) > _MAX_ADDRESS:
+                raise DistributedRuntimeError(f"an address of {len(ready.address)} characters")
             self._admit(guest.node_id, guest.instance)  # others may have come meanwhile
             self._let_go(guest)
             keep_alive(guest.sock, self._peer_timeout_s)
@@ -285,6 +293,7 @@ class Doorkeeper:
 
     def _let_go(self, guest: _Guest) -> None:
         del self._guests[guest]
+        self._pressed.free(guest)
         self._loop.unwatch(guest.sock)
         if guest.timer is not None:
             guest.timer.cancel()
@@ -293,8 +302,10 @@ class Doorkeeper:
 class _Guest:
     """A connection that has not proven itself yet."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, drop: Callable[[_Guest], None]) -> None:
         self.sock = sock
+        self.held_bytes = 0
+        self._drop = drop
         self.buffer = wire.FrameBuffer(wire.MAX_HANDSHAKE_BYTES)
         self.timer: Timer | None = None
         self.opened = False
@@ -306,6 +317,10 @@ class _Guest:
         self.node_id = -1
         self.instance = b""
         self.version = 0
+
+    def give_way(self, error: CommError) -> None:
+        """Close it: it holds more than any other."""
+        self._drop(self)
 
     @property
     def proven(self) -> bool:

@@ -19,7 +19,7 @@ from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, bare, ending, failure
 from .frames import SEALED, Header
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -89,6 +89,7 @@ class Arrivals:
         r.handle.via(link.path)
         self.by_tid[link, inflow.tid] = (r, source)
         link.inflows[inflow.tid] = inflow
+        inflow.broken = lambda e: self._engine.loop.call(lambda: self.fail(r, e))
         r.check_layers(range(inflow.extent.layers))
 
     def withdraw(self, r: Receive, link: Link) -> None:
@@ -173,7 +174,7 @@ class Arrivals:
     def on_release(self, link: Link, tid: int) -> None:
         """The sender knows that it has landed."""
         entry = self.by_tid.get((link, tid))
-        if entry is None or entry[0].handle.phase is not Phase.LANDED:
+        if entry is None or not entry[0].handle.awaits(Event.RELEASE):
             self._engine.ignore("release")
             return
         r, source = entry
@@ -244,16 +245,17 @@ class Arrivals:
                 self.unnamed.remove(r)
         if rule.safe:
             self.live.discard(r)
-        if r.handle.phase is Phase.LANDED:
+        unconfirmed = r.handle.awaits(Event.RELEASE)
+        if unconfirmed:
             self.unconfirmed.add(r)
         else:
             self.unconfirmed.discard(r)
         if r.watch is not None:
             r.watch.follow()
-        if rule.safe and r.handle.phase is not Phase.LANDED:  # over: let go of what refers to it
+        if rule.safe and not unconfirmed:  # over: let go of what refers to it
             r.watch = None
             for s in r.sources:
-                s.inflow.idle = None
+                s.inflow.idle = s.inflow.broken = None
 
     def _free(self, r: Receive) -> None:
         """Give back leases and room; then let those start that waited for it."""

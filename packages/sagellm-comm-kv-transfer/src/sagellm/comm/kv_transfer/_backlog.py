@@ -7,23 +7,11 @@ from typing import Generic, TypeVar
 
 from . import wire
 from ._link import Link
+from ._room import Room
 
-__all__ = ["Backlog", "Room"]
+__all__ = ["Backlog"]
 
 M = TypeVar("M", wire.Offer, wire.Fetch)
-
-
-class Room:
-    """Memory that several backlogs share.
-
-    Args:
-        limit: Bytes that those of all links take at most, about.
-
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
 
 
 class Backlog(Generic[M]):
@@ -58,10 +46,8 @@ class Backlog(Generic[M]):
         waiting = self._by_link.setdefault(link, {})
         size = wire.held_bytes(message)
         held = self._bytes.get(link, 0) + size
-        full = self._room.used + size > self._room.limit
-        if full or len(waiting) >= self._max_count or held > self._max_bytes:
+        if len(waiting) >= self._max_count or held > self._max_bytes or not self._room.take(size):
             return False
-        self._room.used += size
         waiting[message.tid] = message
         self._bytes[link] = held
         self._by_id.setdefault(message.id, {})[link, message.tid] = message
@@ -78,7 +64,7 @@ class Backlog(Generic[M]):
             return None
         size = wire.held_bytes(message)
         self._bytes[link] -= size
-        self._room.used -= size
+        self._room.give(size)
         named = self._by_id[message.id]
         del named[link, tid]
         if not named:

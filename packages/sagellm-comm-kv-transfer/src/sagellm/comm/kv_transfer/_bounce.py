@@ -11,9 +11,10 @@ import numpy as np
 
 from sagellm.core.protocols import ConfigError, KVBlock, KVLayout, ResourceError
 
+from ._device_extent import extent_of
 from .memory import Extent, Ints, TensorExtent, torch_dtype
 from .plan import Part, inner_axes
-from .pool import BlockTable, PoolExtent, RegisteredPool
+from .pool import BlockTable, RegisteredPool
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class Destination:
 
     def extent_for(self, parts: Mapping[str, Part]) -> Extent:
         """Memory of these parts of the blocks."""
-        return PoolExtent(self._pool, self._table, parts)
+        return extent_of(self._pool, self._table, parts)
 
     def blocks(self) -> Sequence[KVBlock]:
         """The buffers, when they were made for this transfer."""

@@ -41,6 +41,11 @@ class Control:
         self._ours = auth.Seal(session, initiator=initiator)
         self._theirs = auth.Seal(session, initiator=not initiator)
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """Bytes of the peer's message that is not whole yet."""
+        return self._buffer.held_bytes
+
     def seal(self, message: wire.Message) -> bytes:
         """The message as it goes on the wire; they have to be sent in the order of these calls."""
         body = self._ours.close(wire.encode(message)[_LENGTH.size :])

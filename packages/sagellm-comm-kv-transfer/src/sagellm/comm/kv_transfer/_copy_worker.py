@@ -11,9 +11,12 @@ import array
 import ctypes
 import mmap
 import os
+import runpy
 import socket
 import struct
 import sys
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -23,6 +26,9 @@ __all__: list[str] = []
 HEAD = struct.Struct("<5Q")
 MAP, UNMAP, COPY = range(3)
 _TICK = struct.pack("ll", 1, 0)
+_MAP_FILE = runpy.run_path(str(Path(__file__).with_name("_mapping.py")))["map_file"]
+
+Mapped: TypeAlias = "tuple[np.ndarray[Any, np.dtype[np.uint8]], int]"
 
 
 def _receive(sock: socket.socket, size: int, parent: int) -> bytearray:
@@ -40,12 +46,11 @@ def _receive(sock: socket.socket, size: int, parent: int) -> bytearray:
     return data
 
 
-def _mapped(fd: int, nbytes: int, *, writable: bool) -> tuple[memoryview, int]:
-    prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    mapped = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=prot)
+def _mapped(fd: int, nbytes: int, *, writable: bool) -> Mapped:
+    memory = _MAP_FILE(fd, nbytes, writable=writable)
     os.close(fd)
-    memory = np.frombuffer(mapped, dtype=np.uint8)
-    return memoryview(memory), int(memory.ctypes.data)  # type: ignore[arg-type]  # numpy 1's stubs
+    memory[:: mmap.PAGESIZE].max()  # every page is mapped now, not under the first job
+    return memory, int(memory.ctypes.data)
 
 
 def main() -> None:
@@ -53,9 +58,10 @@ def main() -> None:
     parent = os.getppid()
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TICK)
-    target, base = _mapped(int(sys.argv[2]), int(sys.argv[3]), writable=True)
+    pool, base = _mapped(int(sys.argv[2]), int(sys.argv[3]), writable=True)
+    target = memoryview(pool)  # type: ignore[arg-type,unused-ignore]  # numpy 1's stubs
     sock.sendall(b"r")
-    sources: dict[int, tuple[memoryview, int]] = {}
+    sources: dict[int, Mapped] = {}
     while True:
         what, a, b, c, d = HEAD.unpack(_receive(sock, HEAD.size, parent))
         if what == MAP:
@@ -66,34 +72,42 @@ def main() -> None:
         elif what == UNMAP:
             sources.pop(a, None)
         else:
-            columns = array.array("Q")
-            columns.frombytes(_receive(sock, 8 * (4 * a + 4 * b + 4 * c), parent))
+            columns = np.frombuffer(_receive(sock, 8 * (4 * a + 4 * b + 4 * c), parent), np.uint64)
             bad = _copy(columns, (a, b, c), d != 0, target, base, sources)
             sock.sendall(struct.pack("<Q", len(bad)) + array.array("Q", bad).tobytes())
 
 
 def _copy(
-    columns: array.array[int],
+    columns: np.ndarray[Any, np.dtype[np.uint64]],
     counts: tuple[int, int, int],
     check: bool,
     target: memoryview,
     base: int,
-    sources: dict[int, tuple[memoryview, int]],
+    sources: dict[int, Mapped],
 ) -> list[int]:
     """Copy batches of stretches; positions of units that are not what they should be."""
-    stretches, batches, units = counts
-    rows = columns.tolist()
-    which, offsets, to, sizes = (rows[i * stretches : (i + 1) * stretches] for i in range(4))
-    at = 4 * stretches
-    starts = {number: address for number, (_, address) in sources.items()}
-    move, digest = ctypes.memmove, xxhash.xxh3_64_intdigest
+    stretches, batches, _ = counts
+    at, end = 4 * stretches, 4 * (stretches + batches)
+    which, offsets, to, sizes = columns[:at].reshape(4, -1)
+    starts = np.zeros_like(offsets)
+    for number, (_, address) in sources.items():
+        starts[which == number] = address
+    rows = list(
+        zip(
+            (to + np.uint64(base)).tolist(),
+            (starts + offsets).tolist(),
+            sizes.tolist(),
+            strict=True,
+        )
+    )
+    place, length, seed, total = columns[end:].reshape(4, -1).tolist()
+    move, digest = ctypes.PyDLL(None).memmove, xxhash.xxh3_64_intdigest
+    move.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    move.restype = None
     bad = []
-    cells = rows[at + 4 * batches :]
-    place, length, seed, total = (cells[i * units : (i + 1) * units] for i in range(4))
-    for i in range(at, at + 4 * batches, 4):
-        low, high, first, last = rows[i : i + 4]
-        for k in range(low, high):
-            move(base + to[k], starts[which[k]] + offsets[k], sizes[k])
+    for low, high, first, last in columns[at:end].reshape(-1, 4).tolist():
+        for row in rows[low:high]:
+            move(*row)
         if check:
             for k in range(first, last):
                 if digest(target[place[k] : place[k] + length[k]], seed[k]) != total[k]:

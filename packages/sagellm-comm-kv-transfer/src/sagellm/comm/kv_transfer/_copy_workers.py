@@ -25,7 +25,7 @@ from ._copy_worker import COPY, HEAD, MAP, UNMAP
 
 U64 = NDArray[np.uint64]
 
-__all__ = ["CopyWorkers", "Job"]
+__all__ = ["CopyWorkers", "Job", "Working"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,15 @@ class CopyWorkers:
         fd: Of the pool.
         nbytes: Of the pool.
         count: How many.
+        shares: Whether the caller copies, too: then a job is a part of what it has to do.
 
     Raises:
         ResourceError: They could not be started.
 
     """
 
-    def __init__(self, fd: int, nbytes: int, count: int) -> None:
+    def __init__(self, fd: int, nbytes: int, count: int, *, shares: bool = False) -> None:
+        self.shares = shares
         self._idle = threading.Condition()
         self._workers: list[_Worker] = []
         try:
@@ -87,10 +89,8 @@ class CopyWorkers:
     def __len__(self) -> int:
         return len(self._workers)
 
-    def run(self, job: Job, given_up: Callable[[], bool], timeout_s: float) -> list[int] | None:
-        """Copy and check; positions of damaged units, or None when no worker could.
-
-        When it returns no worker writes for this job any more.
+    def begin(self, job: Job, given_up: Callable[[], bool], timeout_s: float) -> Working | None:
+        """Have a worker copy and check; None when none could, or, where it shares, none is free.
 
         Args:
             job: The work.
@@ -102,27 +102,34 @@ class CopyWorkers:
         while True:
             with self._idle:
                 while self._workers and not self._free:
-                    if given_up() or time.monotonic() >= end:
+                    if self.shares or given_up() or time.monotonic() >= end:
                         return None
                     self._idle.wait(_TICK_S)
                 if not self._workers:
                     return None
                 worker = self._free.pop()
-            try:
-                return worker.run(job, given_up, timeout_s)
-            except OSError as e:
-                logger.warning("a copy worker is gone (%s); copying goes on without it", e)
-                with self._idle:
-                    self._workers.remove(worker)
-                worker.end()
-                if given_up():
-                    return None
-            finally:
-                with self._idle:
-                    if worker in self._workers:
-                        worker.let_go()
-                        self._free.append(worker)
-                    self._idle.notify_all()
+            working = Working(self, worker, job, given_up, timeout_s)
+            if working.sent():
+                return working
+            if given_up():
+                return None
+
+    def lost(self, worker: _Worker, error: OSError) -> None:
+        """Go on without one."""
+        logger.warning("a copy worker is gone (%s); copying goes on without it", error)
+        with self._idle:
+            if worker in self._workers:
+                self._workers.remove(worker)
+            self._idle.notify_all()
+        worker.end()
+
+    def done(self, worker: _Worker) -> None:
+        """Take one back."""
+        with self._idle:
+            if worker in self._workers:
+                worker.let_go()
+                self._free.append(worker)
+            self._idle.notify_all()
 
     def forget(self, number: int) -> None:
         """Let go of a memory file that is gone: now, or after the job in hand."""
@@ -139,6 +146,63 @@ class CopyWorkers:
             self._idle.notify_all()
         for worker in workers:
             worker.end()
+
+
+class Working:
+    """A job that a worker has; whoever began it waits for it, whatever happens.
+
+    Args:
+        workers: Whose worker.
+        worker: Which.
+        job: The work.
+        given_up: As for `CopyWorkers.begin`.
+        timeout_s: As for `CopyWorkers.begin`.
+
+    """
+
+    def __init__(
+        self,
+        workers: CopyWorkers,
+        worker: _Worker,
+        job: Job,
+        given_up: Callable[[], bool],
+        timeout_s: float,
+    ) -> None:
+        self._workers = workers
+        self._worker = worker
+        self._count = job.units.shape[1]
+        self._given_up = given_up
+        self._end = time.monotonic() + timeout_s
+        self._error: OSError | None = None
+        try:
+            worker.send(job, self._again)
+        except OSError as e:
+            self._error = e
+            workers.lost(worker, e)
+
+    def sent(self) -> bool:
+        """Whether the worker has it."""
+        return self._error is None
+
+    def wait(self) -> list[int] | None:
+        """Positions of damaged units, or None when it was not done; call it once.
+
+        When it returns no worker writes for this job any more.
+        """
+        try:
+            found = self._worker.answer(self._count, self._again)
+        except OSError as e:
+            self._workers.lost(self._worker, e)
+            return None
+        except BaseException:
+            self._workers.lost(self._worker, OSError("the wait for it was interrupted"))
+            raise
+        self._workers.done(self._worker)
+        return found
+
+    def _again(self) -> None:
+        if self._given_up() or time.monotonic() > self._end:
+            raise TimeoutError("it did not answer in time")
 
 
 class _Worker:
@@ -174,14 +238,8 @@ class _Worker:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
 
-    def run(self, job: Job, given_up: Callable[[], bool], timeout_s: float) -> list[int]:
-        """Have it do a job; any OSError means that it has to be ended."""
-        end = time.monotonic() + timeout_s
-
-        def again() -> None:
-            if given_up() or time.monotonic() > end:
-                raise TimeoutError("it did not answer in time")
-
+    def send(self, job: Job, again: Callable[[], None]) -> None:
+        """Give it a job; any OSError means that it has to be ended."""
         for number, (nbytes, fd) in job.files.items():
             if number not in self._known:
                 self._send(HEAD.pack(MAP, number, nbytes, 0, 0), again)
@@ -192,6 +250,9 @@ class _Worker:
         head = HEAD.pack(COPY, stretches.shape[1], len(batches), count, int(check))
         parts = (stretches.tobytes(), batches.tobytes(), job.units.tobytes())
         self._send(b"".join((head, *parts)), again)
+
+    def answer(self, count: int, again: Callable[[], None]) -> list[int]:
+        """Damaged units of the job, out of so many; any OSError as with `send`."""
         (bad,) = struct.unpack("<Q", self._receive(8, again))
         if bad > min(count, _MAX_REPLY):
             raise ConnectionResetError(f"it answers with {bad} of {count} units")

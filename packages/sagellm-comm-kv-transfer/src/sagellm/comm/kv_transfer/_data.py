@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 _MAX_OPEN = 8
 """Data connections of a link; no setting asks for more."""
 
+_MAX_REFUSED = 16
+"""Transports of which a peer may say why it has not taken them."""
+
 
 class DataConnections:
     """The data connections of all links of a node. Runs on the event loop.
@@ -59,6 +62,7 @@ class DataConnections:
         link.transport = name
         link.writer.tuner = LaneTuner(start, most, fixed=bool(self._engine.settings.lanes))
         link.writer.traffic.transport = link.reader.traffic.transport = name
+        link.one_sided = self._paths.one_sided(name)
 
     # -- opened here -----------------------------------------------------------------------
 
@@ -111,7 +115,8 @@ class DataConnections:
         self.forget(link)  # they are opened one by one: whatever has not come has failed
         if lane.transport != link.transport:
             self.take_path(link, lane.transport)
-            link.refused = {n: f"node {link.peer}: {r[:1024]}" for n, r in lane.refused.items()}
+            refused = [(n[:64], r[:1024]) for n, r in lane.refused.items()][:_MAX_REFUSED]
+            link.refused = {n: f"node {link.peer}: {r}" for n, r in refused}
         link.lanes_promised += 1
         link.lanes_awaited += 1
         token = auth.data_token(link.session, lane.number)

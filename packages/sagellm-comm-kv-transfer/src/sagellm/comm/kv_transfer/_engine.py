@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 
 from sagellm.core.protocols import (
     CommError,
+    CommTimeoutError,
     Completion,
     DistributedRuntimeError,
     KVLayout,
@@ -18,7 +21,7 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
-from ._backlog import Room
+from ._coded_link import Codecs
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -29,6 +32,7 @@ from ._push import Offered, Push
 from ._receive import Receive
 from ._receiving import Receiving
 from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
+from ._room import Pressed, Room
 from ._sending import Sending
 from .discovery import Discovery
 from .pool import RegisteredPool
@@ -74,10 +78,15 @@ class Engine:
         self.completions = CompletionQueue(settings.max_remembered)
         self.loop = EventLoop(f"kv-node-{self.node_id}")
         self.waiting = Room(settings.max_waiting_bytes)
+        self.invited = Room(settings.max_invited_bytes)
+        self.control = Pressed(settings.max_control_bytes)
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)
         self.meters = Meters()
+        self.codecs = Codecs(
+            f"kv-{self.node_id}-codec", settings.codec_workers, settings.max_codec_bytes
+        )
         self.ignored: Counter[str] = Counter()
         bracketed = f"[{advertise}]" if ":" in advertise else advertise
         self.address = f"{bracketed}:{listener.getsockname()[1]}"
@@ -91,6 +100,36 @@ class Engine:
     def layout(self) -> KVLayout | None:
         """Layout of the registered pool, if there is one."""
         return self.pool.layout if self.pool is not None else None
+
+    @property
+    def sections(self) -> dict[str, int]:
+        """Versions of what frames for this node may be coded with; nothing decodes to devices."""
+        on_device = self.pool is not None and self.pool.staging is not None
+        return {} if on_device else dict(self.codecs.versions)
+
+    def meet(self, peer: int, wait_s: float) -> Link:
+        """The link to a peer, once it is up; from any thread but the loop's.
+
+        Raises:
+            CommTimeoutError: The peer did not come in time.
+            CommError: It never will.
+
+        """
+        met = threading.Event()
+
+        def begin() -> Link:
+            link = self.links.to(peer, time.monotonic() + wait_s)
+            link.when_up(lambda _: met.set())
+            return link
+
+        self.links.look_up(peer)
+        link = self.loop.run(begin)
+        if not met.wait(wait_s):
+            why = link.dialler.why if link.dialler is not None else "no link"
+            raise CommTimeoutError(f"node {peer} never came within {wait_s:g} s ({why})")
+        if link.error is not None:
+            raise link.error
+        return link
 
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what a lost link carried."""
@@ -161,9 +200,9 @@ class Engine:
         self.ignored[what] += 1
 
     def ignored_so_far(self) -> dict[str, int]:
-        """What was ignored, by type of message; late frames, and completions nobody polled."""
-        more = {"frame": self.links.traffic()["late"], "completion": self.completions.lost}
-        return {**self.ignored, **{name: count for name, count in more.items() if count}}
+        """What was ignored, by type of message, and late frames."""
+        late = self.links.traffic()["late"]
+        return {**self.ignored, **({"frame": late} if late else {})}
 
     def gossip(self, key: TransferKey, error: CommError, told: Iterable[Link]) -> None:
         """Tell every other peer that an attempt has failed."""
@@ -188,9 +227,8 @@ class Engine:
         """Queue the completion of a transfer whose blocks are safe; from any thread."""
         if error is None:
             tokens = handle.num_tokens
-            self.completions.put(
-                Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
-            )
+            landed = Completion(handle.key, "landed", handle.direction, num_tokens=tokens)
+            self.completions.put(landed, handle.witness)
             return
         self.completions.put(
             Completion(
@@ -201,7 +239,8 @@ class Engine:
                 message=str(error),
                 invalid_blocks=error.invalid_blocks,
                 invalid_by_group=error.invalid_by_group,
-            )
+            ),
+            handle.witness,
         )
 
     def completed(self, handle: TransferHandle, error: KVTransferError | None) -> None:
@@ -267,7 +306,10 @@ class Engine:
                 return
         except PeerLostError:
             return
+        self.codecs.threads.encoding.close()
+        self.codecs.threads.decoding.close()
         self.links.release(10.0)
+        self.codecs.close()
         self.loop.stop()
         if self.pool is not None:
             self.pool.close()

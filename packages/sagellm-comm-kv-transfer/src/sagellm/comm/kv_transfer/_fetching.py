@@ -90,6 +90,7 @@ def _request(
     r.handle.take(Event.ACCEPT)
     for s in r.sources:
         engine.links.data.both_ways(s.link)
+        codec = r.fetch_codec
         s.link.send(
             wire.Fetch(
                 s.inflow.tid,
@@ -100,6 +101,9 @@ def _request(
                 None if src_blocks is None else {n: i.tobytes() for n, i in src_blocks.items()},
                 None if r.fetch_layers is None else list(r.fetch_layers),
                 r.handle.deadline_s,
+                "" if codec is None else codec.codec,
+                {} if codec is None else dict(codec.options),
+                None if codec is None else codec.max_error,
             )
         )
     engine.receiving.arrivals.maybe_land(r)

@@ -10,13 +10,23 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sagellm.core.protocols import IntegrityError, OneSidedConnection, Pledge, ReadyEvent
+from sagellm.core.protocols import (
+    CommError,
+    IntegrityError,
+    KVConnection,
+    OneSidedConnection,
+    Pledge,
+    ReadyEvent,
+)
 
 from .frames import MAX_UNITS, Header
 from .memory import Extent
 from .transfer import TransferHandle
+
+if TYPE_CHECKING:
+    from ._coded_out import CodedPiece
 
 __all__ = ["Chunk", "Flow", "Inflow", "Outflow", "Span"]
 
@@ -68,6 +78,14 @@ class Flow:
             self.stopped = True
             return not self._pieces
 
+    def enter(self) -> bool:
+        """Begin a piece; False when no further one may."""
+        with self.lock:
+            if self.stopped:
+                return False
+            self._pieces += 1
+            return True
+
     def leave(self) -> None:
         """End a piece; tells whoever waits behind the fence."""
         with self.lock:
@@ -116,6 +134,13 @@ class Outflow(Flow):
         """Add units to send."""
         with self.lock:
             self._pending.extend(spans)
+
+    def coded(self, chunk: Chunk) -> CodedPiece | None:
+        """What a claimed chunk was encoded to; None sends it as it is."""
+        return None
+
+    def sent(self, conn: KVConnection, nbytes: int, seconds: float) -> None:
+        """Note what a frame took on the wire."""
 
     def claim(self, first_bytes: int, chunk_bytes: int, lanes: int = 1) -> Chunk | None:
         """The next units to send; None when there are none, or none that are ready.
@@ -202,6 +227,8 @@ class Inflow(Flow):
         super().__init__(handle, tid)
         self.extent = extent
         self.begun = False
+        self.broken: Callable[[CommError], object] | None = None
+        """Told when its blocks cannot be written."""
         wanted = range(extent.layers) if layers is None else set(layers)
         self._units = [  # one byte each
             bytearray(extent.units(i) if i in wanted else 0) for i in range(extent.layers)

@@ -7,6 +7,7 @@ import threading
 from sagellm.core.protocols import TransferKey
 
 from . import wire
+from ._room import Room
 
 __all__ = ["Invitations"]
 
@@ -19,10 +20,12 @@ class Invitations:
     Args:
         max_count: Kept at most; the oldest goes.
         max_bytes: Memory they take at most, about.
+        room: What those of all links together take; what finds none is not kept.
 
     """
 
-    def __init__(self, max_count: int, max_bytes: int) -> None:
+    def __init__(self, max_count: int, max_bytes: int, room: Room) -> None:
+        self._room = room
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -47,11 +50,16 @@ class Invitations:
             key = TransferKey(invite.id, invite.attempt)
             if (old := self._tids.get(key)) is not None:
                 self._drop(old)
+            size = wire.held_bytes(invite)
+            while self._by_tid and (
+                len(self._by_tid) >= self._max_count or self._bytes + size > self._max_bytes
+            ):
+                self._drop(next(iter(self._by_tid)))
+            if size > self._max_bytes or not self._room.take(size):
+                return
             self._by_tid[invite.tid] = invite
             self._tids[key] = invite.tid
-            self._bytes += wire.held_bytes(invite)
-            while len(self._by_tid) > self._max_count or self._bytes > self._max_bytes:
-                self._drop(next(iter(self._by_tid)))
+            self._bytes += size
 
     def take(self, key: TransferKey) -> wire.Invite | None:
         """The invitation of a key, which only one caller gets."""
@@ -67,6 +75,7 @@ class Invitations:
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
+            self._room.give(self._bytes)
             self._by_tid.clear()
             self._tids.clear()
             self._bytes = 0
@@ -74,5 +83,7 @@ class Invitations:
     def _drop(self, tid: int) -> wire.Invite:
         invite = self._by_tid.pop(tid)
         del self._tids[TransferKey(invite.id, invite.attempt)]
-        self._bytes -= wire.held_bytes(invite)
+        size = wire.held_bytes(invite)
+        self._bytes -= size
+        self._room.give(size)
         return invite

@@ -22,14 +22,14 @@ class LaneTuner:
 
     Args:
         start: Lanes to begin with.
-        most: Bound; the least is 1. Equal to `start` with `fixed`.
+        most: Bound; the least is 1 until `enough` says otherwise. Equal to `start` with `fixed`.
         fixed: Never change.
 
     """
 
     def __init__(self, start: int, most: int, *, fixed: bool = False) -> None:
         self.lanes = start
-        self._most = most
+        self._least, self._most = 1, most
         self._fixed = fixed
         self._direction = 1
         self._kept = start
@@ -40,15 +40,21 @@ class LaneTuner:
         """Note that there are no more lanes than this."""
         self._most = max(1, min(self._most, most))
         self.lanes, self._kept = min(self.lanes, self._most), min(self._kept, self._most)
+        self._least = min(self._least, self._most)
 
     def enough(self, most: int) -> None:
-        """Note that more than these do not help; a fixed number stays."""
+        """Note that neither more than these help nor fewer than now; a fixed number stays.
+
+        Within a host one lane is never faster than two: it had 0.6 of their rate, and every
+        trial of it costs a window.
+        """
         if not self._fixed:
             self.limit(most)
+            self._least = self.lanes
 
     def measured(self, bytes_per_s: float) -> int:
         """Take the rate that `lanes` had lately; the number of lanes to use from now on."""
-        if self._fixed or self._most == 1:
+        if self._fixed or self._most == self._least:
             return self.lanes
         if self.lanes != self._kept:  # a trial has ended
             if bytes_per_s >= _GAIN * self._kept_rate:
@@ -61,7 +67,7 @@ class LaneTuner:
         self._kept_rate = bytes_per_s
         self._rest -= 1
         if self._rest <= 0:
-            if not 1 <= self.lanes + self._direction <= self._most:
+            if not self._least <= self.lanes + self._direction <= self._most:
                 self._direction = -self._direction
             self.lanes += self._direction
         return self.lanes

@@ -23,12 +23,14 @@ from sagellm.core.protocols import (
 )
 
 from . import auth, wire
+from ._coded_link import LinkCoding
 from ._control import Control
 from ._dial import Dialler
 from ._flows import Inflow
 from ._invitations import Invitations
 from ._loop import READ, WRITE, EventLoop
 from ._reader import DataReader
+from ._room import Pressed, Room
 from ._writer import DataWriter
 from .plan import check_layouts
 
@@ -52,6 +54,8 @@ class Link:
         max_backlog_bytes: Control bytes that the peer may leave unread, and that its invitations
             take.
         max_invitations: Invitations of the peer that are kept.
+        invited: Memory of the invitations of all links.
+        control: Memory that the control connections of all links hold.
         on_message: Gets every message of the peer.
         on_lost: Told once that the link is gone.
 
@@ -67,6 +71,8 @@ class Link:
         make_reader: Callable[[dict[int, Inflow]], DataReader],
         max_backlog_bytes: int,
         max_invitations: int,
+        invited: Room,
+        control: Pressed,
         on_message: Callable[[Link, wire.Session], None],
         on_lost: Callable[[Link, CommError], None],
     ) -> None:
@@ -81,13 +87,18 @@ class Link:
         self.lanes_promised = 0
         self.lanes_awaited = 0
         self.tokens_awaited: dict[bytes, str] = {}
+        self.coding: LinkCoding | None = None
+        self.one_sided = False
         self.layout: KVLayout | None = None
         self.mismatch: LayoutMismatchError | None = None
         self.error: CommError | None = None
         self.up = False
         self.serves = False
         self.inflows: dict[int, Inflow] = {}
-        self.invitations = Invitations(max_invitations, max_backlog_bytes)
+        self.invitations = Invitations(max_invitations, max_backlog_bytes, invited)
+        self.held_bytes = 0
+        self._pressed = control
+        self._kept = self._layout_bytes = 0
         self.layouts_told = 0
         self.layouts_heard = 0
         self.waiting: list[Callable[[CommError | None], None]] = []
@@ -170,6 +181,7 @@ class Link:
         control.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._loop.watch(control.sock, READ, self._ready)
         self._take(control.feed(b""))  # what came with the handshake
+        self._keep()
 
     def open_lane(self, conn: KVConnection) -> bool:
         """Take over a data connection; False when the link is gone already."""
@@ -198,6 +210,9 @@ class Link:
             return
         self._out.append(memoryview(data))
         self._out_bytes += len(data)
+        self._pressed.hold(self, len(data))
+        if self.error is not None:
+            return
         if not self._flush_due:
             self._flush_due = True
             self._loop.at_end_of_turn(self._flush)
@@ -212,6 +227,7 @@ class Link:
             with contextlib.suppress(OSError):  # it may be gone
                 self._write(self._sock)
         self.error, self.up = error, False
+        self._pressed.free(self)
         if self.dialler is not None:
             self.dialler.stop()
         self.writer.stop()
@@ -221,6 +237,7 @@ class Link:
             self._sock.close()
         self._out.clear()
         self._on_lost(self, error)
+        self._control = self.layout = None  # what the peer has filled; the threads may take a while
         self.settle()
 
     def run_data(self, conn: KVConnection, body: Callable[[KVConnection], None]) -> None:
@@ -280,6 +297,25 @@ class Link:
             self.lose(PeerLostError(f"node {self.peer} is gone", rank=self.peer))
             return
         self._take(self._control.feed(data))
+        self._keep()
+
+    def _keep(self) -> None:
+        """Count what of the peer's words is kept: a message that is not whole, and its layout."""
+        if self.error is None and self._control is not None:
+            kept = self._control.unfinished_bytes + self._layout_bytes
+            if kept != self._kept:
+                kept, self._kept = kept - self._kept, kept
+                self._pressed.hold(self, kept)
+
+    def learn(self, layout: KVLayout | None) -> None:
+        """Note the peer's layout."""
+        self.layout = layout
+        self._layout_bytes = wire.layout_bytes(layout)
+        self._keep()
+
+    def give_way(self, error: CommError) -> None:
+        """Lose the link: it holds more than any other."""
+        self.lose(error)
 
     def _take(self, messages: Iterable[wire.Message]) -> None:
         try:
@@ -311,6 +347,7 @@ class Link:
             except BlockingIOError:
                 sent = 0
             self._out_bytes -= sent
+            self._pressed.hold(self, -sent)
             if sent < size:
                 self._out.appendleft(data[sent:])
             if not sent:

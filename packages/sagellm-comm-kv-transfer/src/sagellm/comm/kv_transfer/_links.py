@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import secrets
 import socket
@@ -22,6 +21,8 @@ from sagellm.core.protocols import (
 
 from . import wire
 from ._accept import Accepted, Doorkeeper
+from ._coded_in import CodedReader
+from ._coded_link import LinkCoding, assumed_rate
 from ._data import DataConnections
 from ._dial import Dialled, Dialler
 from ._flows import Inflow
@@ -32,7 +33,7 @@ from ._opening import Opened, open_lanes
 from ._paths import AUTO, Paths
 from ._reader import DataReader
 from ._writer import DataWriter
-from .compression import codec_names, create_codec
+from .frames import Header
 from .plan import check_sound
 from .tls import Tls
 
@@ -70,7 +71,6 @@ class Links:
         self._outgoing: dict[int, Link] = {}
         self._gone: list[Link] = []
         self._reaping = False
-        self._codecs = list(codec_names())
         self._past = Counter[str]()
         self._closed = False
         settings = engine.settings
@@ -88,6 +88,7 @@ class Links:
             timeout_s=settings.handshake_timeout_s,
             peer_timeout_s=settings.peer_timeout_s,
             max_message_bytes=settings.max_message_bytes,
+            control=engine.control,
         )
         self._door.open()
 
@@ -176,12 +177,14 @@ class Links:
         fits = "fit" if link.mismatch is None else f"do not fit: {link.mismatch}"
         layouts = "one side has none" if link.layout is None else fits
         how = "chosen" if s.transport == AUTO else "configured"
+        chosen = link.coding.explain() if link.coding is not None else ""
+        auto = f"; codec auto chose {chosen}" if chosen else ""
         refused = "".join(f"{n} not taken: {why}; " for n, why in sorted(link.refused.items()))
         return (
             f"node {peer} at {link.address}: {link.path}, {how}, {len(link.lanes)} data "
             f"connections; {refused}codec {s.codec}; checksums "
             f"{'on' if link.writer.checksum else 'off'}; protocol {link.version}; "
-            f"layouts: {layouts}"
+            f"layouts: {layouts}{auto}"
         )
 
     def _best(self, peer: int) -> Link | None:
@@ -192,15 +195,24 @@ class Links:
     def _make_link(self, peer: int, *, outgoing: bool) -> Link:
         s = self._engine.settings
 
+        def on_landed(flow: Inflow, head: Header, fresh: list[int], again: list[int]) -> None:
+            self._engine.receiving.arrivals.on_frame(link, flow, head, fresh, again)
+
         def make_reader(inflows: dict[int, Inflow]) -> DataReader:
+            traffic = Traffic(self._engine.meters, "receive")
+            coded = CodedReader(
+                self._engine.codecs.threads,
+                on_landed,
+                lambda e: self._engine.loop.call(lambda: link.lose(e)),
+                io_timeout_s=s.io_timeout_s,
+                traffic=traffic,
+            )
             return DataReader(
                 inflows,
-                lambda flow, head, fresh, again: self._engine.receiving.arrivals.on_frame(
-                    link, flow, head, fresh, again
-                ),
+                on_landed,
                 io_timeout_s=s.io_timeout_s,
-                scratch_bytes=s.chunk_bytes // 4,
-                traffic=Traffic(self._engine.meters, "receive"),
+                traffic=traffic,
+                coded=coded,
             )
 
         link = Link(
@@ -217,6 +229,8 @@ class Links:
             make_reader=make_reader,
             max_backlog_bytes=s.max_backlog_bytes,
             max_invitations=s.max_in_flight,
+            invited=self._engine.invited,
+            control=self._engine.control,
             on_message=self._engine.on_message,
             on_lost=self._on_lost,
         )
@@ -274,7 +288,7 @@ class Links:
         for conn in opened.lanes:
             link.open_lane(conn)
         link.up = True
-        self._equip(link, welcome.layout, welcome.codecs, welcome.codec, welcome.checksum)
+        self._equip(link, welcome)
         if link.error is not None:
             dialled.control.sock.close()
             return False
@@ -314,7 +328,7 @@ class Links:
         link.address, link.version = ready.address, accepted.version
         link.meet(accepted.instance, accepted.control.session)
         link.up = True
-        self._equip(link, ready.layout, ready.codecs, ready.codec, ready.checksum)
+        self._equip(link, ready)
         self.data.expect(link, wire.Lane(0, ready.transport))
         if link.error is not None:
             accepted.control.sock.close()
@@ -325,31 +339,29 @@ class Links:
     def _introduction(self, transport: str) -> wire.Ready:
         s, engine = self._engine.settings, self._engine
         return wire.Ready(
-            engine.layout, self._codecs, s.codec, transport, s.checksum, engine.address
+            engine.layout,
+            transport,
+            s.checksum,
+            engine.address,
+            engine.sections,
         )
 
     # -- agreeing ---------------------------------------------------------------------------
 
-    def _equip(
-        self, link: Link, layout: KVLayout | None, codecs: list[str], codec: str, checksum: bool
-    ) -> None:
+    def _equip(self, link: Link, theirs: wire.Welcome | wire.Ready) -> None:
         s = self._engine.settings
-        link.writer.checksum = link.reader.checksum = s.checksum or checksum
-        if s.codec != "none":
-            if s.codec in codecs:
-                link.writer.make_codec = functools.partial(create_codec, s.codec)
-            else:
-                logger.warning("node %d cannot decode %s: sent as it is", link.peer, s.codec)
-        if codec != "none" and codec in self._codecs:
-            link.reader.make_codec = functools.partial(create_codec, codec)
-        self.learn(link, layout)
+        link.coding = LinkCoding(
+            self._engine.codecs, link.peer, theirs.codecs, assumed_rate(link.address)
+        )
+        link.writer.checksum = link.reader.checksum = s.checksum or theirs.checksum
+        self.learn(link, theirs.layout)
 
     def learn(self, link: Link, layout: KVLayout | None) -> None:
         """Note a peer's layout; one that makes no sense ends the link."""
         try:
             if layout is not None:
                 check_sound(layout)
-            link.layout = layout
+            link.learn(layout)
         except ConfigError as e:
             link.lose(ConfigError(f"node {link.peer}: {e}"))
 
@@ -374,11 +386,10 @@ class Links:
         return wire.Welcome(
             mac,
             self._engine.layout,
-            self._codecs,
-            s.codec,
             endpoints,
             s.checksum,
             self._engine.address,
+            self._engine.sections,
         )
 
     # -- losing one -------------------------------------------------------------------------

@@ -39,9 +39,16 @@ _WIRE = Metric(
 _VERIFY = Metric(
     "sagellm_kv_verify_seconds", "histogram", "Spent on checksums, per transfer.", _LABELS, "s"
 )
+_CODEC = Metric(
+    "sagellm_kv_codec_seconds",
+    "histogram",
+    "Spent by threads encoding or decoding, per transfer.",
+    _LABELS,
+    "s",
+)
 
 _COUNTED = {"retries": _RETRIES, "runs": _RUNS, "syscalls": _SYSCALLS}
-_TIMED = {"queue_s": _QUEUE, "wire_s": _WIRE, "verify_s": _VERIFY}
+_TIMED = {"queue_s": _QUEUE, "wire_s": _WIRE, "verify_s": _VERIFY, "codec_s": _CODEC}
 
 
 class Meters:

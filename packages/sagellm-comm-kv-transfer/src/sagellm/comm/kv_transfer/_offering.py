@@ -22,13 +22,15 @@ from . import wire
 from ._arguments import check_deadline
 from ._backlog import Backlog
 from ._bounce import block_ids
+from ._coded_request import requested
+from ._device_extent import extent_of
 from ._limits import Watch
 from ._link import Link
 from ._push import Offered, Push
 from ._records import LEASE_EXPIRED, ending, failure
 from .plan import check_parts, held_part
-from .pool import BlockTable, PoolExtent
-from .state import RULES, Event, Phase
+from .pool import BlockTable
+from .state import RULES, Event
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
@@ -62,9 +64,10 @@ class Offering:
 
         Raises:
             ConfigError: An offer of that id stands already.
-            ResourceError: Too many offers stand.
+            ResourceError: Too many offers stand, or too much has ended and waits for `poll`.
 
         """
+        self._engine.completions.check_room()
         name, limit = o.handle.key.id, self._engine.settings.max_in_flight
         if name in self.offers:
             raise ConfigError(f"an offer {name!r} stands already")
@@ -98,12 +101,22 @@ class Offering:
             link.send(failure(fetch.tid, ResourceError(full)))
 
     def _serve(self, o: Offered, link: Link, fetch: wire.Fetch) -> None:
+        size = wire.held_bytes(fetch)
+        if not self._engine.waiting.take(size):
+            full = (
+                f"node {self._engine.node_id} has no memory for what is fetched; fetch again later"
+            )
+            link.send(failure(fetch.tid, ResourceError(full)))
+            return
         try:
             check_deadline(fetch.deadline_s)
             handle = TransferHandle(
                 TransferKey(fetch.id, fetch.attempt), "send", fetch.deadline_s, lambda _: False
             )
-            p = Push(handle, link.peer, pool=o.pool, blocks=o.blocks)
+            codec = o.codec if not fetch.codec else requested(fetch)
+            if codec is not None and link.coding is not None and (why := link.coding.lacks(codec)):
+                raise ConfigError(why)
+            p = Push(handle, link.peer, pool=o.pool, blocks=o.blocks, codec=codec)
             p.link, p.tid, p.offered = link, fetch.tid, o
             p.flow.tid = fetch.tid
             if fetch.src_blocks is not None:
@@ -116,10 +129,12 @@ class Offering:
                     f"node {link.peer} fetches {fetch.counts} blocks of {counts} offered"
                 )
             check_parts(o.pool.layout, fetch.parts, link.peer)
-            p.flow.extent = PoolExtent(o.pool, p.blocks, fetch.parts)
+            p.flow.extent = extent_of(o.pool, p.blocks, fetch.parts)
         except CommError as e:
+            self._engine.waiting.give(size)
             link.send(failure(fetch.tid, e))
             return
+        p.room_bytes = size
         o.served.add(p)
         self.serving.add(p)
         wanted = None if fetch.layers is None else set(fetch.layers)
@@ -132,9 +147,9 @@ class Offering:
         """A fetch has ended, one way or the other."""
         o.served.discard(p)
         self.serving.discard(p)
-        landed = p.handle.phase is Phase.RELEASED
-        standing = RULES[o.handle.phase].moves
-        if standing and landed and p.full_fetch and self._all_read(p, o):
+        self._engine.waiting.give(p.room_bytes)
+        landed = RULES[p.handle.phase].landed
+        if landed and p.full_fetch and o.handle.awaits(Event.DONE) and self._all_read(p, o):
             o.handle.take(Event.DONE)
             self._close(o)
         self._finish(o)

@@ -104,6 +104,10 @@ class Paths:
         spec = self._specs[name]
         return spec.start_lanes, spec.max_lanes
 
+    def one_sided(self, name: str) -> bool:
+        """Whether receivers read the memory of senders."""
+        return self._specs[name].one_sided
+
     def endpoints(self, reached_at: str) -> dict[str, str]:
         """What a peer needs to reach each of them; the peer has reached us at that host."""
         return {name: t.endpoint(reached_at) for name, t in self._open.items()}

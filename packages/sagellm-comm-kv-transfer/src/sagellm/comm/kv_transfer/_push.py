@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from sagellm.core.protocols import CommError, KVBlock, ReadyEvent, TransferKey
+from sagellm.core.protocols import (
+    BlockIds,
+    CommError,
+    ConfigError,
+    KVBlock,
+    ReadyEvent,
+    TransferKey,
+)
 
 from . import wire
+from ._coded_out import CodedOutflow
+from ._coded_request import AUTO, CodecRequest
 from ._flows import Outflow, Span
 from ._limits import Watch
 from ._link import Link
@@ -16,7 +25,7 @@ from .plan import Part
 from .pool import BlockTable, RegisteredPool
 from .transfer import TransferHandle
 
-__all__ = ["Offered", "Push"]
+__all__ = ["Offered", "Push", "of_blocks", "of_tensors"]
 
 
 class Push:
@@ -30,6 +39,7 @@ class Push:
         tensors: Plain tensors, contiguous.
         dst_blocks: Destinations, when known.
         sealed: Whether all layers are queued; a stream is not.
+        codec: How its bytes are to be coded; None sends them as they are.
 
     """
 
@@ -43,6 +53,7 @@ class Push:
         tensors: Sequence[KVBlock] | None = None,
         dst_blocks: BlockTable | None = None,
         sealed: bool = True,
+        codec: CodecRequest | None = None,
     ) -> None:
         self.handle = handle
         self.target = target
@@ -56,9 +67,11 @@ class Push:
         self.full_fetch: dict[str, Part] = {}
         self.link: Link | None = None
         self.tid = 0
-        self.flow = Outflow(handle, 0)
+        self.codec = codec
+        self.flow = Outflow(handle, 0) if codec is None else CodedOutflow(handle, 0, codec)
         self.error: CommError | None = None
         self.nacked = 0
+        self.room_bytes = 0
         self.watch: Watch | None = None
         if pool is not None:
             handle.expect(0, 0, len(pool.group_names))
@@ -106,6 +119,47 @@ class Push:
             link.writer.add(self.flow)
 
 
+def of_tensors(
+    handle: TransferHandle, target: int, tensors: Sequence[KVBlock], codec: CodecRequest | None
+) -> Push:
+    """A push of plain tensors.
+
+    Raises:
+        ConfigError: Their codec would change them.
+
+    """
+    if codec is not None and codec.required and codec.codec != AUTO and not codec.lossless:
+        raise ConfigError(f"codec {codec.codec!r} changes values, and plain tensors may hold any")
+    return Push(handle, target, tensors=tensors, codec=codec)
+
+
+def of_blocks(
+    handle: TransferHandle,
+    target: int,
+    pool: RegisteredPool,
+    table: BlockTable,
+    dst_blocks: BlockIds | Mapping[str, BlockIds] | None,
+    sealed: bool,
+    codec: CodecRequest | None,
+) -> Push:
+    """A push of blocks of a pool.
+
+    Raises:
+        ConfigError: The destinations do not fit them.
+        UnsupportedOperationError: A codec cannot reach them.
+
+    """
+    pool.check_codec(None if codec is None else codec.codec)
+    named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
+    if named is not None:
+        counts = {n: (len(ids), len(named[n])) for n, ids in table.items()}
+        if any(a != b for a, b in counts.values()):
+            raise ConfigError(f"blocks and dst_blocks differ in number: {counts}")
+    return Push(
+        handle, target, pool=pool, blocks=table, dst_blocks=named, sealed=sealed, codec=codec
+    )
+
+
 def _same_tables(one: BlockTable, other: BlockTable) -> bool:
     return one.keys() == other.keys() and all(
         np.array_equal(ids, other[n]) for n, ids in one.items()
@@ -132,12 +186,14 @@ class Offered:
         blocks: BlockTable,
         num_tokens: int,
         after: ReadyEvent | None,
+        codec: CodecRequest | None = None,
     ) -> None:
         self.handle = handle
         self.pool = pool
         self.blocks = blocks
         self.num_tokens = num_tokens
         self.after = after
+        self.codec = codec
         self.watch: Watch | None = None
         self.served: set[Push] = set()
         self.error: CommError | None = None

@@ -12,19 +12,22 @@ import xxhash
 from sagellm.core.protocols import (
     CommError,
     IntegrityError,
-    KVCodec,
     KVConnection,
     MemoryRuns,
     OneSidedConnection,
     Reference,
+    UnsupportedOperationError,
 )
 
+from ._coded_in import CodedReader
 from ._copy import Paired, pair
+from ._device_extent import DeviceExtent
 from ._flows import Inflow
+from ._landing import Landing, land
 from ._meters import Traffic
-from ._offload import offload
+from ._offload import Offloaded, offload
 from ._segment import have_workers
-from .frames import CODED, HEADER_BYTES, RAW_BIT, REF, Header, block_sums
+from .frames import HEADER_BYTES, REF, SECTIONS, Header, block_sums
 from .memory import Extent, Ints, Views
 
 __all__ = ["DataReader"]
@@ -41,7 +44,6 @@ class _Arrived(NamedTuple):
     calls: int
     runs: int
     verify_s: float
-    codec_s: float
 
 
 class DataReader:
@@ -54,8 +56,8 @@ class DataReader:
         on_landed: Told of every frame that was moved: flow, header, damaged blocks (first time),
             damaged blocks (again). Called on this thread.
         io_timeout_s: In the middle of a frame; between frames it waits for ever.
-        scratch_bytes: Coded bytes that are held at once, unless one block is larger.
         traffic: Counts what is received.
+        coded: Takes frames of codecs.
 
     """
 
@@ -65,30 +67,36 @@ class DataReader:
         on_landed: Callable[[Inflow, Header, list[int], list[int]], None],
         *,
         io_timeout_s: float,
-        scratch_bytes: int,
         traffic: Traffic,
+        coded: CodedReader,
     ) -> None:
         self.traffic = traffic
+        self._coded = coded
         self.late = 0
         """Frames of transfers that have ended, or of an earlier epoch."""
-        self.checksum = True
         self.key = b""
-        self.make_codec: Callable[[], KVCodec] | None = None
         self._flows = flows
         self._on_landed = on_landed
         self._io_timeout_s = io_timeout_s
-        self._scratch_bytes = scratch_bytes
+
+    @property
+    def checksum(self) -> bool:
+        """Whether blocks are verified."""
+        return self._coded.checksum
+
+    @checksum.setter
+    def checksum(self, on: bool) -> None:
+        self._coded.checksum = on
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
-        codec = self.make_codec() if self.make_codec is not None else None
         head_bytes = memoryview(bytearray(HEADER_BYTES))
         for_ever = float("inf")
         while True:
             conn.receive([head_bytes], for_ever)
             head = Header.unpack(head_bytes, self.key)
             table = memoryview(bytearray(head.table_bytes))
-            with_table = not head.flags & (REF | CODED)  # then it comes together with the bytes
+            with_table = not head.flags & (REF | SECTIONS)  # it comes together with the bytes
             if not with_table:
                 conn.receive([table], self._io_timeout_s)
             reference = None
@@ -104,8 +112,17 @@ class DataReader:
                 self.late += 1
                 self.traffic.count(0, HEADER_BYTES + len(table) + head.payload_bytes)
                 continue
+            if head.flags & SECTIONS and isinstance(flow.extent, DeviceExtent):
+                self._refuse_coded(conn, flow, head)
+                continue
+            if head.flags & SECTIONS:
+                self._coded.receive(conn, flow, head, table)  # which leaves the flow, later
+                continue
+            if isinstance(flow.extent, DeviceExtent):
+                self._land(conn, flow, head, table, reference)
+                continue
             try:
-                outcome = self._take(conn, codec, flow, head, table, reference)
+                outcome = self._take(conn, flow, head, table, reference)
             finally:
                 flow.leave()
             if outcome is not None:
@@ -114,7 +131,6 @@ class DataReader:
     def _take(
         self,
         conn: KVConnection,
-        codec: KVCodec | None,
         flow: Inflow,
         head: Header,
         table: memoryview,
@@ -123,13 +139,10 @@ class DataReader:
         """Damaged blocks, first time and again; None for a copy that the sender disowns."""
         extent, layer = flow.extent, head.layer
         raw = extent.span_bytes(layer, head.first, head.count)
-        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0, 0.0)
-        if not head.flags & (REF | CODED):
+        arrived = _Arrived(list(range(head.count)), 2, 1, 0.0)
+        if reference is None:
             arrived = self._receive(conn, extent, head, table, raw)
-        elif not _sound(head, table):
-            if reference is None:
-                self._discard(conn, head.payload_bytes)
-        elif reference is not None:
+        elif _sound(head, table):
             if reference.total_bytes != raw:
                 raise IntegrityError(
                     f"a frame refers to {reference.total_bytes} bytes for blocks of {raw}"
@@ -142,8 +155,6 @@ class DataReader:
                 raise
             if flow.stopped or not reference.kept():
                 return None
-        else:
-            arrived = self._decode(conn, codec, extent, head, table)
         good = head.count - len(arrived.bad)
         done = raw if not arrived.bad else good * extent.unit_bytes(layer)
         wire = HEADER_BYTES + len(table) + head.payload_bytes
@@ -155,45 +166,135 @@ class DataReader:
             runs=arrived.runs,
             syscalls=arrived.calls,
             verify_s=arrived.verify_s,
-            codec_s=arrived.codec_s,
+            codec_s=0.0,
         )
         return flow.landed(head, arrived.bad)
+
+    def _land(
+        self,
+        conn: KVConnection,
+        flow: Inflow,
+        head: Header,
+        table: memoryview,
+        reference: Reference | None,
+    ) -> None:
+        """Take a frame whose blocks are on a device; its flow is left when the device is done."""
+        assert isinstance(flow.extent, DeviceExtent), "asked before"
+        staging, kept = flow.extent.staging, True
+        try:
+            landing = Landing(conn, flow, head, table)
+            if not head.flags & REF:
+                conn.receive([table], self._io_timeout_s)
+            if not _sound(head, table):
+                landing.bad = list(range(head.count))
+                if reference is None:
+                    self._discard(conn, head.payload_bytes)
+            else:
+                kept = land(
+                    landing,
+                    reference,
+                    checksum=self.checksum,
+                    timeout_s=self._io_timeout_s,
+                )
+        except BaseException:
+            staging.when_landed(None, lambda _: flow.leave())
+            raise
+        staging.when_landed(None, lambda _: self._landed(landing, kept))
+
+    def _refuse_coded(self, conn: KVConnection, flow: Inflow, head: Header) -> None:
+        """Fail what codes for a pool that its sender did not know to be on a device."""
+        text = "coded frames cannot be decoded into a pool on a device: send without a codec"
+        try:
+            self._discard(conn, head.payload_bytes)
+            if flow.broken is not None:
+                flow.broken(UnsupportedOperationError(text))
+        finally:
+            flow.leave()
+
+    def _landed(self, landing: Landing, kept: bool) -> None:
+        """Note what the device has put in place."""
+        flow, head, bad = landing.flow, landing.head, landing.bad
+        outcome = None
+        try:
+            if landing.errors:
+                if flow.broken is not None:
+                    flow.broken(landing.errors[0])
+            elif kept and not flow.stopped:
+                good = head.count - len(bad)
+                done = landing.raw if not bad else good * landing.unit
+                wire = HEADER_BYTES + len(landing.table) + head.payload_bytes
+                self.traffic.count(done, wire)
+                flow.handle.moved(
+                    done,
+                    good,
+                    wire_bytes=wire,
+                    runs=landing.runs,
+                    syscalls=landing.calls,
+                    verify_s=landing.verify_s,
+                    codec_s=0.0,
+                )
+                outcome = flow.landed(head, bad)
+        finally:
+            flow.leave()
+        if outcome is not None:
+            self._on_landed(flow, head, *outcome)
 
     def _copy(
         self, flow: Inflow, head: Header, table: memoryview, reference: Reference
     ) -> _Arrived:
         """Copy what a frame refers to, and verify it while it is in the cache."""
         extent, layer, first, count = flow.extent, head.layer, head.first, head.count
-        unit, step = extent.unit_bytes(layer), count
-        if self.checksum:
+        unit, step, helped = extent.unit_bytes(layer), count, have_workers()
+        if self.checksum or helped:
             step = max(1, _WARM_BYTES // max(1, unit))
         starts = np.arange(0, count, step, dtype=np.int64)
         cuts = starts[1:] * unit
         paired = pair(reference.runs, extent.runs(layer, first, count), cuts)
         edges = [0, *np.searchsorted(paired.ends, cuts, side="right").tolist(), len(paired.ends)]
         sums = np.frombuffer(table[: count * 8], dtype="<u8")
-        if have_workers():
-            began = time.perf_counter()
+        calls, verify_s = 1, 0.0
+        bad: list[int] = []
+
+        def copy_here(begin: int, stop: int) -> None:
+            nonlocal calls, verify_s
+            if begin == stop:
+                return
+            copy = reference.copier(paired.sources, paired.addresses)
+            units = extent.unit_views(layer, first, count) if self.checksum else []
+            found: list[int] = []
+            for i in range(begin, stop):
+                if flow.stopped:
+                    return  # nobody waits for the rest
+                calls += copy(edges[i], edges[i + 1])
+                if self.checksum:
+                    began, at = time.perf_counter(), int(starts[i])
+                    found += block_sums(units[at : at + step], layer, first + at)
+                    verify_s += time.perf_counter() - began
+            if self.checksum:
+                at = int(starts[begin])
+                bad.extend(at + i for i in _wrong(found, sums[at : at + len(found)]))
+
+        given = None
+        if helped:
             edges_of = np.array(edges)
             units_to = np.minimum(starts + step, count)
             batches = np.stack((edges_of[:-1], edges_of[1:], starts, units_to), axis=1)
-            done = self._offload(flow, head, reference, paired, batches, sums)
-            if done is not None:
-                return _Arrived(done, 3, len(paired.ends), time.perf_counter() - began, 0.0)
-        units = extent.unit_views(layer, first, count) if self.checksum else []
-        copy = reference.copier(paired.sources, paired.addresses)
-        calls, verify_s = 1, 0.0
-        found: list[int] = []
-        for at, low, high in zip(starts.tolist(), edges, edges[1:], strict=False):
-            if flow.stopped:
-                break  # nobody waits for the rest
-            calls += copy(low, high)
-            if self.checksum:
-                start = time.perf_counter()
-                found += block_sums(units[at : at + step], layer, first + at)
-                verify_s += time.perf_counter() - start
-        bad = _wrong(found, sums) if self.checksum and not flow.stopped else []
-        return _Arrived(bad, calls, len(paired.ends), verify_s, 0.0)
+            given = self._offload(flow, head, reference, paired, batches, sums)
+        theirs = 0 if given is None else given.batches
+        found = None
+        try:
+            copy_here(theirs, len(starts))
+        finally:
+            if given is not None:
+                began = time.perf_counter()
+                found = given.working.wait()
+                verify_s += time.perf_counter() - began if self.checksum else 0.0
+                calls += 2
+        if found is None:
+            copy_here(0, theirs)
+        else:
+            bad = [*found, *bad]
+        return _Arrived(sorted(bad), calls, len(paired.ends), verify_s)
 
     def _offload(
         self,
@@ -203,8 +304,8 @@ class DataReader:
         paired: Paired,
         batches: Ints,
         sums: np.ndarray[tuple[int], np.dtype[np.uint64]],
-    ) -> list[int] | None:
-        """Damaged blocks, as a copy worker found them; None when none has copied them."""
+    ) -> Offloaded | None:
+        """What a copy worker does of it; None when none does any of it."""
         checks = None
         if self.checksum:
             runs = flow.extent.runs(head.layer, head.first, head.count)
@@ -234,9 +335,9 @@ class DataReader:
         views = extent.views(layer, first, count)
         calls = 1 + conn.receive([table, *views], self._io_timeout_s)
         if not _sound(head, table):
-            return _Arrived(list(range(count)), calls, len(views), 0.0, 0.0)
+            return _Arrived(list(range(count)), calls, len(views), 0.0)
         bad, verify_s = self._verify(extent.unit_views(layer, first, count), head, table)
-        return _Arrived(bad, calls, len(views), verify_s, 0.0)
+        return _Arrived(bad, calls, len(views), verify_s)
 
     def _verify(
         self, units: list[Views], head: Header, table: memoryview
@@ -251,66 +352,6 @@ class DataReader:
         else:
             wrong = _wrong(found, np.frombuffer(table[: head.count * 8], dtype="<u8"))
         return wrong, time.perf_counter() - start
-
-    def _decode(
-        self,
-        conn: KVConnection,
-        codec: KVCodec | None,
-        extent: Extent,
-        head: Header,
-        table: memoryview,
-    ) -> _Arrived:
-        """Receive coded blocks, decode them where they belong, and verify them there."""
-        units = extent.unit_views(head.layer, head.first, head.count)
-        lengths = np.frombuffer(table[head.count * 8 :], dtype="<u4")
-        sizes = (lengths & (RAW_BIT - 1)).tolist()
-        plain = (lengths & RAW_BIT).astype(bool).tolist()
-        limit = extent.unit_bytes(head.layer)
-        if codec is None and not all(plain):
-            raise IntegrityError("a coded frame on a link without codec")
-        if sum(sizes) != head.payload_bytes or max(sizes) > limit:
-            raise IntegrityError(f"a coded frame whose lengths do not fit blocks of {limit} bytes")
-        bad: list[int] = []
-        calls, codec_s, at = 0, 0.0, 0
-        dtype = extent.dtype(head.layer)
-        while at < head.count:
-            stop, size = at + 1, sizes[at]
-            while stop < head.count and size + sizes[stop] <= self._scratch_bytes:
-                size += sizes[stop]
-                stop += 1
-            scratch = memoryview(bytearray(size))
-            calls += conn.receive([scratch], self._io_timeout_s)
-            start = time.perf_counter()
-            offset = 0
-            for i in range(at, stop):
-                frame = scratch[offset : offset + sizes[i]]
-                offset += sizes[i]
-                try:
-                    self._place(codec if not plain[i] else None, frame, units[i], dtype)
-                except IntegrityError:
-                    bad.append(i)
-            codec_s += time.perf_counter() - start
-            at = stop
-        wrong, verify_s = self._verify(units, head, table)
-        return _Arrived(sorted({*bad, *wrong}), 2 + calls, head.count, verify_s, codec_s)
-
-    @staticmethod
-    def _place(codec: KVCodec | None, frame: memoryview, views: Views, dtype: str) -> None:
-        """Put a block where it belongs, decoded unless it came as it is (no codec)."""
-        size = sum(map(len, views))
-        if codec is None:
-            if len(frame) != size:
-                raise IntegrityError(f"a raw frame of {len(frame)} bytes for a block of {size}")
-            out = frame
-        else:
-            out = views[0] if len(views) == 1 else memoryview(bytearray(size))
-            codec.decode(frame, out, dtype=dtype)
-            if len(views) == 1:
-                return
-        at = 0
-        for view in views:
-            view[:] = out[at : at + len(view)]
-            at += len(view)
 
     def _discard(self, conn: KVConnection, count: int) -> None:
         trash = memoryview(bytearray(min(count, _SCRATCH_BYTES)))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sagellm.core.protocols import CommError, ConfigError, KVLayout, KVTransferError, TransferKey
 
 from ._bounce import Destination
+from ._coded_request import CodecRequest
 from ._flows import Inflow
 from ._limits import Watch
 from ._link import Link
@@ -94,6 +95,7 @@ class Receive:
         self.adopts = adopts
         self.fetch_from: tuple[int, ...] | None = None
         self.fetch_layers: Sequence[int] | None = None
+        self.fetch_codec: CodecRequest | None = None
         self.sources: list[Source] = []
         self.wanted: dict[str, Part] = {}
         self.open_groups: set[str] = set()

@@ -27,7 +27,7 @@ from ._granting import Granter
 from ._link import Link
 from ._receive import End, Receive, Source
 from ._records import Memory, ending, failure
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 from .transfer import TransferHandle
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Receiving:
                 return same.handle
             end = self.arrivals.ended.get(r.key) or self._given_up(r)
             if end is not None:
+                self._engine.completions.check_room()
                 return self._repeat(r, end)
         self.check_room()
         if r.pool is not None:
@@ -110,9 +111,10 @@ class Receiving:
         """Refuse more than may be in flight.
 
         Raises:
-            ResourceError: As many are being received already.
+            ResourceError: As many are being received already, or have ended and wait for `poll`.
 
         """
+        self._engine.completions.check_room()
         limit = self._engine.settings.max_in_flight
         if len(self.arrivals.live) >= limit:
             raise ResourceError(
@@ -252,7 +254,7 @@ class Receiving:
             if (entry := self.arrivals.by_tid.get(key)) is None:
                 continue
             r, source = entry
-            if r.handle.phase is Phase.LANDED:
+            if RULES[r.handle.phase].at_limit is Event.RELEASE:
                 self.arrivals.on_release(*key)
             elif not source.awaited:
                 self.arrivals.fail(r, error)
@@ -321,7 +323,7 @@ class Receiving:
             self.arrivals.fail(r, error)
             return
         if joined is None:
-            self._starved.append((r, link, offer))
+            self._starve(r, link, offer)
             return
         extent, parts = joined
         source = Source(link, Inflow(r.handle, offer.tid, extent), parts, sealed=offer.sealed)
@@ -334,16 +336,29 @@ class Receiving:
 
     # -- senders for which there is no memory yet -------------------------------------------
 
+    def _starve(self, r: Receive, link: Link, offer: wire.Offer) -> None:
+        """Let an offer wait until there is memory for what it brings."""
+        if not self._engine.waiting.take(wire.held_bytes(offer)):
+            full = f"node {self._engine.node_id} holds too many offers it has no memory for"
+            error = ResourceError(full)
+            link.send(failure(offer.tid, error))
+            self.arrivals.fail(r, error)
+            return
+        self._starved.append((r, link, offer))
+
     def _dismiss(self, r: Receive) -> list[tuple[Link, int]]:
         """Let none wait any longer to join a receive; who did, with their transfer ids."""
-        gone = [(link, offer.tid) for x, link, offer in self._starved if x is r]
+        gone = [(link, offer) for x, link, offer in self._starved if x is r]
         self._starved = [entry for entry in self._starved if entry[0] is not r]
-        return gone
+        for _, offer in gone:
+            self._engine.waiting.give(wire.held_bytes(offer))
+        return [(link, offer.tid) for link, offer in gone]
 
     def _feed(self) -> None:
         """Let those try again that wait for memory, in turn, until there is none."""
         starved, self._starved = self._starved, []
         for i, (waiting, link, offer) in enumerate(starved, 1):
+            self._engine.waiting.give(wire.held_bytes(offer))
             if waiting.error is None:
                 self._join(waiting, link, offer)
             else:  # it has failed since this began

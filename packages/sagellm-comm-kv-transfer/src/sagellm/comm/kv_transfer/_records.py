@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import OrderedDict, deque
@@ -14,14 +13,14 @@ from sagellm.core.protocols import (
     KVTransferError,
     LayoutMismatchError,
     PeerLostError,
+    ResourceError,
     TransferKey,
     error_from_code,
 )
 
 from . import wire
 from .state import Event
-
-logger = logging.getLogger(__name__)
+from .transfer import Witness
 
 __all__ = [
     "CANCELLED",
@@ -117,44 +116,56 @@ class Memory(Generic[K, V]):
 class CompletionQueue:
     """Completions until `poll` takes them, with a descriptor that tells of them. Thread-safe.
 
+    None is lost: when there are many, those go whose end somebody has seen on the handle, and when
+    those are too few nothing new may begin.
+
     Args:
-        limit: More than these are never kept; the oldest goes, counted in `lost` and logged.
+        limit: Completions, about; what was in flight when it was reached still finds room.
 
     """
 
     def __init__(self, limit: int) -> None:
-        self._items: deque[Completion] = deque()
+        self._items: deque[tuple[Completion, Witness]] = deque()
         self._limit = limit
-        self.lost = 0
-        self._warned = False
+        self._sweep_at = limit + limit // 8 + 1
         self._lock = threading.Lock()
         self._pipe: tuple[int, int] | None = None
         self._closed = False
 
-    def put(self, completion: Completion) -> None:
+    def put(self, completion: Completion, witness: Witness) -> None:
         """Add one."""
         with self._lock:
             if not self._items and self._pipe is not None:
                 os.write(self._pipe[1], b"x")
-            self._items.append(completion)
-            over = len(self._items) > self._limit
-            if over:
-                self._items.popleft()
-                self.lost += 1
-            warn, self._warned = over and not self._warned, over or self._warned
-        if warn:
-            logger.warning(
-                "%d completions wait for poll: the oldest are lost from here on; poll more often, "
-                "or raise max_remembered",
-                self._limit,
+            self._items.append((completion, witness))
+
+    def check_room(self) -> None:
+        """Refuse what would end with one completion too many.
+
+        Raises:
+            ResourceError: So many wait whose end nobody has seen.
+
+        """
+        if len(self._items) < self._sweep_at:
+            return
+        with self._lock:
+            self._items = deque(item for item in self._items if not item[1].seen)
+            if not self._items and self._pipe is not None:
+                os.read(self._pipe[0], 1)
+            count = len(self._items)
+            full = count >= self._limit
+            self._sweep_at = self._limit if full else self._limit + self._limit // 8 + 1
+        if full:
+            raise ResourceError(
+                f"{count} completions wait for `poll`, and nobody has waited for their transfers; "
+                f"max_remembered is {self._limit}: take them, then begin more"
             )
 
     def take(self, max_n: int | None) -> list[Completion]:
         """Those not taken before."""
         with self._lock:
             count = len(self._items) if max_n is None else min(max_n, len(self._items))
-            taken = [self._items.popleft() for _ in range(count)]
-            self._warned = False
+            taken = [self._items.popleft()[0] for _ in range(count)]
             if taken and not self._items and self._pipe is not None:
                 os.read(self._pipe[0], 1)
             return taken

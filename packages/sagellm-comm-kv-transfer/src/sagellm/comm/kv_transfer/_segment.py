@@ -7,13 +7,13 @@ descriptor alone would not do: its holder may open `/proc/self/fd/N` again for w
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import itertools
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +25,19 @@ from sagellm.core.protocols import (
     ResourceError,
     UnsupportedOperationError,
 )
+from sagellm.core.protocols.host_limits import room_bytes, usable_cpus
 
 from ._copy_workers import CopyWorkers
 from ._mapping import gather_pages, map_file
 from .memory import Ints
 
-__all__ = ["Located", "Segment", "View", "have_workers", "locate", "room_bytes", "shared_segments"]
+__all__ = ["Located", "Segment", "View", "have_workers", "locate", "shared_segments"]
+
+logger = logging.getLogger(__name__)
 
 _PAGE = 4096
+_WORTH_BYTES = 64 << 20
+"""Pools from this size on are worth a process that shares the copying."""
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10  # fcntl.h
 _FIXED = _SEAL_SHRINK | _SEAL_GROW
 _SEALS = _SEAL_SEAL | _FIXED | _SEAL_FUTURE_WRITE
@@ -76,14 +81,23 @@ class Segment:
         self.workers: CopyWorkers | None = None
         self._closers: list[Callable[[Segment], None]] = []
 
-    def start_workers(self, count: int) -> None:
-        """Start processes that copy into it; only before it is sealed.
+    def start_workers(self, count: int, *, shares: bool = False) -> None:
+        """Start processes that copy into it, or share that with us; only before it is sealed.
 
         Raises:
             ResourceError: They cannot be started.
 
         """
-        self.workers = CopyWorkers(self.fd, self.nbytes, count)
+        self.workers = CopyWorkers(self.fd, self.nbytes, count, shares=shares)
+
+    def start_sharing_worker(self) -> None:
+        """Start one process to share copying with us, where that helps and as far as it can."""
+        if self.nbytes < _WORTH_BYTES or not sys.executable or usable_cpus() < 2:
+            return
+        try:
+            self.start_workers(1, shares=True)
+        except ResourceError as e:
+            logger.warning("%s; this process copies alone", e)
 
     def seal(self, *, share: bool = True) -> None:
         """Let nobody resize it, and nobody write it who does not map it yet; then share it."""
@@ -262,40 +276,3 @@ def _reserve(nbytes: int, what: str) -> int:
             "(`ulimit -f`) of this process"
         ) from e
     return fd
-
-
-def room_bytes() -> int | None:
-    """Bytes of memory that this process may still get: the machine's and its cgroups'."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    for folder, limit, used in _cgroups():
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            for line in (folder / "memory.stat").read_text().splitlines():
-                if line.split()[0] in ("inactive_file", "total_inactive_file"):
-                    left += int(line.split()[1])  # page cache makes room
-            found.append(max(0, left))
-    return min(found) if found else None
-
-
-def _cgroups(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[Path, str, str]]:
-    """Folders of this process's memory cgroups, of either version, and their files."""
-    found: list[tuple[Path, str, str]] = []
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                base, files = root, ("memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            folder = base / path.lstrip("/")
-            for at in (folder, *folder.parents):
-                found.append((at, *files))
-                if at == base:
-                    break
-    return found

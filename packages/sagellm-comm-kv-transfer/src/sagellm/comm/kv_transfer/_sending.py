@@ -21,6 +21,8 @@ from sagellm.core.protocols import (
 )
 
 from . import wire
+from ._coded_out import CodedOutflow
+from ._device_extent import extent_of
 from ._flows import Span
 from ._limits import Watch
 from ._link import Link
@@ -30,8 +32,7 @@ from ._records import Memory, bare, ending, failure, key_failure
 from .frames import SEALED
 from .memory import TensorExtent
 from .plan import check_parts
-from .pool import PoolExtent
-from .state import RULES, Event, Phase
+from .state import RULES, Event
 from .transfer import TransferHandle, transfer_error
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Sending:
 
         Over a link that is up it does not wait for the event loop.
         """
+        self.engine.completions.check_room()
         name, limit = (p.target, p.key), self.engine.settings.max_in_flight
         with self._lock:
             if (same := self._active.get(name)) is not None:
@@ -140,11 +142,15 @@ class Sending:
         """Take an invitation, and send what is small, on the caller's own thread."""
         if p.pool is not self.engine.pool or link.mismatch is not None:
             return False
+        if p.codec is not None and link.coding is not None and link.coding.lacks(p.codec):
+            return False  # `_start` says so
         if not self._take_invitation(p, link):
             return False
         size = self._prepare(p, link)
-        # our caller must not wait for a peer that does not read: all that was sent before has come
-        here = size <= _HERE_BYTES and link.confirmed_before(p.flow.tid)
+        # our caller must not wait for a peer that does not read: all that was sent before has come;
+        # nor for a device
+        confirmed = link.confirmed_before(p.flow.tid)
+        here = size <= _HERE_BYTES and confirmed and p.pool is not None and p.pool.staging is None
         link.writer.add(p.flow, here=here)
         # only now: the loop would take the GIL from the call that sends
         if not self.engine.loop.call(lambda: self._register(p, link)):
@@ -167,7 +173,7 @@ class Sending:
                 return False  # an offer finds out what is wrong
             p.link, p.tid, p.flow.tid = link, invite.tid, invite.tid
             self._by_tid[link, p.tid] = p
-        p.flow.extent = extent = PoolExtent(p.pool, p.blocks, invite.parts)
+        p.flow.extent = extent = extent_of(p.pool, p.blocks, invite.parts)
         if p.sealed:
             p.flow.flags = SEALED
             if not any(map(extent.units, range(extent.layers))):  # no frame will say so
@@ -197,7 +203,7 @@ class Sending:
     def on_grant(self, link: Link, grant: wire.Grant) -> None:
         """The receiver says what to send."""
         p = self._by_tid.get((link, grant.tid))
-        if p is None or p.handle.phase is not Phase.OFFERED:
+        if p is None or not p.handle.awaits(Event.ACCEPT):
             self.engine.ignore("grant")
             return
         if p.tensors is not None:
@@ -206,7 +212,7 @@ class Sending:
         else:
             assert p.pool is not None, "blocks belong to a pool"
             check_parts(p.pool.layout, grant.parts, link.peer)
-            p.flow.extent = PoolExtent(p.pool, p.blocks, grant.parts)
+            p.flow.extent = extent_of(p.pool, p.blocks, grant.parts)
         self._go(p, link)
 
     def on_invite(self, link: Link, invite: wire.Invite) -> None:
@@ -326,9 +332,11 @@ class Sending:
         if error is not None:
             self.fail(p, error)
             return
-        if p.tensors is None and link.mismatch is not None:
+        lacking = link.coding.lacks(p.codec) if p.codec and link.coding else None
+        if (p.tensors is None and link.mismatch is not None) or lacking is not None:
             p.link = link
-            self.fail(p, link.mismatch)
+            why = link.mismatch if p.tensors is None else None
+            self.fail(p, why or ConfigError(lacking))
         elif p.pool is self.engine.pool and self._take_invitation(p, link):
             self._go(p, link)
         else:
@@ -369,9 +377,15 @@ class Sending:
         p.handle.layers_done([i for i, n in enumerate(units) if not n])  # nothing to wait for
         p.handle.via(link.path)
         p.handle.take(Event.ACCEPT)
+        if isinstance(p.flow, CodedOutflow):
+            fail = self.fail
+            p.flow.begin(link, size, lambda e: self.engine.loop.call(lambda: fail(p, e)))
         return size
 
     def _event_failed(self, p: Push, e: Exception) -> None:
+        if isinstance(e, CommError):  # of a device that does not copy
+            self.fail(p, e)
+            return
         text = f"the event that its blocks wait for failed: {type(e).__name__}: {e}"
         self.fail(p, DistributedRuntimeError(text))
 
@@ -379,7 +393,7 @@ class Sending:
         state = p.handle.state
         if p.link is None:
             what = f"node {p.target} never came ({self.engine.links.why_absent(p.target)})"
-        elif p.handle.phase is Phase.OFFERED:
+        elif p.handle.awaits(Event.ACCEPT):
             what = f"node {p.target} has not said `receive`"
         else:
             what = f"it is {state.value}, {p.handle.progress}"

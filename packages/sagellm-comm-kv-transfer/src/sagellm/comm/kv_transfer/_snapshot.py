@@ -11,7 +11,7 @@ from ._link import Link
 from ._push import Offered, Push
 from ._receive import Receive
 from .pool import BlockTable
-from .state import RULES, Phase
+from .state import RULES, Event
 from .transfer import TransferHandle
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _push(p: Push) -> TransferView:
     kind = "push" if p.offered is None else "serve"
     if p.link is None:
         why = f"node {p.target} to come"
-    elif p.handle.phase is Phase.OFFERED:
+    elif p.handle.awaits(Event.ACCEPT):
         why = f"node {p.target} to say `receive`"
     elif not p.sealed:
         why = "the stream to be sealed"
@@ -164,7 +164,7 @@ def _receive(r: Receive) -> TransferView:
     kind = "receive" if r.fetch_from is None else "fetch"
     named = r.fetch_from if r.fetch_from is not None else r.senders or ()
     peers = sorted({s.link.peer for s in r.sources} | {*named})
-    if r.handle.phase is Phase.LANDED:
+    if r.handle.awaits(Event.RELEASE):
         waits = sorted({s.link.peer for s in r.sources if not s.released})
         return _view(r.handle, kind, peers, waits, "the senders to confirm", r.blocks)
     waits = sorted(

@@ -8,19 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-
 from sagellm.core.protocols import (
     CommError,
-    KVCodec,
     KVConnection,
     OneSidedConnection,
 )
 
+from ._coded_out import CodedPiece
+from ._device_extent import DeviceExtent, Gathered
 from ._flows import Chunk, Outflow
 from ._lanes import LaneTuner, RateMeter
 from ._meters import Traffic
-from .frames import CODED, RAW_BIT, REF, Header, block_sums
+from .frames import REF, SECTIONS, Header, block_sums
 from .memory import Extent, Views
 
 __all__ = ["DataWriter"]
@@ -45,12 +44,10 @@ class _Lane:
     def __init__(
         self,
         conn: KVConnection,
-        codec: KVCodec | None,
         chunk_bytes: int,
         lock: threading.Lock,
     ) -> None:
         self.conn = conn
-        self.codec = codec
         self.one_sided = conn if isinstance(conn, OneSidedConnection) else None
         self.first_bytes = max(1, chunk_bytes // _GROWTH)
         self.chunk_bytes = self.one_sided.frame_bytes if self.one_sided else chunk_bytes
@@ -60,6 +57,8 @@ class _Lane:
         self.busy = False
         self.pause_s = _NOT_READY_S
         self.ended = False
+        self.ahead: tuple[Outflow, Chunk, Gathered | None] | None = None
+        """What comes next, on its way from a device while something else is being sent."""
         self.error: CommError | None = None
 
     def pace(self, count: int, seconds: float) -> None:
@@ -103,7 +102,6 @@ class DataWriter:
         self.traffic = traffic
         self.checksum = True
         self.key = b""
-        self.make_codec: Callable[[], KVCodec] | None = None
         self.tuner = tuner
         self._want_lanes = want_lanes
         self._chunk_bytes = chunk_bytes
@@ -160,10 +158,11 @@ class DataWriter:
 
     def run(self, conn: KVConnection) -> None:
         """Send until stopped, as one lane more; raises what the connection raises."""
-        codec = self.make_codec() if self.make_codec is not None else None
-        lane = _Lane(conn, codec, self._chunk_bytes, self._lock)
+        lane = _Lane(conn, self._chunk_bytes, self._lock)
         if lane.one_sided is not None:
             lane.one_sided.watch(lambda: self._rouse(lane))
+            if not self.checksum:  # then a large frame is there as early as a small one
+                lane.first_bytes = lane.chunk_bytes
         with self._lock:
             index = len(self._lanes)
             self._lanes.append(lane)
@@ -171,6 +170,7 @@ class DataWriter:
             while (work := self._next(index, lane)) is not None:
                 self._work(lane, work)
         finally:
+            self._drop_ahead(lane)
             with self._lock:
                 lane.ended = True
                 if lane.busy:  # whoever sends for us must be gone before the connection is
@@ -188,10 +188,37 @@ class DataWriter:
             return
         flow, chunk = work
         try:
-            sent = self._send(lane, flow, chunk)
+            sent = self._send(lane, flow, chunk, look_ahead=True)
         finally:
             flow.leave()
             self._sent(sent)
+
+    def _look_ahead(self, lane: _Lane) -> None:
+        """Begin to gather what comes next, if it is there already."""
+        with self._lock:
+            if (
+                lane.ahead is not None
+                or self._stopped
+                or self._lanes.index(lane) >= self.tuner.lanes
+            ):
+                return
+            chosen, _ = self._choose(lane)
+            if chosen is None:
+                return
+            flow, chunk = chosen
+            lane.ahead = (flow, chunk, None)
+        if isinstance(flow.extent, DeviceExtent):
+            lane.ahead = (flow, chunk, _gather(flow, flow.extent, chunk, wait=False))
+
+    def _drop_ahead(self, lane: _Lane) -> None:
+        """Let go of what will not be sent."""
+        ahead, lane.ahead = lane.ahead, None
+        if ahead is not None:
+            flow, _, gathered = ahead
+            if gathered is not None:
+                gathered.close()
+            flow.leave()
+            self._sent(0)
 
     def _next(self, index: int, lane: _Lane) -> tuple[Outflow, Chunk] | memoryview | None:
         """What to send next; bytes are what the connection itself has to say."""
@@ -199,6 +226,8 @@ class DataWriter:
             while not self._stopped:
                 if lane.error is not None:
                     raise lane.error
+                if lane.ahead is not None:
+                    return lane.ahead[:2]
                 blocked = False
                 if not lane.busy:
                     if lane.one_sided is not None and (news := lane.one_sided.news()) is not None:
@@ -266,42 +295,70 @@ class DataWriter:
         lane.conn.send([memoryview(head), news], self._io_timeout_s)
         self.traffic.count(0, len(head) + len(news))
 
-    def _send(self, lane: _Lane, flow: Outflow, chunk: Chunk) -> int:
+    def _send(self, lane: _Lane, flow: Outflow, chunk: Chunk, *, look_ahead: bool = False) -> int:
         """Send one frame; the bytes of the blocks in it."""
+        gathered, lane.ahead = (lane.ahead[2] if lane.ahead else None), None
+        if (piece := flow.coded(chunk)) is not None:
+            return self._send_coded(lane, flow, chunk, piece)
         extent = flow.extent
         assert extent is not None, "claimed without an extent"
+        if not isinstance(extent, DeviceExtent):
+            return self._send_from(lane, flow, chunk, extent)
+        gathered = gathered or _gather(flow, extent, chunk, wait=True)
+        if gathered is None:
+            return 0
+        try:
+            if look_ahead:
+                self._look_ahead(lane)
+            try:
+                gathered.wait()
+            except CommError as e:
+                _broken(flow, e)
+                return 0
+            return self._send_from(lane, flow, chunk, extent, gathered)
+        finally:
+            gathered.close()
+
+    def _send_from(
+        self,
+        lane: _Lane,
+        flow: Outflow,
+        chunk: Chunk,
+        extent: Extent,
+        gathered: Gathered | None = None,
+    ) -> int:
+        """Send one frame from where its blocks are in host memory."""
         layer, first, count = chunk
+        memory = extent if gathered is None else gathered
         raw = extent.span_bytes(layer, first, count)
-        verify_s = codec_s = 0.0
+        verify_s = 0.0
         table = bytes(8 * count)
         units: list[Views] = []
-        if self.checksum or lane.codec is not None:
-            units = extent.unit_views(layer, first, count)
         if self.checksum:
+            units = memory.unit_views(layer, first, count)
             start = time.perf_counter()
             sums = block_sums(units, layer, first)
             table = struct.pack(f"<{count}Q", *sums)
             verify_s = time.perf_counter() - start
         flags = 0
-        reference = self._refer(lane, flow, extent, chunk, raw)
+        reference = None  # what is in a pinned half stays there no longer than this call
+        if gathered is None:
+            reference = self._refer(lane, flow, extent, chunk, raw)
         if reference is not None:  # sent in any case: it may show segments
             (payload, runs), flags = reference, REF
         elif flow.stopped:
             return 0  # nobody waits for it
-        elif lane.codec is None:
-            payload = extent.views(layer, first, count)
-            runs = len(payload)
         else:
-            start = time.perf_counter()
-            payload, lengths = self._encode(lane.codec, extent, layer, units)
-            codec_s = time.perf_counter() - start
-            table, flags, runs = table + lengths.tobytes(), CODED, len(payload)
+            payload = memory.views(layer, first, count)
+            runs = len(payload)
         size = sum(map(len, payload))
         head = Header(flow.tid, layer, first, count, size, flags | flow.flags).pack(table, self.key)
         start = time.perf_counter()
         calls = lane.conn.send([memoryview(head), *payload], self._io_timeout_s)
-        lane.pace(raw, time.perf_counter() - start)
+        spent_s = time.perf_counter() - start
+        lane.pace(raw, spent_s)
         wire = len(head) + size
+        flow.sent(lane.conn, wire, spent_s)
         self.traffic.count(raw, wire)
         flow.handle.moved(
             raw,
@@ -310,7 +367,33 @@ class DataWriter:
             runs=runs,
             syscalls=calls,
             verify_s=verify_s,
-            codec_s=codec_s,
+            codec_s=0.0,
+        )
+        return raw
+
+    def _send_coded(self, lane: _Lane, flow: Outflow, chunk: Chunk, piece: CodedPiece) -> int:
+        """Send a frame that was encoded ahead; the bytes of the blocks in it."""
+        try:
+            extent = flow.extent
+            if flow.stopped or extent is None:
+                return 0  # nobody waits for it
+            raw, flags = extent.span_bytes(*chunk), SECTIONS | flow.flags
+            head = Header(flow.tid, *chunk, piece.nbytes, flags).pack(piece.table, self.key)
+            start = time.perf_counter()
+            calls = lane.conn.send([memoryview(head), *piece.views], self._io_timeout_s)
+            wire = len(head) + piece.nbytes
+            flow.sent(lane.conn, wire, time.perf_counter() - start)
+        finally:
+            piece.done()
+        self.traffic.count(raw, wire)
+        flow.handle.moved(
+            raw,
+            chunk.units,
+            wire_bytes=wire,
+            runs=len(piece.views),
+            syscalls=calls,
+            verify_s=0.0,
+            codec_s=piece.codec_s,
         )
         return raw
 
@@ -327,17 +410,16 @@ class DataWriter:
         reference = lane.one_sided.refer(memory, pledge)
         return None if reference is None else ([reference], len(memory.lengths))
 
-    @staticmethod
-    def _encode(
-        codec: KVCodec, extent: Extent, layer: int, units: list[Views]
-    ) -> tuple[Views, np.ndarray[tuple[int], np.dtype[np.uint32]]]:
-        dtype = extent.dtype(layer)
-        payload: Views = []
-        lengths = np.empty(len(units), dtype="<u4")
-        for i, views in enumerate(units):
-            block = views[0] if len(views) == 1 else memoryview(b"".join(views))
-            coded = memoryview(codec.encode(block, dtype=dtype))
-            shrank = len(coded) < len(block)
-            payload.append(coded if shrank else block)
-            lengths[i] = len(coded) if shrank else len(block) | RAW_BIT
-        return payload, lengths
+
+def _gather(flow: Outflow, extent: DeviceExtent, chunk: Chunk, *, wait: bool) -> Gathered | None:
+    """Begin to bring a chunk to the host; None when its flow is broken, or none may wait."""
+    try:
+        return extent.gather(*chunk, wait=wait)
+    except Exception as e:  # of a device and its library
+        _broken(flow, e)
+        return None
+
+
+def _broken(flow: Outflow, error: Exception) -> None:
+    if flow.broken is not None:
+        flow.broken(error)

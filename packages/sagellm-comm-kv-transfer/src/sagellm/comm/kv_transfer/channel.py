@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -32,15 +31,15 @@ from sagellm.core.protocols.ports import PortSettings
 
 from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
+from ._coded_request import CodecRequest, asked_of, request_of, wanted_of
 from ._engine import Engine
 from ._fetching import fetch
-from ._link import Link
 from ._paths import Paths
-from ._push import Offered, Push
+from ._push import Offered, Push, of_blocks, of_tensors
 from ._receive import Receive
 from ._records import CANCELLED
 from ._snapshot import Snapshot, take
-from .compression import load_codec_spec
+from .compression.auto import MaxError
 from .discovery import discover
 from .pool import BlockTable, RegisteredPool, as_block_table
 from .settings import KVTransferSettings
@@ -114,7 +113,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             key = chosen.key.get_secret_value() if chosen.key is not None else None
         if peers is None:
             peers = chosen.peers_file
-        load_codec_spec(chosen.codec)
+        self._codec = request_of(None, None, chosen.codec)
         tls = Tls.of(chosen)
         discovery = discover(node_id=node_id, peers=peers, store=store, key=key, key_file=key_file)
         try:
@@ -174,7 +173,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def register(self, layout: KVLayout, tensors: Mapping[str, Tensor]) -> Pool:
         """Make KV memory known, one pool per channel; what `allocate` made stays shared."""
-        pool = RegisteredPool(layout, tensors)
+        pool = RegisteredPool(layout, tensors, half_bytes=self._engine.settings.chunk_bytes)
         self._engine.loop.run(lambda: self._use(pool))
         return pool
 
@@ -227,7 +226,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def connect(self, peer: int, timeout_s: float | None = None) -> PeerInfo:
         """Meet a peer: authenticate, agree on a version, compare layouts."""
-        link = self._meet(peer, 30.0 if timeout_s is None else timeout_s)
+        link = self._engine.meet(peer, 30.0 if timeout_s is None else timeout_s)
         if link.mismatch is not None:
             raise link.mismatch
         return PeerInfo(peer, link.address, link.version, link.layout, link.path)
@@ -242,10 +241,20 @@ class KVTransferChannel(KVTransferChannelProtocol):
         key: TransferKey | None = None,
         dst_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         deadline_s: float = 30.0,
+        codec: str | CodecRequest | None = None,
+        max_error: MaxError | None = None,
     ) -> TransferHandle:
-        """Push blocks to a node. `dst_blocks` are used when its `receive` names none and adopts."""
-        push = self._push(blocks, target_node, key, deadline_s, dst_blocks, sealed=True)
-        push.flow.queue(push.all_spans())
+        """Push blocks to a node. `dst_blocks` are used when its `receive` names none and adopts.
+
+        With a codec sections of the blocks are encoded while others are on the wire, and decoded
+        while the next arrive. `auto` takes what is fastest within `max_error` on this link now,
+        often nothing; `explain` of the result says why. A peer without the codec fails the push.
+        """
+        wanted = wanted_of(codec, max_error, self._codec)
+        push = self._push(
+            blocks, target_node, key, deadline_s, dst_blocks, sealed=True, codec=wanted
+        )
+        push.flow.queue(push.all_spans(None if push.pool is None else push.pool.mark()))
         return self._engine.sending.push(push).handle
 
     def begin(
@@ -255,9 +264,12 @@ class KVTransferChannel(KVTransferChannelProtocol):
         blocks: Blocks,
         *,
         deadline_s: float = 30.0,
+        codec: str | CodecRequest | None = None,
+        max_error: MaxError | None = None,
     ) -> Stream:
         """Start a push whose layers follow one by one; all must have landed by the deadline."""
-        push = self._push(blocks, target_node, key, deadline_s, None, sealed=False)
+        wanted = wanted_of(codec, max_error, self._codec)
+        push = self._push(blocks, target_node, key, deadline_s, None, sealed=False, codec=wanted)
         if push.pool is None:
             raise ConfigError("a stream sends blocks of the registered pool, not plain tensors")
         if self._engine.sending.push(push) is not push:
@@ -295,6 +307,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         name = checked_key(key) if key is not None else TransferKey(f"next-{uuid.uuid4().hex[:8]}")
         handle = TransferHandle(name, "receive", deadline_s, self._cancel)
         leased = pool if table is not None else None
+        if pool is not None:
+            pool.follow()
         r = Receive(handle, table, senders, pool=leased, named=key is not None, adopts=adopt)
         handle.owner = r
         return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
@@ -309,10 +323,13 @@ class KVTransferChannel(KVTransferChannelProtocol):
         num_tokens: int,
         ttl_s: float,
         after: ReadyEvent | None = None,
+        codec: str | CodecRequest | None = None,
+        max_error: MaxError | None = None,
     ) -> TransferHandle:
         """Let peers fetch blocks of the pool for `ttl_s` seconds, which `renew` extends.
 
-        It lands, and ends, once every part has been fetched whole by the nodes that hold it.
+        They come coded, as for `transfer`, unless a fetch asks for something else. The offer
+        lands, and ends, once every part has been fetched whole by the nodes that hold it.
         Fetches with `src_blocks` or `layers` leave it standing.
         """
         check_deadline(ttl_s)
@@ -321,7 +338,10 @@ class KVTransferChannel(KVTransferChannelProtocol):
             raise UnsupportedOperationError("only blocks of a pool can be offered; push tensors")
         handle = TransferHandle(checked_key(key), "send", ttl_s, self._cancel, Role.OFFER)
         handle.num_tokens = num_tokens
-        offered = Offered(handle, self._pool(), table, num_tokens, after)
+        wanted = wanted_of(codec, max_error, self._codec)
+        pool = self._pool()
+        pool.check_codec(None if wanted is None else wanted.codec)
+        offered = Offered(handle, pool, table, num_tokens, after or pool.mark(), wanted)
         handle.owner = offered
         self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
         return handle
@@ -335,6 +355,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         src_blocks: BlockIds | Mapping[str, BlockIds] | None = None,
         layers: Sequence[int] | None = None,
         deadline_s: float = 30.0,
+        codec: str | None = None,
+        max_error: MaxError | None = None,
     ) -> TransferHandle:
         """Pull offered blocks into ours, from one node or from several that each hold a part.
 
@@ -343,12 +365,15 @@ class KVTransferChannel(KVTransferChannelProtocol):
         check_deadline(deadline_s)
         engine, pool = self._engine, self._pool()
         table = as_block_table(pool, blocks, unique=True)
+        pool.follow()
         count = len(pool.layout.layers)
         if layers is not None and any(not 0 <= i < count for i in layers):
             raise ConfigError(f"layers {list(layers)} are not all in 0..{count - 1}")
         wanted = None if src_blocks is None else pool.as_foreign_table(src_blocks)
         handle = TransferHandle(checked_key(key), "receive", deadline_s, self._cancel)
         r = Receive(handle, table, None, pool=pool)
+        pool.check_codec(codec)
+        r.fetch_codec = asked_of(codec, max_error)
         handle.owner = r
 
         peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))
@@ -363,7 +388,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
     def poll(self, max_n: int | None = None) -> list[Completion]:
         """Completions not reported before. Never blocks.
 
-        The one of a handle that is done, or whose `wait` has returned, is among them.
+        The one of a handle that is done, or whose `wait` has returned, is among them. None is lost:
+        once `max_remembered` of them wait, those go whose handle was waited for, or asked for its
+        exception, and when those are too few, new transfers are refused with a `ResourceError`.
         """
         return self._engine.completions.take(max_n)
 
@@ -382,15 +409,13 @@ class KVTransferChannel(KVTransferChannelProtocol):
         while handles := self._engine.loop.run(self._engine.moving):
             for handle in handles:
                 try:
-                    handle.wait(max(0.0, end - time.monotonic()))
+                    handle.outlast(max(0.0, end - time.monotonic()))
                 except CommTimeoutError:
                     names = sorted(f"{h.key.id}/{h.key.attempt}" for h in handles)
                     raise CommTimeoutError(
                         f"{len(names)} transfers still in flight after {deadline_s:g} s: "
                         f"{', '.join(names[:8])}"
                     ) from None
-                except KVTransferError:  # it has ended, which is what is waited for
-                    continue
 
     def close(self) -> None:
         """Fail what is in flight on both sides and release sockets and threads. Idempotent."""
@@ -424,27 +449,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
             PeerLostError: It is gone.
 
         """
-        return self._engine.inquiries.inspect(self._meet(peer, timeout_s), timeout_s)
+        return self._engine.inquiries.inspect(self._engine.meet(peer, timeout_s), timeout_s)
 
     # -- inside -----------------------------------------------------------------------------
-
-    def _meet(self, peer: int, wait_s: float) -> Link:
-        met = threading.Event()
-        engine = self._engine
-
-        def begin() -> Link:
-            link = engine.links.to(peer, time.monotonic() + wait_s)
-            link.when_up(lambda _: met.set())
-            return link
-
-        engine.links.look_up(peer)
-        link = engine.loop.run(begin)
-        if not met.wait(wait_s):
-            why = link.dialler.why if link.dialler is not None else "no link"
-            raise CommTimeoutError(f"node {peer} never came within {wait_s:g} s ({why})")
-        if link.error is not None:
-            raise link.error
-        return link
 
     def _pool(self) -> RegisteredPool:
         if self._engine.pool is None:
@@ -468,6 +475,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         dst_blocks: BlockIds | Mapping[str, BlockIds] | None,
         *,
         sealed: bool,
+        codec: CodecRequest | None,
     ) -> Push:
         check_deadline(deadline_s)
         name = (
@@ -478,17 +486,9 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if table is None:
             if dst_blocks is not None:
                 raise ConfigError("dst_blocks need blocks of a pool, not plain tensors")
-            push = Push(handle, target_node, tensors=wrap(blocks), sealed=sealed)
-        else:
-            pool = self._pool()
-            named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
-            if named is not None:
-                counts = {n: (len(ids), len(named[n])) for n, ids in table.items()}
-                if any(a != b for a, b in counts.values()):
-                    raise ConfigError(f"blocks and dst_blocks differ in number: {counts}")
-            push = Push(
-                handle, target_node, pool=pool, blocks=table, dst_blocks=named, sealed=sealed
-            )
+            handle.owner = push = of_tensors(handle, target_node, wrap(blocks), codec)
+            return push
+        push = of_blocks(handle, target_node, self._pool(), table, dst_blocks, sealed, codec)
         handle.owner = push
         return push
 

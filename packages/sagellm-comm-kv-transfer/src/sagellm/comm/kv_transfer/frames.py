@@ -2,10 +2,11 @@
 
 A frame is a fixed header, a table with one entry per block, and the payload: the blocks' bytes
 in the order of their positions, all of one layer. Entries hold the xxh3 of the block's bytes
-in memory, seeded with where it belongs, so that swapped blocks are caught; a coded frame's
-entries also hold each block's coded length. Where the receiver reads the sender's memory, the
-payload is a reference to the bytes. The header holds a digest of the table and is sealed with a
-key of the link and the direction, so that frames of another connection are no frames here.
+in memory, seeded with where it belongs, so that swapped blocks are caught. The payload of a
+frame of sections is as `compression.frame` says, and the table has one more entry, the digest of
+its front. Where the receiver reads the sender's memory, the payload is a reference to the bytes.
+The header holds a digest of the table and is sealed with a key of the link and the direction, so
+that frames of another connection are no frames here.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ import xxhash
 from sagellm.core.protocols import IntegrityError
 
 __all__ = [
-    "CODED",
     "HEADER_BYTES",
     "MAX_UNITS",
-    "RAW_BIT",
     "REF",
     "SEALED",
+    "SECTIONS",
     "Header",
     "block_sum",
     "block_sums",
@@ -35,17 +35,14 @@ __all__ = [
 MAX_UNITS = 4096
 """Blocks in one frame at most; bounds what a header can make a reader allocate."""
 
-CODED = 1
-"""Flag: the payload is coded and the table holds lengths."""
-
 REF = 2
 """Flag: the payload is a reference to the bytes."""
 
 SEALED = 8
 """Flag: the transfer is whole, no message seals it; for those that use an invitation."""
 
-RAW_BIT = 1 << 31
-"""In a coded length: this block did not shrink and is sent as it is."""
+SECTIONS = 16
+"""Flag: the payload is one codec frame, whose sections hold all the blocks."""
 
 _FIELDS = struct.Struct("<4sBBHIIIIQQ")
 _SEAL_BYTES = 8
@@ -63,7 +60,7 @@ class Header:
         first: Position of the first block in the transfer.
         count: Blocks.
         payload_bytes: Bytes after the table.
-        flags: `CODED` or `REF`, and `SEALED`.
+        flags: `REF` or `SECTIONS`, and `SEALED`.
         table_digest: xxh3 of the table.
 
     """
@@ -79,7 +76,7 @@ class Header:
     @property
     def table_bytes(self) -> int:
         """Length of the table."""
-        return self.count * (12 if self.flags & CODED else 8)
+        return 8 * self.count + (8 if self.flags & SECTIONS else 0)
 
     def pack(self, table: bytes, key: bytes = b"") -> bytes:
         """Header and table; the key is that of this direction of the link."""
@@ -113,7 +110,7 @@ class Header:
             raise IntegrityError("a data frame's header is damaged")
         if version != 1 or not 0 < count <= MAX_UNITS:
             raise IntegrityError(f"a data frame of version {version} with {count} blocks")
-        if flags & ~SEALED not in (0, CODED, REF):
+        if flags & ~SEALED not in (0, REF, SECTIONS):
             raise IntegrityError(f"a data frame with flags {flags:#x}")
         return cls(tid, layer, first, count, payload, flags, table)
 

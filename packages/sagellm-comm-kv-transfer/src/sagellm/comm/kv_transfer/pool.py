@@ -17,9 +17,13 @@ from sagellm.core.protocols import (
     ConfigError,
     KVLayout,
     MemoryRuns,
+    ReadyEvent,
     UnsupportedOperationError,
 )
 
+from ._apart import check_apart, overlaps
+from ._device import device_of
+from ._device_staging import DeviceStaging
 from ._segment import Segment
 from .memory import Ints, Slab, Views, storage_of, torch_dtype
 from .plan import Part, check_sound, inner_axes, slab_runs
@@ -44,10 +48,12 @@ class RegisteredPool:
         layout: What the axes mean.
         tensors: By the layout's names.
         segment: Shared memory that they lie in, to be given back by `close`.
+        half_bytes: Of the pinned buffers that blocks of a device go through, unless one block
+            is larger.
 
     Raises:
-        ConfigError: Names, shapes, dtypes or strides do not fit the layout, or memory is shared.
-        UnsupportedOperationError: The tensors are not in host memory.
+        ConfigError: Names, shapes, dtypes or strides do not fit the layout, memory is shared, or
+            the tensors are on several devices.
 
     """
 
@@ -56,6 +62,7 @@ class RegisteredPool:
         layout: KVLayout,
         tensors: Mapping[str, Tensor],
         segment: Segment | None = None,
+        half_bytes: int = 16 << 20,
     ) -> None:
         check_sound(layout)
         expected = [name for group in layout.groups for name in group.tensor_names]
@@ -63,15 +70,24 @@ class RegisteredPool:
             raise ConfigError(f"the layout needs tensors {missing}, which were not given")
         if extra := sorted(set(tensors) - set(expected)):
             raise ConfigError(f"tensors {extra} are not in the layout; it has {expected}")
+        device = device_of(tensors.values())
         self._layout = layout
         self._segment = segment
         self._tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
         self._num_blocks = {g.name: _check_group(g, tensors) for g in layout.groups}
-        _check_apart(tensors)
+        check_apart(tensors)
         self._where = [(g, i) for g in layout.groups for i in range(len(g.layers))]
         self.group_names = tuple(g.name for g, _ in self._where)
         """Group of each layer of the layout."""
-        self._storages = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
+        self.storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors.values()
+        }
+        """Memory beneath its tensors by address."""
+        self.staging = None if device is None else DeviceStaging(device, half_bytes)
+        """What blocks of a device go through; None in host memory."""
+        self._memory = dict.fromkeys(self.storages, memoryview(b""))
+        if device is None:
+            self._memory = {t.untyped_storage().data_ptr(): storage_of(t) for t in tensors.values()}
         self._slabs: dict[tuple[int, Part], Slab] = {}
         self._lock = threading.Lock()
         self._leases: dict[object, tuple[str, BlockTable, BlockTable]] = {}
@@ -79,7 +95,7 @@ class RegisteredPool:
 
     @classmethod
     def allocate(
-        cls, layout: KVLayout, num_blocks: int | Mapping[str, int], copy_workers: int = 0
+        cls, layout: KVLayout, num_blocks: int | Mapping[str, int], copy_workers: int | None = 0
     ) -> RegisteredPool:
         """A pool in shared memory, zeroed, every page of it there, with processes to fill it.
 
@@ -101,7 +117,9 @@ class RegisteredPool:
                 size += -(-nbytes // _ALIGN) * _ALIGN
         segment = Segment(size, f"a pool of {num_blocks} blocks")
         try:
-            if copy_workers:
+            if copy_workers is None:
+                segment.start_sharing_worker()
+            elif copy_workers:
                 segment.start_workers(copy_workers)
             segment.seal()
             return cls(layout, _tensors_in(segment, places), segment)
@@ -114,10 +132,13 @@ class RegisteredPool:
 
         The memory goes when the last tensor over it does. Nothing may be leased.
         """
+        if self.staging is not None:
+            self.staging.close()
         if self._segment is None:
             return
         self._tensors = MappingProxyType({})
-        self._storages.clear()
+        self.storages.clear()
+        self._memory.clear()
         self._slabs.clear()
         self._segment.close()
 
@@ -136,6 +157,27 @@ class RegisteredPool:
         """Blocks per cache group."""
         return MappingProxyType(self._num_blocks)
 
+    def mark(self) -> ReadyEvent | None:
+        """An event behind what the caller's stream does with it now; None in host memory."""
+        return None if self.staging is None else self.staging.device.mark()
+
+    def follow(self) -> None:
+        """Write nothing of a device before what the caller's stream does with it now."""
+        if self.staging is not None:
+            self.staging.incoming.follow()
+
+    def check_codec(self, codec: str | None) -> None:
+        """Refuse a codec that is asked for by name, where the host cannot reach the values.
+
+        Raises:
+            UnsupportedOperationError: The blocks are on a device.
+
+        """
+        if self.staging is not None and codec not in (None, "auto", "none"):
+            raise UnsupportedOperationError(
+                f"codec {codec!r} cannot reach blocks on {self.staging.device}: send without one"
+            )
+
     @property
     def leases(self) -> int:
         """Transfers that still read or write it."""
@@ -149,6 +191,15 @@ class RegisteredPool:
     def group_of(self, layer: int) -> CacheGroup:
         """The group of a layer of the layout."""
         return self._where[layer][0]
+
+    def layer_tensors(self, layer: int) -> list[Tensor]:
+        """Views of one layer of the layout, one per tensor that it has, without a layer axis."""
+        group, index = self._where[layer]
+        if "layer" in group.axes:
+            axis = group.axes.index("layer")
+            return [self._tensors[n].select(axis, index) for n in group.tensor_names]
+        name = group.layers[index]
+        return [self._tensors[n] for n in ([f"{name}.{p}" for p in group.parts] or [name])]
 
     def lease(
         self,
@@ -254,7 +305,7 @@ class RegisteredPool:
                 )
             )
         store, offsets, lengths, steps = (np.concatenate(c) for c in zip(*columns, strict=True))
-        memory, bases = tuple(self._storages[p] for p in stores), np.array(stores, dtype=np.int64)
+        memory, bases = tuple(self._memory[p] for p in stores), np.array(stores, dtype=np.int64)
         return Slab(memory, bases, store, offsets, lengths, steps)
 
 
@@ -266,29 +317,34 @@ class PoolExtent:
         blocks: Ids per group, in the order of the tokens.
         parts: What of each group moves.
 
+    Attributes:
+        pool: As given.
+        block_table: As given.
+        parts: As given.
+
     """
 
     def __init__(self, pool: RegisteredPool, blocks: BlockTable, parts: Mapping[str, Part]) -> None:
-        self._pool = pool
-        self._blocks = blocks
-        self._parts = dict(parts)
+        self.pool = pool
+        self.block_table = blocks
+        self.parts = dict(parts)
         self._names = pool.group_names
         self._slabs: dict[int, Slab] = {}
         self.layers = len(self._names)
 
     def _slab(self, layer: int) -> Slab:
         if (found := self._slabs.get(layer)) is None:
-            found = self._slabs[layer] = self._pool.slab(layer, self._parts[self._names[layer]])
+            found = self._slabs[layer] = self.pool.slab(layer, self.parts[self._names[layer]])
         return found
 
     def units(self, layer: int) -> int:
         """Blocks of the layer that move."""
         name = self._names[layer]
-        return len(self._blocks[name]) if name in self._parts else 0
+        return len(self.block_table[name]) if name in self.parts else 0
 
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one block that move."""
-        return self._slab(layer).unit_bytes if self._names[layer] in self._parts else 0
+        return self._slab(layer).unit_bytes if self._names[layer] in self.parts else 0
 
     def span_bytes(self, layer: int, first: int, count: int) -> int:
         """Bytes of consecutive blocks."""
@@ -296,22 +352,22 @@ class PoolExtent:
 
     def views(self, layer: int, first: int, count: int) -> Views:
         """Memory of consecutive blocks, neighbours joined."""
-        ids = self._blocks[self._names[layer]]
+        ids = self.block_table[self._names[layer]]
         return self._slab(layer).views(ids[first : first + count])
 
     def runs(self, layer: int, first: int, count: int) -> MemoryRuns:
         """Addresses of consecutive blocks, neighbours joined."""
-        ids = self._blocks[self._names[layer]]
+        ids = self.block_table[self._names[layer]]
         return self._slab(layer).runs(ids[first : first + count])
 
     def unit_views(self, layer: int, first: int, count: int) -> list[Views]:
         """Memory of each block."""
-        ids = self._blocks[self._names[layer]]
+        ids = self.block_table[self._names[layer]]
         return self._slab(layer).unit_views(ids[first : first + count])
 
     def dtype(self, layer: int) -> str:
         """The group's dtype."""
-        return self._pool.group_of(layer).dtype
+        return self.pool.group_of(layer).dtype
 
 
 def _counts(layout: KVLayout, num_blocks: int | Mapping[str, int]) -> list[tuple[CacheGroup, int]]:
@@ -395,7 +451,7 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
     if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= limit:
         bad = low if low < 0 else high
         raise ConfigError(f"{what}: block {bad} of group {name!r} is not in 0..{limit - 1}")
-    if unique and len(np.unique(ids)) != len(ids):
+    if unique and _repeats(ids, limit):
         values, counts = np.unique(ids, return_counts=True)
         raise ConfigError(
             f"{what}: blocks {values[counts > 1][:8].tolist()} of group {name!r} come twice; "
@@ -404,17 +460,19 @@ def _ids(blocks: BlockIds, name: str, limit: int, unique: bool, what: str) -> In
     return ids
 
 
+def _repeats(ids: Ints, limit: int) -> bool:
+    """Whether an id comes twice; without sorting, which took half a millisecond of 4096."""
+    seen = np.zeros(limit, dtype=bool)
+    seen[ids] = True
+    return int(np.count_nonzero(seen)) != len(ids)
+
+
 def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:
     """Blocks of the group; raises when its tensors do not fit it."""
     inner = inner_axes(group)
     counts: dict[str, int] = {}
     for name in group.tensor_names:
         tensor = tensors[name]
-        if tensor.device.type != "cpu":
-            raise UnsupportedOperationError(
-                f"{name!r} is on {tensor.device}: a channel moves host memory; "
-                "copy the blocks to a pinned host pool first"
-            )
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype != group.dtype:
             raise ConfigError(f"{name!r} is {dtype}, the layout says {group.dtype}")
@@ -427,49 +485,9 @@ def _check_group(group: CacheGroup, tensors: Mapping[str, Tensor]) -> int:
                 f"{name!r} has shape {list(tensor.shape)}; axes {list(group.axes)} with "
                 f"block_shape {list(group.block_shape)} do not fit"
             )
-        if _overlaps(zip(tensor.shape, tensor.stride(), strict=True)):
+        if overlaps(zip(tensor.shape, tensor.stride(), strict=True)):
             raise ConfigError(f"{name!r}: its strides {tensor.stride()} make elements overlap")
         counts[name] = lengths["block"]
     if len(set(counts.values())) > 1:
         raise ConfigError(f"group {group.name!r}: tensors differ in blocks: {counts}")
     return next(iter(counts.values()))
-
-
-def _overlaps(dims: Iterable[tuple[int, int]]) -> bool:
-    reach = 0
-    for length, stride in sorted(dims, key=lambda d: d[1]):
-        if length > 1:
-            if stride <= reach:
-                return True
-            reach += (length - 1) * stride
-    return False
-
-
-def _check_apart(tensors: Mapping[str, Tensor]) -> None:
-    """Check that no two tensors have an element in common; they may be interleaved."""
-    near: list[tuple[int, str]] = []
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        if not tensor.numel():
-            continue
-        start = tensor.data_ptr()
-        near = [(end, other) for end, other in near if end > start]
-        for _, other in near:
-            if _share(tensors[other], tensor):
-                raise ConfigError(
-                    f"{other!r} and {name!r} share memory: a block of one would overwrite the other"
-                )
-        dims = zip(tensor.shape, tensor.stride(), strict=True)
-        last = sum((length - 1) * stride for length, stride in dims)
-        near.append((start + (last + 1) * tensor.element_size(), name))
-
-
-def _share(one: Tensor, other: Tensor) -> bool:
-    import torch
-
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-    a, b = (t.detach().view(kinds[t.element_size()]).numpy() for t in (one, other))
-    try:
-        # numpy's stubs allow 0 and -1 only
-        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type,unused-ignore]
-    except RuntimeError:  # too hard to tell, which no sound layout is
-        return True

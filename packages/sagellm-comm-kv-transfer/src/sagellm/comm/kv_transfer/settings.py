@@ -27,7 +27,10 @@ class KVTransferSettings(Settings, package="kv_transfer"):
             leaves the process; needs `tls_key` and `tls_ca` too.
         tls_key: PEM file with its private key, mode 0600.
         tls_ca: PEM file with the CA that all nodes' certificates come from.
-        codec: Codec of what this channel sends: `none`, `lz4`, `zstd` or an installed one.
+        codec: Codec of what this channel sends to peers that have it, where a call names none:
+            `none`, `auto` (which changes no bit), `lossless`, `quant` or any installed one.
+        codec_workers: Threads that encode and decode sections; 0 takes one per core, at most 4.
+        max_codec_bytes: Memory for sections that are being coded, decoded or sent, each way.
         transport: What carries the blocks: `auto` takes the best that leads to a peer, a name
             that one only.
         lanes: Data connections of a link; 0 begins with what suits the transport and tunes it.
@@ -35,7 +38,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         chunk_bytes: Bytes that one frame carries at most, unless one block is larger; on a slow
             network frames are smaller.
         copy_workers: Processes per allocated pool that copy into it outside the GIL, for engines
-            that compute in Python meanwhile; 0 copies in this process.
+            that compute in Python meanwhile; 0 copies in this process. None has one process share
+            the copying with this one, for pools from 64 MiB on, where there are several CPUs.
         page_bytes: Plain tensors are cut into pieces of this size.
         socket_buffer_bytes: Kernel buffer of a data connection, each way; 0 takes 256 KiB within
             a host and 1 MiB between hosts.
@@ -50,12 +54,17 @@ class KVTransferSettings(Settings, package="kv_transfer"):
         max_backlog_bytes: Control bytes that a peer may leave unread, and memory that its offers
             and fetches take while they wait for their other half.
         max_waiting_bytes: Memory that waiting offers and fetches of all peers take together.
+        max_invited_bytes: Memory that invitations of all peers take together; what finds no room
+            begins with an offer instead.
+        max_control_bytes: Memory that the control connections of all peers hold together: what
+            they leave unread, messages that are not whole yet, and layouts. Beyond it the one that
+            holds most ends.
         max_unauthenticated: Connections that have not authenticated yet; the oldest gives way.
         max_links: Connections that peers may have opened, one for each node id.
         max_in_flight: Transfers that are offered or moving; more are refused.
         max_bounce_bytes: Memory for transfers received without destination, all together.
-        max_remembered: Ended transfers whose keys are remembered, and completions that are kept
-            until they are polled.
+        max_remembered: Ended transfers whose keys are remembered. As many completions may wait for
+            `poll` before new transfers are refused; those that were waited for do not count.
 
     """
 
@@ -66,11 +75,13 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     tls_key: str | None = None
     tls_ca: str | None = None
     codec: str = "none"
+    codec_workers: Annotated[int, pydantic.Field(ge=0, le=64)] = 0
+    max_codec_bytes: Count = 64 * MIB
     transport: str = "auto"
     lanes: Annotated[int, pydantic.Field(ge=0, le=8)] = 0
     checksum: bool = True
     chunk_bytes: Annotated[int, pydantic.Field(gt=0, le=GIB)] = 16 * MIB
-    copy_workers: Annotated[int, pydantic.Field(ge=0, le=16)] = 0
+    copy_workers: Annotated[int | None, pydantic.Field(ge=0, le=16)] = None
     page_bytes: Annotated[int, pydantic.Field(ge=4 * KIB, le=GIB)] = MIB
     socket_buffer_bytes: Annotated[int, pydantic.Field(ge=0, le=GIB)] = 0
     handshake_timeout_s: Seconds = 5.0
@@ -81,6 +92,8 @@ class KVTransferSettings(Settings, package="kv_transfer"):
     max_message_bytes: Count = 16 * MIB
     max_backlog_bytes: Count = 64 * MIB
     max_waiting_bytes: Count = 256 * MIB
+    max_invited_bytes: Count = 64 * MIB
+    max_control_bytes: Count = 256 * MIB
     max_unauthenticated: Count = 64
     max_links: Count = 1024
     max_in_flight: Count = 4096

@@ -1,15 +1,21 @@
 """Blocks of a device on their way to the host: gathered there, copied through pinned buffers.
 
-A tool for engines: a channel refuses device tensors and does not use it by itself. One gather and
-one copy per chunk replace a copy per block, and while one buffer is read the next is being filled.
+A tool for engines that want blocks in the host's memory; a channel with a pool on a device does
+the same by itself. One gather and one copy per chunk replace a copy per block, and while one
+buffer is read the next is being filled. Unverified on hardware.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import BlockIds, ConfigError
+
+from ._device import Device, device_of, wait_for
+from ._device_staging import Half
+from .frames import MAX_UNITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HostStaging"]
 
 _BUFFERS = 2
+_PATIENCE_S = 60.0
 
 
 class HostStaging:
@@ -42,14 +49,14 @@ class HostStaging:
             )
         self._blocks = blocks
         block_bytes = blocks[0].numel() * blocks.element_size() if len(blocks) else 1
-        self._per_chunk = max(1, chunk_bytes // max(1, block_bytes))
+        self._per_chunk = min(MAX_UNITS, max(1, chunk_bytes // max(1, block_bytes)))
         self._buffers = [self._make_buffer() for _ in range(_BUFFERS)]
 
     def _make_buffer(self) -> _Buffer:
         shape = (min(self._per_chunk, max(1, len(self._blocks))), *self._blocks.shape[1:])
-        if self._blocks.device.type == "cpu":
+        if (device := device_of([self._blocks])) is None:
             return _Buffer(self._blocks.new_empty(shape))
-        return _DeviceBuffer(self._blocks, shape)  # pragma: device-only
+        return _DeviceBuffer(self._blocks, shape, device)
 
     def read(self, ids: BlockIds) -> Iterator[tuple[int, Tensor]]:
         """Position of its first block in `ids` and host memory of each chunk, in order.
@@ -68,7 +75,7 @@ class HostStaging:
             raise ConfigError(
                 f"blocks {wanted.min()}..{wanted.max()} are not all in 0..{len(self._blocks) - 1}"
             )
-        where = torch.from_numpy(wanted).to(self._blocks.device)
+        where = torch.from_numpy(wanted)
         step = len(self._buffers[0].host)
         starts = range(0, len(wanted), step)
         for turn, first in enumerate(starts[:_BUFFERS]):
@@ -100,26 +107,31 @@ class _Buffer:
         return self.host[: self.count]
 
 
-class _DeviceBuffer(_Buffer):  # pragma: device-only
-    """Pinned host memory, its twin on the device, and a stream that fills the one by the other."""
+class _DeviceBuffer(_Buffer):
+    """A pinned half, and a stream that fills it."""
 
-    def __init__(self, blocks: Tensor, shape: tuple[int, ...]) -> None:
-        import torch
-
-        super().__init__(torch.empty(shape, dtype=blocks.dtype, pin_memory=True))
-        self._twin = blocks.new_empty(shape)
-        self._device: Any = torch.get_device_module(blocks.device)  # torch.cuda, torch.npu, …
-        self._stream = self._device.Stream(blocks.device)
+    def __init__(self, blocks: Tensor, shape: tuple[int, ...], device: Device) -> None:
+        self._half = Half(device, math.prod(shape) * blocks.element_size())
+        super().__init__(self._half.host.view(blocks.dtype).view(shape))
+        self._queue = device.queue()
+        self._what = f"blocks of {device}"
 
     def fill(self, blocks: Tensor, ids: Tensor) -> None:
-        import torch
-
         self.count = len(ids)
-        self._stream.wait_stream(self._device.current_stream(blocks.device))
-        with self._device.stream(self._stream):
-            torch.index_select(blocks, 0, ids, out=self._twin[: self.count])
-            self.host[: self.count].copy_(self._twin[: self.count], non_blocking=True)
+        self._queue.follow()
+        self._half.fill(self._queue, [_wide(blocks.flatten(1))], ids.numpy())
 
     def wait(self) -> Tensor:
-        self._stream.synchronize()
+        assert self._half.event is not None, "filled"
+        wait_for(self._half.event, _PATIENCE_S, self._what)
         return super().wait()
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """The same memory in the largest elements that fit, which copy fastest."""
+    import torch
+
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        if rows.shape[1] * rows.element_size() % dtype.itemsize == 0:
+            return rows.view(dtype) if rows.element_size() <= dtype.itemsize else rows
+    return rows.view(torch.uint8)

@@ -101,7 +101,9 @@ class Rule(NamedTuple):
         moves: Whether a thread may begin a piece.
         safe: Whether no thread can be at the blocks, so that their lease is over.
         limit: How long it may last.
-        at_limit: What happens then; None breaks the data connection, so that threads leave.
+        at_limit: What happens then, and when its link is lost; None breaks the data connection, so
+            that threads leave.
+        landed: Whether everything is in place and verified, and callers may know.
 
     """
 
@@ -110,6 +112,7 @@ class Rule(NamedTuple):
     safe: bool
     limit: Limit
     at_limit: Event | None = None
+    landed: bool = False
 
 
 RULES: Mapping[Phase, Rule] = MappingProxyType(
@@ -120,8 +123,8 @@ RULES: Mapping[Phase, Rule] = MappingProxyType(
         Phase.SETTLING: Rule(State.MOVING, False, False, Limit.QUIESCE),
         Phase.FAILING: Rule(State.MOVING, False, False, Limit.QUIESCE),
         Phase.CANCELLING: Rule(State.MOVING, False, False, Limit.QUIESCE),
-        Phase.LANDED: Rule(State.LANDED, False, True, Limit.DEADLINE, Event.RELEASE),
-        Phase.RELEASED: Rule(State.RELEASED, False, True, Limit.NONE),
+        Phase.LANDED: Rule(State.LANDED, False, True, Limit.DEADLINE, Event.RELEASE, landed=True),
+        Phase.RELEASED: Rule(State.RELEASED, False, True, Limit.NONE, landed=True),
         Phase.FAILED: Rule(State.FAILED, False, True, Limit.NONE),
         Phase.CANCELLED: Rule(State.CANCELLED, False, True, Limit.NONE),
     }
@@ -215,9 +218,11 @@ def as_markdown() -> str:
             for event, step in steps.items():
                 told = f"`{step.tells}`" if step.tells else "-"
                 lines.append(f"| {role} | {phase} | {event} | {step.to} | {told} |")
-    lines += ["", "| phase | state | blocks | lasts at most | then |", "|---|---|---|---|---|"]
+    lines += ["", "| phase | state | blocks | landed | lasts at most | then |"]
+    lines += ["|---|---|---|---|---|---|"]
     for phase, rule in RULES.items():
         blocks = "safe" if rule.safe else "in use" if rule.moves else "fenced"
         then = rule.at_limit or ("-" if rule.limit is Limit.NONE else "the connection is broken")
-        lines.append(f"| {phase} | {rule.state} | {blocks} | {rule.limit} | {then} |")
+        landed = "yes" if rule.landed else "no"
+        lines.append(f"| {phase} | {rule.state} | {blocks} | {landed} | {rule.limit} | {then} |")
     return "\n".join(lines)

@@ -63,6 +63,8 @@ class Stream:
             if sent[first:last].any():
                 raise ConfigError(f"blocks {first}..{last - 1} of layer {index} were sent before")
             sent[first:last] = True
+        if after is None and self._push.pool is not None:
+            after = self._push.pool.mark()
         self._push.queue([Span(index, first, last, after)])
 
     def seal(self, num_tokens: int) -> TransferHandle:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sagellm.core.protocols import (
     AuthenticationError,
+    CommError,
     CommTimeoutError,
     ConfigError,
     IntegrityError,
@@ -213,20 +214,33 @@ class TlsConnection(KVConnection):
         calls = 0
         last = time.monotonic()
         while view:
-            try:
-                with self._lock, _explained():
+            try:  # once per record of 16 KiB: `_explained` would take as long as the decryption
+                with self._lock:
                     moved = call(view)
-            except _BlockedError as e:
-                self._wait(e.events, last, deadline_s)
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN, last, deadline_s)
+                continue
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT, last, deadline_s)
                 continue
             except (OSError, ValueError) as e:  # ValueError: closed meanwhile
-                raise PeerLostError(f"the connection to {self._peer} broke: {e}") from e
+                raise self._broken(e) from e
             if not moved:
                 raise PeerLostError(f"{self._peer} closed the connection")
             calls += 1
             last = time.monotonic()
             view = view[moved:]
         return calls
+
+    def _broken(self, error: OSError | ValueError) -> CommError:
+        """What an error of OpenSSL or of the socket is to those who move blocks."""
+        try:
+            with _explained():
+                raise error
+        except (OSError, ValueError) as e:
+            return PeerLostError(f"the connection to {self._peer} broke: {e}")
+        except CommError as e:
+            return e
 
     def _wait(self, events: int, last: float, deadline_s: float) -> None:
         """Wait for what TLS needs next; the caller looks again."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,10 +29,21 @@ from ._arguments import check_deadline
 from .memory import Ints
 from .state import RULES, TABLE, Event, Phase, Role, Step
 
-__all__ = ["TransferHandle", "transfer_error"]
+__all__ = ["TransferHandle", "Witness", "transfer_error"]
+
+_KEPT_CHOICES = 8
 
 _GRACE_S = 10.0
 """How long past its deadline a transfer may take to end before `wait` gives up on it."""
+
+
+class Witness:
+    """Whether somebody has seen on a handle how its transfer ended; outlives the handle."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen = False
 
 
 class TransferHandle:
@@ -48,6 +60,7 @@ class TransferHandle:
         self._key = key
         self.direction = direction
         self.owner: object = None
+        self.witness = Witness()
         self.deadline = time.monotonic() + deadline_s
         self.deadline_s = deadline_s
         self._cancel = cancel
@@ -68,6 +81,9 @@ class TransferHandle:
         self._first: float | None = None
         self._last: float | None = None
         self._meter = _Meter()
+        self.codec = ""
+        """What codes its bytes just now; empty where nothing is to be coded."""
+        self._choices: deque[str] = deque(maxlen=_KEPT_CHOICES)
         self.num_tokens = 0
         """Tokens that the blocks hold, as their sender has said; 0 where it has not."""
 
@@ -115,8 +131,18 @@ class TransferHandle:
                 verify_s=m.verify_s,
                 codec_s=m.codec_s,
                 path=m.path,
+                codec=self.codec,
                 retries=m.retries,
             )
+
+    def explain(self) -> str:
+        """How it goes and why its bytes are coded as they are, in words."""
+        m = self.metrics
+        how = f"{self.direction} {self._key.id}/{self._key.attempt} by {m.path or 'no path yet'}"
+        sizes = f"{m.bytes} bytes as {m.wire_bytes} on the wire, {m.codec_s:.3g} s in codecs"
+        with self._lock:
+            choices = "; then ".join(self._choices)
+        return f"{how}: {sizes}; {choices or 'not coded: no codec was asked for'}"
 
     @property
     def blocks(self) -> Sequence[KVBlock]:
@@ -136,6 +162,7 @@ class TransferHandle:
 
         """
         self._wait_for(None, timeout_s, "it has not landed")
+        self.witness.seen = True
         if self._error is not None:
             raise _fresh(self._error)
         return self
@@ -183,7 +210,17 @@ class TransferHandle:
 
     def exception(self) -> BaseException | None:
         """What it failed with; None while it runs and after success."""
+        self.witness.seen |= self._over
         return self._error
+
+    def outlast(self, timeout_s: float) -> None:
+        """Block until it is over, however it ends.
+
+        Raises:
+            CommTimeoutError: Still in flight after `timeout_s`.
+
+        """
+        self._wait_for(None, timeout_s, "it has not ended")
 
     def __await__(self) -> Generator[Any, None, TransferHandle]:
         """Wait without blocking the running event loop, as long as `wait()`."""
@@ -215,9 +252,13 @@ class TransferHandle:
         """Where it is in the table."""
         return self._phase
 
+    def awaits(self, event: Event) -> bool:
+        """Whether the table has a row for this event now."""
+        return event in self._steps.get(self._phase, ())
+
     @property
     def _landed(self) -> bool:
-        return self._phase in (Phase.LANDED, Phase.RELEASED)
+        return RULES[self._phase].landed
 
     def _wait_for(self, layer: int | None, timeout_s: float | None, what: str) -> None:
         """Wait until it is over, or a layer is there.
@@ -340,7 +381,7 @@ class TransferHandle:
         """Count a frame."""
         now = time.monotonic()
         with self._lock:
-            if self._phase is not Phase.MOVING and self._phase in self._steps:
+            if self._phase in self._steps:
                 step = self._steps[self._phase].get(Event.FRAME)
                 self._phase = self._phase if step is None else step.to
             self._first = self._first or now
@@ -357,6 +398,13 @@ class TransferHandle:
     def retried(self, blocks: int) -> None:
         """Count blocks that were asked for again."""
         self._meter.retries += blocks
+
+    def coded_as(self, name: str, why: str = "") -> None:
+        """Note what codes its bytes from now on."""
+        with self._lock:
+            if name != self.codec:
+                self.codec = name
+                self._choices.append(why or name)
 
     def via(self, path: str) -> None:
         """Note how it goes."""

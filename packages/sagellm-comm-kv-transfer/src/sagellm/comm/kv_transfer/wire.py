@@ -58,6 +58,7 @@ __all__ = [
     "decode",
     "encode",
     "held_bytes",
+    "layout_bytes",
 ]
 
 PROTOCOL = "sagellm-kv"
@@ -109,22 +110,21 @@ class Welcome(_Message, frozen=True, tag="welcome"):
 
     mac: bytes
     layout: KVLayout | None
-    codecs: list[str]
-    codec: str
     endpoints: dict[str, str]
     checksum: bool
     address: str
+    codecs: dict[str, int] = {}
+    """Codecs that coded frames may use, with versions; `frame` stands for the frames' own."""
 
 
 class Ready(_Message, frozen=True, tag="ready"):
     """I → A: what I have and have chosen; the link is up."""
 
     layout: KVLayout | None
-    codecs: list[str]
-    codec: str
     transport: str
     checksum: bool
     address: str
+    codecs: dict[str, int] = {}
 
 
 class Reject(_Message, frozen=True, tag="reject"):
@@ -204,6 +204,9 @@ class Fetch(_Message, frozen=True, tag="fetch"):
     src_blocks: dict[str, bytes] | None = None
     layers: list[int] | None = None
     deadline_s: float = 30.0
+    codec: str = ""
+    options: dict[str, bool | int | float | str] = {}
+    max_error: str | float | None = None
 
 
 class Nack(_Message, frozen=True, tag="nack"):
@@ -371,6 +374,16 @@ def held_bytes(message: Offer | Fetch | Invite) -> int:
     return 512 + named + sum(256 + len(n) for n in names) + more
 
 
+def layout_bytes(layout: KVLayout | None) -> int:
+    """Bytes of memory that a peer's layout takes, about."""
+    if layout is None:
+        return 0
+    words = len(layout.model) + sum(
+        512 + len(g.name) + sum(64 + len(n) for n in (*g.layers, *g.axes)) for g in layout.groups
+    )
+    return 256 + words + 32 * sum(len(g.block_shape) for g in layout.groups)
+
+
 class FrameBuffer:
     """Cuts a byte stream into message bodies; holds at most one message and one read.
 
@@ -382,6 +395,11 @@ class FrameBuffer:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._data = bytearray()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the message that is not whole yet."""
+        return len(self._data)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The bodies that are complete with these bytes.

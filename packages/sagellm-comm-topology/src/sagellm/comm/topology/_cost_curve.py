@@ -1,27 +1,31 @@
-"""A measured curve: time over payload for one operation, algorithm and group size.
+"""A measured curve: time over payload for one operation, algorithm and group.
 
 Between two knots two interpolations disagree in opposite directions: straight in bytes (right
 where bandwidth rules) and straight in the logarithms (right where a knee is near). Their geometric
-mean is the estimate, and how far a knot's own neighbours miss it is the interval.
+mean is the estimate. The interval is the noise, or how far a knot's own neighbours miss it where
+that is more.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from sagellm.core.protocols import Basis
+
+from . import _cost_noise
 
 __all__ = ["Curve", "Reading"]
 
 Reading = tuple[float, float, float, Basis]
 """Time, low and high in microseconds, and what they rest on."""
 
-_FLOOR = 0.02  # repeats of one machine and size differ by about this much (log scale)
+_FLOOR = 0.01  # even medians of one machine and size differ by about this much
 _SPARSE = 0.5  # of a curve without inner knots nothing tells how it bends
 _WIDEN_PER_OCTAVE = 0.15
+_ONCE = 2.0  # noise alone would ask for 2.4 median misses; but they are of gaps twice as wide
 
 
 class Curve:
@@ -29,45 +33,48 @@ class Curve:
 
     Args:
         points: (bytes, microseconds), at least one.
-        spread: Relative spread of repeats at a knot, where repeats exist.
-        floor: Relative noise that is taken for granted.
+        noise: Half-width, in logarithms, of what fresh measurements at each knot cover; where it
+            is None the knot was measured once, and how smooth the curve is must tell.
+        floor: What is added to every half-width.
 
     """
 
     def __init__(
         self,
         points: Sequence[tuple[int, float]],
-        spread: Sequence[float] | None = None,
+        noise: Sequence[float | None] | None = None,
         floor: float = _FLOOR,
     ) -> None:
         self._floor = floor
         self.points = tuple(sorted(points))
         self._x = [float(x) for x, _ in self.points]
         self._t = [t for _, t in self.points]
-        self._spread = list(spread or [0.0] * len(self._x))
-        self._miss = [self._left_out(i) for i in range(len(self._x))]
+        self.noise = tuple(noise or [None] * len(self._x))
+        residuals = [self._left_out(i) for i in range(1, len(self._x) - 1)]
+        inner = [abs(r) for r in residuals]
+        outer = median(inner) if inner else _SPARSE
+        self._miss = [outer, *inner, outer][: len(self._x)]
+        self._typical = _ONCE * outer if inner else _SPARSE
+        self._guess = _cost_noise.of_residuals(residuals)
+
+    @classmethod
+    def of_repeats(cls, repeats: Mapping[int, Sequence[float]]) -> Curve:
+        """The curve through the medians of repeats at each payload."""
+        knots = sorted(repeats.items())
+        noise = _cost_noise.of_repeats([times for _, times in knots])
+        return cls([(nbytes, median(times)) for nbytes, times in knots], noise)
 
     def read(self, nbytes: int) -> Reading:
         """Time at a payload; beyond the knots it is `scaled`, and wider the farther away."""
-        x, n = float(nbytes), len(self._x)
+        x = float(nbytes)
         if x < self._x[0]:
-            # Small payloads cost what the fixed part costs, which the first knot bounds.
-            octaves = math.log2(self._x[0] / max(x, 1.0))
-            width = self._floor + self._width(0) + _WIDEN_PER_OCTAVE * octaves
-            return (
-                self._t[0],
-                self._t[0] * math.exp(-width),
-                self._t[0] * math.exp(self._floor),
-                "scaled",
-            )
+            return self._below(max(x, 1.0))
         if x > self._x[-1]:
-            time = self._beyond(x)
-            octaves = math.log2(x / self._x[-1])
-            width = self._width(n - 1) + _WIDEN_PER_OCTAVE * octaves
-            return time, time * math.exp(-width), time * math.exp(width), "scaled"
+            return self._beyond(x)
         right = bisect_left(self._x, x)
         if self._x[right] == x:
-            time, width = self._t[right], self._floor + self._spread[right]
+            known = self.noise[right]
+            time, width = self._t[right], self._floor + (self._guess if known is None else known)
         else:
             time = _between(x, self._x, self._t, right)
             width = max(self._width(right - 1), self._width(right))
@@ -86,21 +93,39 @@ class Curve:
         return max(abs(math.log(straight / bent)), self._miss[right - 1], self._miss[right])
 
     def _width(self, i: int) -> float:
-        return self._floor + max(self._miss[i], self._spread[i])
+        known = self.noise[i]
+        return self._floor + max(self._miss[i], self._typical if known is None else known)
 
     def _left_out(self, i: int) -> float:
-        """How far the curve without knot i misses it; wider than a real gap, which is half."""
-        if not 0 < i < len(self._x) - 1:
-            inner = [self._left_out(j) for j in range(1, len(self._x) - 1)]
-            return median(inner) if inner else _SPARSE
-        x, t = self._x[:i] + self._x[i + 1 :], self._t[:i] + self._t[i + 1 :]
-        return abs(math.log(_between(self._x[i], x, t, i) / self._t[i]))
+        """How far the line between knot i's neighbours misses it; a real gap is half as wide."""
+        x, t = (values[i - 1 :: 2][:2] for values in (self._x, self._t))
+        return math.log(self._t[i] / _between(self._x[i], x, t, 1))
 
-    def _beyond(self, x: float) -> float:
+    def _below(self, x: float) -> Reading:
+        """Between the first knot's time, a floor that payloads do not change, and less by slope."""
+        first = self._t[0]
+        least = first
         if len(self._x) == 1:
-            return self._t[-1] * max(1.0, x / self._x[-1])
-        slope = (self._t[-1] - self._t[-2]) / (self._x[-1] - self._x[-2])
-        return self._t[-1] + max(slope, 0.0) * (x - self._x[-1])
+            least = first * x / self._x[0]
+        elif self._t[1] > first:
+            rise = math.log(self._t[1] / first) / math.log(self._x[1] / self._x[0])
+            slope = (self._t[1] - first) / (self._x[1] - self._x[0])
+            bent = first * (x / self._x[0]) ** min(rise, 1.0)
+            least = max(bent, first - slope * (self._x[0] - x))
+        width = self._width(0) + _WIDEN_PER_OCTAVE * math.log2(self._x[0] / x)
+        time = math.sqrt(first * least)
+        return time, least * math.exp(-width), first * math.exp(width), "scaled"
+
+    def _beyond(self, x: float) -> Reading:
+        """The last slope goes on; the bounds also hold where the last bandwidth does."""
+        last = self._t[-1]
+        steady = time = last * x / self._x[-1]
+        if len(self._x) > 1:
+            slope = (last - self._t[-2]) / (self._x[-1] - self._x[-2])
+            time = last + max(slope, 0.0) * (x - self._x[-1])
+        width = self._width(-1) + _WIDEN_PER_OCTAVE * math.log2(x / self._x[-1])
+        low, high = min(time, steady), max(time, steady)
+        return time, low * math.exp(-width), high * math.exp(width), "scaled"
 
 
 def _between(x: float, xs: Sequence[float], ts: Sequence[float], right: int) -> float:

@@ -17,7 +17,6 @@ __all__ = [
     "ALGORITHMS",
     "Coefficients",
     "LinkCost",
-    "busbw_factor",
     "check",
     "link_cost",
     "prior_us",
@@ -189,10 +188,3 @@ def check(op: str, algorithm: str, measured: Collection[str] = ()) -> None:
     known = sorted({*ALGORITHMS[op], *measured})
     if algorithm not in known:
         raise ConfigError(f"{op} has no algorithm {algorithm!r}; known: {', '.join(known)}")
-
-
-def busbw_factor(op: str, size: int) -> float:
-    """Bus bandwidth over algorithm bandwidth, as nccl-tests define it."""
-    if size == 1 or op in ("broadcast", "p2p"):
-        return 1.0
-    return (2 if op == "all_reduce" else 1) * (size - 1) / size

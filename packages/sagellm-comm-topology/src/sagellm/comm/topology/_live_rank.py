@@ -35,7 +35,7 @@ def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     size = int(job["ranks"])
     library, device = "gloo", torch.device("cpu")
-    if job["backend"] == "nccl":  # unverified on hardware: nobody here has two GPUs
+    if job["backend"] == "nccl":  # tested with a stand-in; unverified on hardware
         library, device = "nccl", torch.device("cuda", rank)
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -1,8 +1,8 @@
 """Best ways through the vertices that forward: switches, host bridges, NUMA nodes.
 
-A device that does not forward is reached over its own few links, so searches start and end at
-forwarding vertices only. There are few of them, so that a fabric with ten thousand devices on one
-switch costs one search of one vertex, and what was searched is kept.
+Where sockets and host bridges count before hops, which is within a host, a search from each
+forwarding vertex is made once and kept: there are few of them. Where all links cost one hop,
+which is every fabric and every network, `EvenRoutes` finds ways among thousands of vertices.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 
 from sagellm.core.protocols import Link
+
+from ._routes_even import EvenRoutes
 
 __all__ = ["Cost", "Edges", "Routes", "best_way", "cost_of"]
 
@@ -52,12 +54,42 @@ class Routes:
         self._forwards = forwards
         self._searches: dict[str, dict[str, Link | None]] = {}
         self._kept = 0
+        self._parts: dict[str, int] | None = None
+        self._even: list[EvenRoutes | None] = []
 
     def way(self, a: str, b: str) -> tuple[Link, ...] | None:
         """Links from `a` to `b`, best cost first; None where there is no way.
 
         Ties go to the smallest names, so that equal topologies give equal ways.
         """
+        parts = self._parts or self._divide()
+        part = parts.get(a)
+        if part is None or parts.get(b) != part:
+            return None
+        even = self._even[part]
+        return self._ranked(a, b) if even is None else even.way(a, b)
+
+    def _divide(self) -> dict[str, int]:
+        """The connected part of each vertex; ways of those with one cost of links are even."""
+        parts: dict[str, int] = {}
+        evens: list[EvenRoutes | None] = []
+        for start in self._edges:
+            if start in parts:
+                continue
+            parts[start] = len(evens)
+            todo, links = [start], {}
+            while todo:
+                for there, link in self._edges.get(todo.pop(), ()):
+                    links[id(link)] = link
+                    if there not in parts:
+                        parts[there] = len(evens)
+                        todo.append(there)
+            alike = len({cost_of(link)[:3] for link in links.values()}) == 1
+            evens.append(EvenRoutes(links.values(), self._forwards) if alike else None)
+        self._even, self._parts = evens, parts
+        return parts
+
+    def _ranked(self, a: str, b: str) -> tuple[Link, ...] | None:
         found: list[tuple[Cost, str, str, tuple[Link, ...]]] = [
             (cost_of(link), "", "", (link,)) for there, link in self._edges.get(a, ()) if there == b
         ]

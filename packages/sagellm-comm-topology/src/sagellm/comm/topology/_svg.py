@@ -13,10 +13,8 @@ from sagellm.core.protocols import Device, Link, TopologyInfo
 
 from ._svg_canvas import (
     BAR_H,
-    CARD_W,
     FABRIC_LINE,
     FILL,
-    FONT,
     GAP,
     LINE,
     NETWORK_LINE,
@@ -24,12 +22,12 @@ from ._svg_canvas import (
     Canvas,
     about,
     about_link,
-    clip,
     short,
     stroke,
 )  # fmt: skip
 from ._svg_fabric import draw_fabric
-from ._svg_tree import draw_tree, groups, lowest, measure, place
+from ._svg_text import FONT, clip, width_of
+from ._svg_tree import card_width, draw_tree, groups, lowest, measure, place
 from ._xml_text import xml_text
 from .graph import NETWORK_KINDS
 
@@ -47,10 +45,10 @@ def render_svg(info: TopologyInfo) -> str:
 
     Of more than four hosts the first four are drawn and the others counted.
     """
-    canvas = Canvas()
-    canvas.cards.append(canvas.text(PAD, 28, _title(info), size=16, anchor="start", bold=True))
-    y = 44.0
     hosts = sorted({d.node for d in info.devices if d.node >= 0})
+    drawn = set(hosts[:_MAX_HOSTS])
+    canvas = Canvas(card_width(d for d in info.devices if d.node in drawn))
+    y = 44.0
     for host in hosts[:_MAX_HOSTS]:
         y = _draw_host(canvas, info, host, y, named=len(hosts) > 1) + GAP
     if not hosts:
@@ -62,7 +60,9 @@ def render_svg(info: TopologyInfo) -> str:
         y += 30
     y = _draw_networks(canvas, info, y)
     y = _draw_legend(canvas, info, y)
-    width, height = max(canvas.width + PAD, 620.0), y
+    width, height = max(canvas.width + PAD, 480.0), y
+    title = clip(_title(info), width - 2 * PAD, 16, bold=True)
+    canvas.cards.append(canvas.text(PAD, 28, title, size=16, anchor="start", bold=True))
     body = "\n".join((*canvas.back, *canvas.lines, *canvas.cards))
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:.0f} {height:.0f}' "
@@ -77,7 +77,7 @@ def _title(info: TopologyInfo) -> str:
     hosts = hosts or (f"{info.hostname}: " if info.hostname else "")
     count, nics = info.num_devices, sum(d.kind == "nic" for d in info.devices)
     models = ", ".join(dict.fromkeys(d.model or d.vendor or "?" for d in info.accelerators))
-    of = f" ({clip(models, 500)})" if models else ""
+    of = f" ({models})" if models else ""
     return (
         f"{hosts}{count} accelerator{'' if count == 1 else 's'}{of}, "
         f"{nics} NIC{'' if nics == 1 else 's'}"
@@ -92,7 +92,7 @@ def _draw_host(canvas: Canvas, info: TopologyInfo, host: int, top: float, *, nam
     placed = []
     for numa, trees in groups(devices, links, info.pairs):
         for tree in trees:
-            measure(tree)
+            measure(tree, canvas)
         inner = sum(t.w for t in trees) + GAP * max(0, len(trees) - 1)
         width = max(inner, 190.0) + 2 * PAD
         left = x + PAD + (width - 2 * PAD - inner) / 2
@@ -136,7 +136,7 @@ def _draw_numa(canvas: Canvas, numa: Device | None, x: float, w: float, y: float
     )
     canvas.cards.append(canvas.text(x + 12, y + 20, name, size=13, anchor="start", bold=True))
     canvas.cards.append(
-        canvas.text(x + 12, y + 36, clip(sub, w), size=10, fill="#4a5568", anchor="start")
+        canvas.text(x + 12, y + 36, clip(sub, w - 24, 10), size=10, fill="#4a5568", anchor="start")
     )
 
 
@@ -165,9 +165,11 @@ def _draw_to_processors(
         if not ends or not {link.a, link.b} & boxes.keys() or link.kind == "host_bridge":
             continue
         card = canvas.at[ends[0]]
+        colour, right = LINE.get(link.kind, FABRIC_LINE), card.x + canvas.card_w - 10
+        canvas.dot(right, y + 48, colour)
         canvas.line(
-            f"M{card.x + CARD_W - 10:.1f} {card.y:.1f}V{y + 42:.1f}",
-            LINE.get(link.kind, FABRIC_LINE),
+            f"M{right:.1f} {card.y:.1f}V{y + 48:.1f}",
+            colour,
             stroke(link.bandwidth_bytes_per_s, link.count),
             about_link(link),
             dashed=link.confidence == "inferred",
@@ -183,6 +185,7 @@ def _draw_networks(canvas: Canvas, info: TopologyInfo, y: float) -> float:
         canvas.cards.append(canvas.box(PAD, y, width, BAR_H, NETWORK_LINE, about(network), r=5))
         words = f"{network.id.removeprefix('net:')} network: {len(spokes)} ports"
         words += f" ({shown} of them drawn)" if shown < len(spokes) else ""
+        words = clip(words, width - 16)
         canvas.cards.append(canvas.text(PAD + width / 2, y + 17, words, fill="#ffffff"))
         y += BAR_H + 8
     return y
@@ -197,9 +200,9 @@ def _draw_legend(canvas: Canvas, info: TopologyInfo, y: float) -> float:
             continue
         canvas.cards.append(canvas.box(x, y, 12, 12, FILL[kind], words, r=3))
         canvas.cards.append(canvas.text(x + 18, y + 10, words, size=10, anchor="start"))
-        x += 30 + 6.2 * len(words)
+        x += 34 + width_of(words, 10)
     inferred = any(link.confidence == "inferred" for link in info.links)
     note = "wider line: more bandwidth" + (", dashed: inferred" if inferred else "")
     canvas.cards.append(canvas.text(x, y + 10, note, size=10, fill="#718096", anchor="start"))
-    canvas.grow(x + 5.2 * len(note), y)
+    canvas.grow(x + width_of(note, 10), y)
     return y + 30

@@ -11,12 +11,11 @@ from sagellm.core.protocols import Device, Link
 from ._xml_text import xml_text
 
 __all__ = [
-    "BAR_H", "CARD_H", "CARD_W", "FABRIC_LINE", "FILL", "FONT", "GAP", "LINE", "NETWORK_LINE",
-    "PAD", "ROW", "STACK", "Canvas", "Node", "about", "about_link", "clip", "rate", "short",
-    "stroke",
+    "BAR_H", "CARD_H", "CARD_W", "FABRIC_LINE", "FILL", "GAP", "LINE", "NETWORK_LINE", "PAD",
+    "ROW", "STACK", "Canvas", "Node", "about", "about_link", "rate", "short", "stroke",
 ]  # fmt: skip
 
-CARD_W, CARD_H, GAP = 132, 46, 14
+CARD_W, CARD_H, GAP = (76, 150), 46, 14  # the narrowest and the widest card
 PAD, BAR_H, ROW = 18, 26, 64
 STACK = 4
 
@@ -29,7 +28,6 @@ LINE = {
     "cxl": "#718096",
 }  # fmt: skip
 FABRIC_LINE, NETWORK_LINE = "#b7791f", "#2b6cb0"
-FONT = "font-family='Inter,Segoe UI,Helvetica,Arial,sans-serif'"
 
 
 @dataclass(slots=True)
@@ -42,13 +40,19 @@ class Node:
     stack: list[Node] = field(default_factory=list)
     x: float = 0.0
     y: float = 0.0
-    w: float = CARD_W
+    w: float = 0.0
 
 
 class Canvas:
-    """Collects shapes in layers, so that lines lie below cards."""
+    """Collects shapes in layers, so that lines lie below cards.
 
-    def __init__(self) -> None:
+    Args:
+        card_w: Width of the cards.
+
+    """
+
+    def __init__(self, card_w: float = CARD_W[1]) -> None:
+        self.card_w = card_w
         self.back: list[str] = []
         self.lines: list[str] = []
         self.cards: list[str] = []
@@ -89,13 +93,19 @@ class Canvas:
         fill: str = "#1a202c",
         anchor: str = "middle",
         bold: bool = False,
+        halo: str = "",
     ) -> str:
-        """One line of text."""
-        weight = " font-weight='600'" if bold else ""
+        """One line of text, to be read over lines where it has a halo of the ground's colour."""
+        weight = " font-weight='bold'" if bold else ""
+        glow = f" stroke='{halo}' stroke-width='3' paint-order='stroke'" if halo else ""
         return (
             f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' fill='{fill}' "
-            f"text-anchor='{anchor}'{weight}>{_escaped(words)}</text>"
+            f"text-anchor='{anchor}'{weight}{glow}>{_escaped(words)}</text>"
         )
+
+    def dot(self, x: float, y: float, colour: str) -> None:
+        """Where a line ends on something that has no card of its own."""
+        self.lines.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='{colour}'/>")
 
     def line(self, path: str, colour: str, width: float, tip: str, *, dashed: bool = False) -> None:
         """A line with a tooltip; dashed means inferred."""
@@ -146,9 +156,3 @@ def rate(bytes_per_s: float) -> str:
     """
     value = bytes_per_s / 1e9
     return f"{value:.0f} GB/s" if value >= 9.95 else f"{value:.2g} GB/s"
-
-
-def clip(words: str, width: float, size: int = 11, *, bold: bool = False) -> str:
-    """As much of the words as fits a width."""
-    room = max(4, int((width - 10) / (size * (0.64 if bold else 0.58))))
-    return words if len(words) <= room else words[: room - 1] + "…"

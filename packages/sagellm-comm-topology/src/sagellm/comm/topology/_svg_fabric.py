@@ -9,7 +9,6 @@ from sagellm.core.protocols import Device, Link
 from ._svg_canvas import (
     BAR_H,
     CARD_H,
-    CARD_W,
     FABRIC_LINE,
     FILL,
     Canvas,
@@ -19,10 +18,12 @@ from ._svg_canvas import (
     short,
     stroke,
 )  # fmt: skip
+from ._svg_text import width_of
 from .graph import FABRIC_KINDS
 
 __all__ = ["draw_fabric"]
 
+_CAPTIONS = 5  # more kinds of wires are told by pointing at them
 _MESH = 6  # more arcs than these members have are a tangle
 
 
@@ -35,6 +36,7 @@ def draw_fabric(
     meshes = _meshes(wires)
     arcs = [x for x in wires if not any(x in mesh for mesh in meshes)]
     reached = max([low, *(_arc(canvas, link) for link in arcs)])
+    reached = _captions(canvas, arcs, reached)
     for mesh in meshes:
         members = list(dict.fromkeys(end for x in mesh for end in (x.a, x.b)))
         words = f"{mesh[0].kind} full mesh: {len(members)} members, {len(mesh)} wires"
@@ -85,7 +87,7 @@ def _meshes(wires: Sequence[Link]) -> list[list[Link]]:
 
 def _arc(canvas: Canvas, link: Link) -> float:
     a, b = sorted((canvas.at[link.a], canvas.at[link.b]), key=lambda n: n.x)
-    x0, x1 = a.x + CARD_W / 2, b.x + CARD_W / 2
+    x0, x1 = a.x + canvas.card_w / 2, b.x + canvas.card_w / 2
     y0, y1 = a.y + CARD_H, b.y + CARD_H
     sag = min(26 + (x1 - x0) * 0.09, 110.0)
     canvas.line(
@@ -96,6 +98,28 @@ def _arc(canvas: Canvas, link: Link) -> float:
         dashed=link.confidence == "inferred",
     )
     return max(y0, y1) + sag * 0.8
+
+
+def _captions(canvas: Canvas, arcs: Sequence[Link], low: float) -> float:
+    """What the arcs are, a line for each kind and width of them."""
+    alike: dict[tuple[object, ...], list[Link]] = {}
+    for link in arcs:
+        key = (link.kind, link.count, link.bandwidth_bytes_per_s, link.confidence)
+        alike.setdefault(key, []).append(link)
+    left, y = min((canvas.at[x.a].x for x in arcs), default=0.0), low + 8
+    for group in list(alike.values())[:_CAPTIONS]:
+        link, many = group[0], "" if len(group) == 1 else f"{len(group)} of them, "
+        speed = link.bandwidth_bytes_per_s
+        width = f"{rate(speed)} each way" if speed else "bandwidth unknown"
+        words = f"{link.kind} x{link.count}: {many}{width}"
+        canvas.line(
+            f"M{left:.1f} {y + 9:.1f}h26", FABRIC_LINE, stroke(speed, link.count),
+            about_link(link), dashed=link.confidence == "inferred",
+        )  # fmt: skip
+        canvas.cards.append(canvas.text(left + 36, y + 13, words, anchor="start"))
+        canvas.grow(left + 36 + width_of(words, 11), y)
+        y += 20
+    return y if arcs else low
 
 
 def _bar(
@@ -112,9 +136,9 @@ def _bar(
     ends = [canvas.at[m] for m in members]
     y = low + 34
     left = min(n.x for n in ends)
-    width = max(n.x for n in ends) + CARD_W - left
+    width = max(n.x for n in ends) + canvas.card_w - left
     for node in ends:
-        x = node.x + CARD_W / 2
+        x = node.x + canvas.card_w / 2
         canvas.line(
             f"M{x:.1f} {node.y + CARD_H:.1f}V{y:.1f}",
             FABRIC_LINE,
@@ -125,5 +149,10 @@ def _bar(
     fill, ink = ("#fffaf0", "#744210") if open_ else (FILL["fabric_switch"], "#ffffff")
     line = FABRIC_LINE if open_ else "none"
     canvas.cards.append(canvas.box(left, y, width, BAR_H, fill, tip, line=line, r=5))
-    canvas.cards.append(canvas.text(left + width / 2, y + 17, words, fill=ink))
-    return y + BAR_H
+    wide = width_of(words, 11)
+    if wide + 16 <= width:
+        canvas.cards.append(canvas.text(left + width / 2, y + 17, words, fill=ink))
+        return y + BAR_H
+    canvas.cards.append(canvas.text(left, y + BAR_H + 15, words, anchor="start"))
+    canvas.grow(left + wide, y)
+    return y + BAR_H + 20

@@ -21,13 +21,15 @@ from ._svg_canvas import (
     Node,
     about,
     about_link,
-    clip,
     rate,
     short,
     stroke,
 )  # fmt: skip
+from ._svg_text import clip, width_of
 
-__all__ = ["draw_tree", "groups", "lowest", "measure", "place"]
+__all__ = ["card_width", "draw_tree", "groups", "lowest", "measure", "place"]
+
+_MARGIN = 8  # between the words of a card and its edges
 
 
 def groups(
@@ -102,11 +104,21 @@ def _stacked(nodes: list[Node]) -> list[Node]:
     return [*rest, *(replace(column[0], stack=column[1:]) for column in columns)]
 
 
-def measure(node: Node) -> None:
+def card_width(devices: Iterable[Device]) -> float:
+    """One width for all cards in which the words of most fit: wide machines are drawn narrow."""
+    needed = CARD_W[0] - 2.0 * _MARGIN
+    for device in devices:
+        if device.kind not in ("pci_root", "pci_switch", "numa", "fabric_switch", "display"):
+            head, sub = card_words(device)
+            needed = max(needed, width_of(head, 12, bold=True), width_of(sub, 10))
+    return min(CARD_W[1], needed + 2 * _MARGIN)
+
+
+def measure(node: Node, canvas: Canvas) -> None:
     for child in node.children:
-        measure(child)
+        measure(child, canvas)
     inner = sum(c.w for c in node.children) + GAP * max(0, len(node.children) - 1)
-    node.w = max(float(CARD_W), inner)
+    node.w = max(canvas.card_w, inner)
 
 
 def place(node: Node, x: float, y: float, canvas: Canvas) -> None:
@@ -145,7 +157,7 @@ def draw_tree(canvas: Canvas, node: Node) -> None:
         assert link is not None
         x, y = child.x + child.w / 2, child.y
         if not is_bar(child):
-            x = child.x + CARD_W / 2
+            x = child.x + canvas.card_w / 2
         canvas.line(
             f"M{x:.1f} {node.y + BAR_H:.1f}V{y:.1f}",
             LINE.get(link.kind, "#4a5568"),
@@ -156,7 +168,7 @@ def draw_tree(canvas: Canvas, node: Node) -> None:
         if link.bandwidth_bytes_per_s:
             words = rate(link.bandwidth_bytes_per_s)
             canvas.cards.append(
-                canvas.text(x + 6, y - 8, words, size=9, fill="#4a5568", anchor="start")
+                canvas.text(x + 6, y - 8, words, size=10, anchor="start", halo=FILL["numa"])
             )
         draw_tree(canvas, child)
 
@@ -166,25 +178,26 @@ def draw_card(canvas: Canvas, node: Node) -> None:
     if is_bar(node):
         canvas.cards.append(canvas.box(node.x, node.y, node.w, BAR_H, fill, about(device), r=5))
         name = "host bridge" if device.kind == "pci_root" else device.attrs.get("role", "switch")
-        words = f"{name.replace('_', ' ')} {short(device.id)}"
-        fits = words if clip(words, node.w) == words else clip(short(device.id), node.w)
+        brief, room = short(device.id), node.w - 2 * _MARGIN
+        words = [f"{name.replace('_', ' ')} {brief}", f"{name.split()[-1]} {brief}"]
+        fits = next((w for w in words if width_of(w, 11) <= room), clip(brief, room))
         canvas.cards.append(canvas.text(node.x + node.w / 2, node.y + 17, fits, fill="#ffffff"))
         return
-    canvas.cards.append(canvas.box(node.x, node.y, CARD_W, CARD_H, fill, about(device)))
-    middle = node.x + CARD_W / 2
+    canvas.cards.append(canvas.box(node.x, node.y, canvas.card_w, CARD_H, fill, about(device)))
+    middle, room = node.x + canvas.card_w / 2, canvas.card_w - 2 * _MARGIN
     head, sub = card_words(device)
     canvas.cards.append(
         canvas.text(
             middle,
             node.y + 19,
-            clip(head, CARD_W, 12, bold=True),
+            clip(head, room, 12, bold=True),
             size=12,
             fill="#ffffff",
             bold=True,
         )
     )
     canvas.cards.append(
-        canvas.text(middle, node.y + 35, clip(sub, CARD_W, 10), size=10, fill="#e2e8f0")
+        canvas.text(middle, node.y + 35, clip(sub, room, 10), size=10, fill="#f7fafc")
     )
 
 
@@ -200,5 +213,13 @@ def card_words(device: Device) -> tuple[str, str]:
         position = device.visible_index if device.visible_index is not None else device.index
         label = f"{device.kind.upper()}{'' if position is None else f' {position}'}"
         where = short(device.id) if device.bdf else ""
-        return label, device.model or f"{device.vendor or ''} {where}".strip()
-    return device.kind.replace("_", " "), short(device.id)
+        return label, _model(device) or f"{device.vendor or ''} {where}".strip()
+    name = "switch" if device.kind == "fabric_switch" else device.kind.replace("_", " ")
+    return name, short(device.id)
+
+
+def _model(device: Device) -> str:
+    """The model without the maker's name before it."""
+    model, vendor = device.model or "", device.vendor or ""
+    told = model.lower().startswith(f"{vendor.lower()} ")
+    return model[len(vendor) + 1 :] if vendor and told else model

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sagellm.core.protocols import (
+    CommandResult,
     DetectionContext,
     IntegrityError,
     TopologyFragment,
 )
+from sagellm.core.protocols.detection import ask_tool
 
 from ._numbers import whole_number
 from ._sysfs import normal_bdf
 
 __all__ = ["TOOLS", "Tool", "ToolDetector"]
 
-_LONGEST_S = 10.0
 _QUERY = ("--query-gpu=index,pci.bus_id,uuid", "--format=csv,noheader")
 _CSV = re.compile(r"^\s*(\d+)\s*,\s*([0-9A-Fa-f:.]+)\s*(?:,\s*([\w\-]+))?\s*$")
 _BUS = re.compile(r"^\s*\w+\[(\d+)\]\s*:\s*PCI Bus:\s*([0-9A-Fa-f:.]+)", re.IGNORECASE)
@@ -60,58 +61,32 @@ class ToolDetector:
         warnings: list[str] = []
         found: TopologyFragment | None = None
         for arguments in tool.tables:
-            text = _run(ctx, tool, arguments, warnings)
-            if text is None:
+            printed = ask_tool(ctx, tool.name, arguments, warnings)
+            if printed is None:
                 break
-            fragment = _read(tool, arguments, text, warnings)
+            fragment = _read(tool, arguments, printed, warnings)
             found = _together(found, fragment) if found and fragment else found or fragment
         if found is None:
             return TopologyFragment(tool.name, warnings=tuple(warnings))
         if tool.addresses:
-            text = _run(ctx, tool, tool.addresses, warnings)
-            found = _addressed(found, text or "", tool.vendor)
+            printed = ask_tool(ctx, tool.name, tool.addresses, warnings)
+            found = _addressed(found, printed.stdout if printed else "", tool.vendor)
         nameless = [d.id for d in found.devices if d.kind in ("gpu", "npu") and d.bdf is None]
         if nameless:
             warnings.append(f"no bus address for {', '.join(nameless)}: known by number alone")
         return replace(found, warnings=(*warnings, *found.warnings))
 
 
-def _run(
-    ctx: DetectionContext, tool: Tool, arguments: Sequence[str], warnings: list[str]
-) -> str | None:
-    """Standard output; None when the tool is not there, hangs or cannot be run."""
-    left_s = min(_LONGEST_S, ctx.deadline_s - ctx.clock())
-    said = " ".join((tool.name, *arguments))
-    if left_s <= 0:
-        warnings.append(f"no time left for `{said}`")
-        return None
-    try:
-        done = ctx.run([tool.name, *arguments], left_s)
-    except FileNotFoundError:
-        return None
-    except TimeoutError:
-        warnings.append(f"`{said}` did not end within {left_s:.1f} s")
-        return None
-    except OSError as e:
-        warnings.append(f"`{said}` cannot be run: {e}")
-        return None
-    if done.returncode != 0:
-        warnings.append(
-            f"`{said}` ended with {done.returncode}: {_first(done.stderr, done.stdout)}"
-        )
-    return done.stdout
-
-
 def _read(
-    tool: Tool, arguments: Sequence[str], text: str, warnings: list[str]
+    tool: Tool, arguments: Sequence[str], printed: CommandResult, warnings: list[str]
 ) -> TopologyFragment | None:
     from .importers import read_fragment  # not needed where no command runs
 
     try:
-        return read_fragment(text.encode(), vendor=tool.vendor, source=tool.name)
+        return read_fragment(printed.stdout.encode(), vendor=tool.vendor, source=tool.name)
     except IntegrityError:
         said = " ".join((tool.name, *arguments))
-        warnings.append(f"`{said}` printed no table: {_first(text)}")
+        warnings.append(f"`{said}` printed no table: {printed.first_line}")
         return None
 
 
@@ -143,11 +118,6 @@ def _addressed(found: TopologyFragment, text: str, vendor: str) -> TopologyFragm
         for d in found.devices
     )
     return replace(found, devices=devices)
-
-
-def _first(*texts: str) -> str:
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    return repr(lines[0][:120]) if lines else "nothing"
 
 
 TOOLS = {

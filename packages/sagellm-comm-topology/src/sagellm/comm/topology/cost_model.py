@@ -2,22 +2,21 @@
 
 Before anything is measured, alpha-beta-gamma formulas over the topology's links give a `prior`.
 Measured curves replace it point by point: within them an estimate is `calibrated`; beyond them, or
-for a group size never measured, it is `scaled`, with an interval that says so.
+for a group never measured, it is `scaled`, with an interval that says so. A group is told by its
+size and its shape (how its members are joined), not by their names.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sagellm.core.protocols import (
-    Basis,
     ConfigError,
     CostModelProtocol,
     CostTable,
@@ -26,22 +25,35 @@ from sagellm.core.protocols import (
 )
 
 from . import _cost_load
-from ._cost_curve import Curve, Reading
-from ._cost_prior import ALGORITHMS, LinkCost, busbw_factor, check, link_cost, prior_us
+from ._cost_curve import Curve
+from ._cost_kept import Kept
+from ._cost_lookup import (
+    MARK_NOISE,
+    MARK_PRIOR,
+    MARK_SHAPE,
+    Formula,
+    Knowledge,
+    estimate,
+    pick,
+    prior,
+    table_names,
+)
+from ._cost_prior import ALGORITHMS, LinkCost, check, link_cost, prior_us
+from ._cost_rows import CurveKey, Sample, group_of, payload, sample_of
+from ._cost_shape import shape_of
 from .graph import TopologyGraph
 
 __all__ = ["CostModel", "Drift"]
 
-_Key = tuple[str, str, int]
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 _VERSION = 1
-_PRIOR = "prior:"  # marks the op of a curve that is a formula's line, not a measurement
-_PRIOR_SPREAD = math.log(4.0)
-_SCALED_SPREAD = math.log(2.0)
-_KEPT_REPEATS = 64
 _DRIFT_SAMPLES = 5
 _LINE = (1, 1 << 30)  # two payloads fix a formula's straight line
 _FROZEN_SIZES = (*range(2, 17), 32, 64, 128, 256, 512, 1024)
+_REMEMBERED = 1024  # answers of each kind
+_UNTOLD = "?"  # shape of named devices in a table that tells no shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,7 @@ class Drift:
         op: Operation.
         algorithm: Algorithm.
         group_size: Ranks.
+        shape: How they are joined, as `CostModel.shape` says; empty where it was not told.
         ratio: Measured over predicted time, the median of the samples.
         samples: Measurements that were compared.
 
@@ -60,12 +73,16 @@ class Drift:
     op: str
     algorithm: str
     group_size: int
+    shape: str
     ratio: float
     samples: int
 
 
 class CostModel(CostModelProtocol):
     """Predicts how long collectives take on a topology. Thread-safe.
+
+    Kept are the latest 32 repeats of at most 128 sizes of at most 512 curves: beyond them the
+    sizes that lie closest between two others go, and the curves that were not observed longest.
 
     Args:
         topology: Whose links the prior uses; None, or a topology without accelerators, gives the
@@ -77,35 +94,62 @@ class CostModel(CostModelProtocol):
         self._topology = topology or TopologyInfo()
         self._graph = TopologyGraph(self._topology)
         self._lock = threading.Lock()
-        self._repeats: dict[_Key, dict[int, list[float]]] = {}
-        self._curves: dict[_Key, Curve] = {}
-        self._lines: dict[tuple[str, str, tuple[str, ...]], tuple[float, float]] = {}
-        self._links: dict[tuple[str, ...], tuple[LinkCost, tuple[int, LinkCost]]] = {}
+        self._kept = Kept()
+        self._lines: _Memory[tuple[str, str, tuple[str, ...]], tuple[float, float]] = _Memory()
+        self._links: _Memory[tuple[str, ...], tuple[LinkCost, tuple[int, LinkCost]]] = _Memory()
+        self._shapes: _Memory[tuple[str, ...], str] = _Memory()
 
     def predict(self, op: str, nbytes: int, group: Sequence[str] | int, algorithm: str) -> Estimate:
         """Time of one call.
 
+        Named devices are answered by what was measured of a group of their shape. A number is
+        answered by what was measured without names; by formula it stands for the topology's first
+        accelerators, and where it is all of them, it stands for them. A group of one takes no
+        time, `prior`; no bytes take as long as a call does, without a bandwidth.
+
         Args:
             op: `all_reduce`, `all_gather`, `reduce_scatter`, `broadcast`, `all_to_all`, `p2p`.
-            nbytes: Payload per rank as nccl-tests count it.
-            group: Device ids of the members, or just their number.
+            nbytes: Payload per rank as nccl-tests count it, from 0 to 2**50.
+            group: Device ids of the members, each once, or just their number, to 2**20.
             algorithm: `ring`, `tree`, `recursive_doubling`, `halving_doubling`, `hierarchical`,
                 `direct`; not every op has every one.
 
         Raises:
-            ConfigError: Unknown op, algorithm or device, or a size out of range; the message
-                lists the known ones.
+            ConfigError: Unknown op, algorithm or device, a payload or group that cannot be (no
+                whole number, NaN, below 0, an empty group); the message lists the known ones.
 
         """
         check(op, algorithm, self.algorithms(op))
-        size = _size(group, nbytes)
-        curve = self._curves.get((op, algorithm, size))
-        if curve is not None and size > 1:
-            return _estimate(op, nbytes, size, curve.read(nbytes))
-        if algorithm not in ALGORITHMS[op]:
-            return _estimate(op, nbytes, size, self._stretched(op, algorithm, nbytes, size))
-        prior = self._prior(op, algorithm, nbytes, group)
-        return _estimate(op, nbytes, size, self._scaled(op, algorithm, nbytes, size, prior))
+        nbytes = payload(nbytes)
+        size, names = self._group(group)
+        if size == 1:
+            return estimate(op, nbytes, 1, (0.0, 0.0, 0.0, "prior"))
+        curves, members = self._measured()
+        shape = self.shape(names)
+        known = Knowledge(curves, self._formula({**members, shape: names}))
+        if not names and (op, algorithm, size, "") not in curves:
+            shape = self._whole(size, curves)
+        found = known.reading(op, algorithm, nbytes, size, shape)
+        return estimate(
+            op, nbytes, size, found or prior(known.formula(op, algorithm, nbytes, size, shape))
+        )
+
+    def shape(self, group: Sequence[str] | int) -> str:
+        """How the members are joined, in words; equal for groups that share their measurements.
+
+        Hosts, ranks on each, kinds and models of devices, and how many pairs have which path class
+        and bottleneck. Neither names nor order matter. Empty for a number and for one device.
+
+        Raises:
+            ConfigError: A device is unknown or there twice.
+
+        """
+        if not group:
+            return ""
+        names = self._group(group)[1]
+        if len(names) < 2:
+            return ""
+        return self._shapes.of(names, lambda: shape_of(self._graph, names))
 
     def algorithms(self, op: str) -> tuple[str, ...]:
         """Names that `predict` knows for an operation: those with a formula and those measured.
@@ -115,35 +159,25 @@ class CostModel(CostModelProtocol):
 
         """
         check(op, ALGORITHMS.get(op, ("",))[0])
-        return tuple(sorted({*ALGORITHMS[op], *(k[1] for k in self._curves if k[0] == op)}))
+        own = (k.algorithm for k in self._kept.curves if k.op == op)
+        return tuple(sorted({*ALGORITHMS[op], *own}))
 
     def observe(self, samples: Sequence[Mapping[str, Any]]) -> None:  # Any: JSON-like rows
-        """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us.
+        """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us, members.
 
-        An algorithm without a formula (a backend's own, such as `one_shot`) is known by its
-        measurements alone. The median of the repeats of one size counts, the latest 64 of them.
-        All rows are checked before one is taken.
+        `members` are the device ids of the group, in any order. A row may do without; it then
+        speaks for groups of which only the number is told. An algorithm without a formula (a
+        backend's own, such as `one_shot`) is known by its measurements alone. The median of the
+        repeats of one size counts. All rows are checked before one is taken, and are taken at once.
 
         Raises:
-            ConfigError: A row lacks a field or has an impossible value; nothing was learned.
+            ConfigError: A row lacks a field or has an impossible value (NaN, below 1 byte, a
+                member that is no device); nothing was learned.
 
         """
-        rows = [_row(i, sample) for i, sample in enumerate(samples)]
+        taken = self._taken(samples)
         with self._lock:
-            touched = set()
-            for key, nbytes, time_us in rows:
-                times = self._repeats.setdefault(key, {}).setdefault(nbytes, [])
-                times.append(time_us)
-                del times[:-_KEPT_REPEATS]
-                touched.add(key)
-            fresh = dict(self._curves)
-            for key in touched:
-                knots = sorted(self._repeats[key].items())
-                fresh[key] = Curve(
-                    [(nbytes, median(times)) for nbytes, times in knots],
-                    [_spread(times) for _, times in knots],
-                )
-            self._curves = fresh
+            self._kept.add(taken)
 
     def drift(self, samples: Sequence[Mapping[str, Any]]) -> tuple[Drift, ...]:  # Any: as above
         """Curves that fresh measurements contradict; learns nothing from them.
@@ -158,9 +192,10 @@ class CostModel(CostModelProtocol):
             ConfigError: A row lacks a field or has an impossible value.
 
         """
-        seen: dict[_Key, list[tuple[float, int]]] = {}
-        for key, nbytes, time_us in [_row(i, sample) for i, sample in enumerate(samples)]:
-            curve = self._curves.get(key)
+        curves, _ = self._measured()
+        seen: dict[CurveKey, list[tuple[float, int]]] = {}
+        for key, nbytes, time_us, _ in self._taken(samples):
+            curve = curves.get(key)
             if curve is None:
                 continue
             expected, low, high, basis = curve.read(nbytes)
@@ -175,67 +210,82 @@ class CostModel(CostModelProtocol):
                 found.append(Drift(*key, median(ratio for ratio, _ in compared), len(compared)))
         return tuple(found)
 
-    def forget(self, op: str, algorithm: str, group_size: int) -> None:
-        """Drop what was measured of one curve; a curve that is not there is no error."""
-        key = (op, algorithm, group_size)
+    def forget(self, op: str, algorithm: str, group_size: int, shape: str | None = None) -> None:
+        """Drop what was measured of one curve, of all shapes by default; none there is no error."""
         with self._lock:
-            self._repeats.pop(key, None)
-            self._curves = {k: curve for k, curve in self._curves.items() if k != key}
+            self._kept.drop(
+                lambda k: k[:3] == (op, algorithm, group_size) and shape in (None, k.shape)
+            )
 
     def save(self, library: str, folder: Path | None = None) -> Path:
         """Keep what was measured, for this topology and library version; the file's path.
 
         Args:
-            library: Name and version of what ran the collectives: `gloo torch-2.6`.
+            library: Name and version of what ran the collectives: `nccl 2.27.3`; see
+                `live.library_of`.
             folder: Where; None is the user's cache folder.
 
         Raises:
             OSError: The folder cannot be written.
 
         """
-        from ._cost_profile import default_folder, save_rows  # msgspec, at the first use only
+        from ._cost_profile import default_folder, save_profile  # msgspec, at the first use only
 
         with self._lock:
-            rows = [
-                {"op": op, "algorithm": algorithm, "group_size": size, "nbytes": n, "time_us": t}
-                for (op, algorithm, size), knots in self._repeats.items()
-                for n, times in knots.items()
-                for t in times
-            ]
-        return save_rows(folder or default_folder(), self._topology.fingerprint, library, rows)
+            curves, members = self._kept.items(), self._kept.members
+        place = folder or default_folder()
+        return save_profile(place, self._topology.fingerprint, library, curves, members)
 
     def load(self, library: str, folder: Path | None = None) -> int:
-        """Learn what `save` kept for this topology and library version; how many rows.
+        """Learn what `save` kept for this topology and library version; how many rows are kept.
 
-        Measurements of another topology or version are left where they are.
+        Measurements of another topology or version are left where they are. What is known already
+        is not learned twice, and counts as later than what the file has.
 
         Raises:
             ConfigError: The file is no profile; the message names it.
 
         """
-        from ._cost_profile import default_folder, load_rows
+        from ._cost_profile import default_folder, load_profile
 
-        rows = load_rows(folder or default_folder(), self._topology.fingerprint, library)
-        self.observe(rows)
-        return len(rows)
+        found = load_profile(folder or default_folder(), self._topology.fingerprint, library)
+        here = {s: m for s, m in found.members.items() if self._has_shape(m, s)}
+        with self._lock:
+            self._kept.merge(found.repeats, here)
+        return found.rows
 
     def freeze(self) -> CostTable:
         """The model as data, to be broadcast from rank 0 before anybody chooses by it.
 
-        Measured curves keep their op's name. Formulas are in it as lines of two points under
-        `prior:<op>`, for the group sizes of this topology.
+        Measured curves keep their op's name, followed by `@` and the shape of the group if it was
+        told; `noise:<op>` are the half-widths of their intervals at the knots, in logarithms.
+        Formulas are in it as lines of two points under `prior:<op>`, for the group sizes of this
+        topology and the shapes that were measured.
         """
-        with self._lock:
-            measured = dict(self._curves)
-        curves: dict[_Key, tuple[tuple[int, float], ...]] = {
-            key: curve.points for key, curve in measured.items()
-        }
-        for size in sorted({*_FROZEN_SIZES, *(k[2] for k in measured if k[2] > 1)}):
+        curves, members = self._measured()
+        table: dict[tuple[str, str, int], tuple[tuple[int, float], ...]] = {}
+        for key, curve in curves.items():
+            ops = [f"{key.op}{MARK_SHAPE}{key.shape}" if key.shape else key.op]
+            alone = key._replace(shape="") not in curves
+            if key.shape and alone and key.shape == self._whole(key.group_size, curves):
+                ops.append(key.op)
+            noise = zip(curve.points, curve.noise, strict=True)
+            known = tuple((n, wide) for (n, _), wide in noise if wide is not None)
+            for op in ops:
+                table[op, key.algorithm, key.group_size] = curve.points
+                if known:
+                    table[f"{MARK_NOISE}{op}", key.algorithm, key.group_size] = known
+        groups: list[tuple[str, int, Sequence[str] | int]] = [
+            (f"{MARK_SHAPE}{shape}", len(names), names) for shape, names in members.items()
+        ]
+        sizes = {*_FROZEN_SIZES, *(k.group_size for k in curves if k.group_size > 1)}
+        groups += [("", size, size) for size in sorted(sizes)]
+        for end, size, group in groups:
             for op, algorithms in ALGORITHMS.items():
                 for algorithm in algorithms:
-                    line = tuple((x, self._prior(op, algorithm, x, size)) for x in _LINE)
-                    curves[f"{_PRIOR}{op}", algorithm, size] = line
-        return CostTable(self._topology.fingerprint, _VERSION, curves)
+                    line = tuple((x, self._prior(op, algorithm, x, group)) for x in _LINE)
+                    table[f"{MARK_PRIOR}{op}{end}", algorithm, size] = line
+        return CostTable(self._topology.fingerprint, _VERSION, table)
 
     def select(
         self, table: CostTable, op: str, nbytes: int, group: Sequence[str] | int
@@ -244,48 +294,88 @@ class CostModel(CostModelProtocol):
 
         Formulas are first scaled to what was measured of the other algorithms, so that an
         optimistic formula does not beat a measurement; where only algorithms without a formula
-        were measured, no formula takes part. Ties go to the first name.
+        were measured, no formula takes part. Ties go to the first name. A group of one has
+        nothing to choose: the op's first name, and no time. Which shape named devices have is
+        looked up in this model's topology, which must be the table's.
 
         Raises:
-            ConfigError: The table has nothing for the op, or is of another version.
+            ConfigError: The table has nothing for the op, is of another version, or tells shapes
+                of another topology; a payload, group or device cannot be, as in `predict`.
 
         """
         if table.version != _VERSION:
             raise ConfigError(f"cost table of version {table.version}, this reads {_VERSION}")
-        size = _size(group, nbytes)
-        known = sorted({k[2] for k in table.curves if k[0] in (op, f"{_PRIOR}{op}")})
-        if not known:
-            ops = sorted({k[0].removeprefix(_PRIOR) for k in table.curves})
-            raise ConfigError(f"the cost table has no {op!r}; it has {', '.join(ops) or 'nothing'}")
+        nbytes = payload(nbytes)
+        size, names = group_of(group)
+        algorithms = table_names(table, op)
         if size == 1:
-            return min(k[1] for k in table.curves), _estimate(
-                op, nbytes, 1, (0.0, 0.0, 0.0, "prior")
+            return algorithms[0], estimate(op, nbytes, 1, (0.0, 0.0, 0.0, "prior"))
+        shape = self._shape_in(table, op, names) if names else ""
+        best, found = pick(Knowledge.of_table(table, op), algorithms, op, nbytes, size, shape)
+        return best, estimate(op, nbytes, size, found)
+
+    def _shape_in(self, table: CostTable, op: str, names: tuple[str, ...]) -> str:
+        if not any(k[0].startswith(f"{op}{MARK_SHAPE}") for k in table.curves):
+            return _UNTOLD
+        if table.fingerprint != self._topology.fingerprint:
+            raise ConfigError(
+                f"the cost table is of topology {table.fingerprint!r}, this model of "
+                f"{self._topology.fingerprint!r}: which shape {names[0]!r} and the others have is "
+                "told by the table's; gather one topology for all ranks, or give their number"
             )
-        near = _nearest(known, size)
-        readings = _readings(table, op, nbytes, near)
-        if near != size:
-            readings = {a: _stretched(r, near, size) for a, r in readings.items()}
-        best = min(readings, key=lambda a: (readings[a][0], a))
-        return best, _estimate(op, nbytes, size, readings[best])
+        return self.shape(names)
+
+    def _taken(self, samples: Sequence[Mapping[str, Any]]) -> list[Sample]:
+        taken = [sample_of(i, row) for i, row in enumerate(samples)]
+        return [s._replace(key=s.key._replace(shape=self.shape(s.members))) for s in taken]
+
+    def _measured(self) -> tuple[Mapping[CurveKey, Curve], Mapping[str, tuple[str, ...]]]:
+        with self._lock:
+            return self._kept.curves, self._kept.members
+
+    def _whole(self, size: int, curves: Mapping[CurveKey, object]) -> str:
+        """The shape of all accelerators where they are so many and any shape was measured."""
+        every = self._topology.accelerators
+        if size != len(every) or not any(k.shape and k.group_size == size for k in curves):
+            return ""
+        return self.shape([d.id for d in every])
+
+    def _has_shape(self, members: tuple[str, ...], shape: str) -> bool:
+        try:
+            return self.shape(members) == shape
+        except ConfigError:  # devices of a twin of this machine, called otherwise
+            return False
+
+    def _formula(self, members: Mapping[str, tuple[str, ...]]) -> Formula:
+        def formula(op: str, algorithm: str, nbytes: int, size: int, shape: str) -> float:
+            names = members.get(shape, ())
+            return self._prior(op, algorithm, nbytes, names if len(names) == size else size)
+
+        return formula
+
+    def _group(self, group: Sequence[str] | int) -> tuple[int, tuple[str, ...]]:
+        """Size and ids, every device being known; no ids where only a number was told."""
+        size, names = group_of(group)
+        return size, tuple(self._graph.device(name).id for name in names)
 
     def _prior(self, op: str, algorithm: str, nbytes: int, group: Sequence[str] | int) -> float:
         members = self._members(group)
-        size = _size(group, nbytes)
+        size = group if isinstance(group, int) else len(group)
+        if algorithm not in ALGORITHMS[op]:
+            return 0.0
         if 2 <= size == len(members) <= _cost_load.MOST_RANKS:
             key = (op, algorithm, members)
-            if key not in self._lines:
-                self._lines[key] = _cost_load.line(self._graph, members, op, algorithm)
-            fixed, per_byte = self._lines[key]
+            fixed, per_byte = self._lines.of(
+                key, lambda: _cost_load.line(self._graph, members, op, algorithm)
+            )
             return fixed + per_byte * nbytes
-        if members not in self._links:
-            self._links[members] = self._slowest(members)
-        link, local = self._links[members]
+        link, local = self._links.of(members, lambda: self._slowest(members))
         return prior_us(op, algorithm, nbytes, size, link, local=local)
 
     def _members(self, group: Sequence[str] | int) -> tuple[str, ...]:
         if isinstance(group, int):
             return tuple(d.id for d in self._topology.accelerators[:group])
-        return tuple(self._graph.device(name).id for name in group)
+        return tuple(group)
 
     def _slowest(self, members: tuple[str, ...]) -> tuple[LinkCost, tuple[int, LinkCost]]:
         """The group's slowest link, ranks per host, and the slowest link within a host."""
@@ -306,104 +396,21 @@ class CostModel(CostModelProtocol):
         costs = [link_cost(p.kind, p.bottleneck_bytes_per_s) for p in paths]
         return max(costs, key=lambda c: (1 / c.bytes_per_s, c.alpha_us))
 
-    def _scaled(self, op: str, algorithm: str, nbytes: int, size: int, prior: float) -> Reading:
-        """The prior, times what measurements of the nearest group size say of their own prior."""
-        same = [k for k in self._curves if k[0] == op and k[1] == algorithm and k[2] > 1]
-        if not same or size == 1 or prior <= 0:
-            low, high = prior * math.exp(-_PRIOR_SPREAD), prior * math.exp(_PRIOR_SPREAD)
-            return prior, low, high, "prior"
-        near = _nearest((k[2] for k in same), size)
-        measured = self._curves[op, algorithm, near].read(nbytes)
-        time = prior * measured[0] / self._prior(op, algorithm, nbytes, near)
-        width = _SCALED_SPREAD * (1 + abs(math.log2(near / size)))
-        return time, time * math.exp(-width), time * math.exp(width), "scaled"
 
-    def _stretched(self, op: str, algorithm: str, nbytes: int, size: int) -> Reading:
-        """What was measured of the nearest group size; nothing tells how it grows with ranks."""
-        if size == 1:
-            return 0.0, 0.0, 0.0, "prior"
-        near = _nearest((k[2] for k in self._curves if k[:2] == (op, algorithm)), size)
-        return _stretched(self._curves[op, algorithm, near].read(nbytes), near, size)
+class _Memory(Generic[_K, _V]):
+    """Answers that are kept until there are too many, when the earliest go. Thread-safe."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answers: dict[_K, _V] = {}
 
-def _nearest(sizes: Iterable[int], size: int) -> int:
-    return min(sizes, key=lambda n: (abs(math.log(n / size)), n))
-
-
-def _readings(table: CostTable, op: str, nbytes: int, size: int) -> dict[str, Reading]:
-    lines = {
-        algorithm: _on_line(points, nbytes)
-        for (name, algorithm, n), points in table.curves.items()
-        if name == f"{_PRIOR}{op}" and n == size
-    }
-    found: dict[str, Reading] = {
-        algorithm: Curve(points).read(nbytes)
-        for (name, algorithm, n), points in table.curves.items()
-        if name == op and n == size
-    }
-    ratios = [found[a][0] / lines[a] for a in found if lines.get(a, 0.0) > 0]
-    if found and not ratios:  # what was measured has no formula: others compare with nothing
+    def of(self, key: _K, make: Callable[[], _V]) -> _V:
+        with self._lock:
+            if key in self._answers:
+                return self._answers[key]
+        found = make()
+        with self._lock:
+            while len(self._answers) >= _REMEMBERED:
+                del self._answers[next(iter(self._answers))]
+            self._answers[key] = found
         return found
-    ratio = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
-    width = _SCALED_SPREAD if ratios else _PRIOR_SPREAD
-    basis: Basis = "scaled" if ratios else "prior"
-    for algorithm, line in lines.items():
-        time = line * ratio
-        found.setdefault(algorithm, (time, time * math.exp(-width), time * math.exp(width), basis))
-    return found
-
-
-def _on_line(points: Sequence[tuple[int, float]], nbytes: int) -> float:
-    (x0, t0), (x1, t1) = points[0], points[-1]
-    return t0 + (t1 - t0) / (x1 - x0) * (nbytes - x0)
-
-
-def _stretched(reading: Reading, near: int, size: int) -> Reading:
-    """A reading of another group size: the same order of algorithms, a wider interval."""
-    time, low, high, basis = reading
-    wide = math.exp(abs(math.log(size / near)))
-    return time, low / wide, high * wide, "scaled" if basis == "calibrated" else basis
-
-
-def _estimate(op: str, nbytes: int, size: int, reading: Reading) -> Estimate:
-    time, low, high, basis = reading
-    busbw = None
-    if nbytes > 0 and time > 0:
-        busbw = nbytes / (time / 1e6) * busbw_factor(op, size)
-    return Estimate(time, low, high, busbw, basis)
-
-
-def _size(group: Sequence[str] | int, nbytes: int) -> int:
-    size = group if isinstance(group, int) else len(group)
-    if size < 1:
-        raise ConfigError(f"a group has at least 1 member, not {size}")
-    if nbytes < 0:
-        raise ConfigError(f"nbytes must be at least 0, not {nbytes}")
-    return size
-
-
-def _spread(times: Sequence[float]) -> float:
-    """Half of the range that the middle half of the repeats covers, over their median."""
-    if len(times) < 3:
-        return 0.0
-    ordered = sorted(times)
-    quarter = len(ordered) // 4
-    return (ordered[-1 - quarter] - ordered[quarter]) / (2 * median(ordered))
-
-
-def _row(index: int, sample: Mapping[str, Any]) -> tuple[_Key, int, float]:
-    try:
-        op, algorithm = str(sample["op"]), str(sample["algorithm"])
-        nbytes, size = int(sample["nbytes"]), int(sample["group_size"])
-        time_us = float(sample["time_us"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise ConfigError(
-            f"sample {index} needs op, nbytes, group_size, algorithm and time_us: {e!r}"
-        ) from None
-    check(op, algorithm, (algorithm,))
-    if nbytes < 1 or size < 1 or not (0 < time_us < math.inf):
-        raise ConfigError(
-            f"sample {index}: nbytes {nbytes} and group_size {size} must be at least 1, "
-            f"time_us {time_us} above 0"
-        )
-    return (op, algorithm, size), nbytes, time_us

@@ -163,6 +163,8 @@ class _Run:
     fragment: TopologyFragment | None = None
     failure: str | None = None
     started: bool = False
+    started_s: float | None = None
+    ended_s: float | None = None
     dropped: bool = False  # nobody waits for it any more
 
 
@@ -205,11 +207,20 @@ def _collect(runs: Sequence[_Run], ctx: DetectionContext) -> Detection:
             if run.started:
                 _left_behind[id(run.spec.load)] = run
             run.dropped = True
+            fragments.append((run.spec.precedence, _nothing(run, ctx)))
         elif run.fragment is not None:
             fragments.append((run.spec.precedence, run.fragment))
         else:
             warnings.append(f"{run.spec.name} failed: {run.failure}")
+            fragments.append((run.spec.precedence, _nothing(run, ctx)))
     return Detection(tuple(fragments), tuple(warnings))
+
+
+def _nothing(run: _Run, ctx: DetectionContext) -> TopologyFragment:
+    """What a detector that failed leaves: the time that it took."""
+    ended_s = ctx.clock() if run.ended_s is None else run.ended_s
+    elapsed_s = 0.0 if run.started_s is None else ended_s - run.started_s
+    return TopologyFragment(run.spec.name, elapsed_s=elapsed_s)
 
 
 def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
@@ -226,7 +237,7 @@ def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
 
 
 def _detect(run: _Run, ctx: DetectionContext) -> None:
-    started_s = ctx.clock()
+    started_s = run.started_s = ctx.clock()
     try:
         fragment = run.spec.load().detect(ctx)
         wrong = fault(fragment)
@@ -236,6 +247,7 @@ def _detect(run: _Run, ctx: DetectionContext) -> None:
     except BaseException as e:  # a plug-in's bug must not take the topology with it
         run.failure = f"{type(e).__name__}: {e}"
     finally:
+        run.ended_s = ctx.clock()
         run.done.set()
 
 

@@ -26,7 +26,7 @@ _LANE_NAMES = {
     "nvlink": "NV", "xgmi": "XGMI", "hccs": "HCCS", "sio": "SIO", "ub": "UB", "mlulink": "MLK",
     "metaxlink": "MX", "mtlink": "MT", "ixlink": "IX", "xpulink": "XL", "c2c": "C2C",
 }  # fmt: skip
-_COUNTED = ("nvlink", "mtlink", "mlulink")
+_COUNTED = ("nvlink", "mtlink", "mlulink", "xpulink")
 _VIA_NAMES = {"pcie": "PCIE", "ethernet": "ETH", "xgmi": "XGMI"}
 _MAX_JSON_BYTES = 256 << 20
 

@@ -252,20 +252,28 @@ class TopologyGraph:
 
     def _across(self, first: Device, last: Device) -> tuple[Link, ...] | None:
         """The way to another host: out by a near NIC, through networks, in by a near NIC."""
-        exits, entries = self._exits_of(first), self._exits_of(last)
-        ways = []
-        for out, out_rank, out_width, there in exits:
-            for into, in_rank, in_width, back in entries:
-                through = self._network_routes.way(out.id, into.id)
-                if through is None:
-                    continue
+        ports = sorted(
+            (
+                (
+                    (-min(out[2], into[2]), out[1] + into[1],
+                     int(out[0].attrs.get("rail") != into[0].attrs.get("rail"))),
+                    out[0].id, into[0].id, out, into,
+                )
+                for out in self._exits_of(first) for into in self._exits_of(last)
+            ),
+            key=lambda p: p[:3],
+        )  # fmt: skip
+        found: list[tuple[int, tuple[Link, ...]]] = []
+        merit = None
+        for cost, _, _, (out, _, _, there), (into, _, _, back) in ports:
+            if found and cost != merit:
+                break
+            through = self._network_routes.way(out.id, into.id)
+            if through is not None:
+                merit = cost
                 links = (*there, *through, *reversed(back))
-                if len(exits) == len(entries) == 1:
-                    return links
-                crossed = int(out.attrs.get("rail") != into.attrs.get("rail"))
-                cost = (-min(out_width, in_width), out_rank + in_rank, crossed, len(links))
-                ways.append((cost, out.id, into.id, links))
-        return min(ways, key=lambda w: w[:3])[3] if ways else None
+                found.append((len(links), links))
+        return min(found, key=lambda f: f[0])[1] if found else None
 
     def _exits_of(self, device: Device) -> list[_Exit]:
         """The best ports of each network that the device reaches within its host."""

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from sagellm.core.protocols import (
 )
 
 __all__ = [
-    "NATIVE", "OPS", "TORCH_OWN", "calibrate_live", "check_backend", "library_of", "sweep_live",
+    "NATIVE", "OPS", "TORCH_OWN", "calibrate_live", "check_backend", "check_devices", "library_of",
+    "sweep_live",
 ]  # fmt: skip
 
 NATIVE = "native"
@@ -38,18 +39,70 @@ _MOST_RANKS = 64
 
 
 def library_of(backend: str) -> str:
-    """What measurements of a backend are kept under: its name and torch's release.
+    """What measurements of a backend are kept under: the library that moves the bytes.
+
+    NCCL (RCCL on ROCm) tells its own version, which a torch of one version may be built or loaded
+    with in several; gloo has none but torch's, being part of it; another backend has that of the
+    package which brings it.
 
     Raises:
-        BackendUnavailableError: torch is not installed.
+        ConfigError: No such backend; the message lists the known ones.
+        BackendUnavailableError: torch is not installed, or has no NCCL.
 
     """
+    _torch_version()
+    if backend == "gloo":
+        return f"gloo torch-{_torch_version()}"
+    if backend == "nccl":
+        return _nccl_version()
+    from sagellm.core.protocols.selection import BACKENDS_GROUP, backend_registry  # brings pydantic
+
+    for entry in entry_points(group=BACKENDS_GROUP, name=backend):
+        if entry.dist is not None:
+            return f"{backend} {entry.dist.name}-{entry.dist.version}"
+    backend_registry().load(backend)  # an unknown name is refused here
+    return backend
+
+
+def check_devices(backend: str, ranks: int) -> None:
+    """Refuse more ranks than there are devices for them; CPU backends need none.
+
+    Raises:
+        BackendUnavailableError: There are too few; the message says how many torch sees.
+
+    """
+    if backend != "nccl":
+        return
+    _nccl_version()
+    import torch
+
+    seen = torch.cuda.device_count()
+    if seen < ranks:
+        raise BackendUnavailableError(
+            f"nccl needs a GPU for each of {ranks} ranks, torch {torch.__version__} sees {seen}: "
+            "ask for fewer ranks, or check the driver and CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _torch_version() -> str:
     try:
-        return f"{backend} torch-{version('torch')}"
+        return version("torch")
     except PackageNotFoundError:
         raise BackendUnavailableError(
             "timing collectives needs torch: install a CPU or device build of torch>=2.6"
         ) from None
+
+
+def _nccl_version() -> str:
+    import torch
+
+    if not torch.distributed.is_nccl_available():
+        raise BackendUnavailableError(
+            f"torch {torch.__version__} has no NCCL: install a CUDA or ROCm build of torch"
+        )
+    told: Any = torch.cuda.nccl.version  # torch leaves it untyped
+    name = "rccl" if torch.version.hip else "nccl"
+    return f"{name} {'.'.join(map(str, told()))}"
 
 
 def calibrate_live(
@@ -81,7 +134,7 @@ def calibrate_live(
 
     Raises:
         ConfigError: An argument cannot be.
-        BackendUnavailableError: torch or the backend is missing here.
+        BackendUnavailableError: torch, the backend or a GPU for each rank of NCCL is missing.
         CommTimeoutError: It took longer than `timeout_s`.
         DistributedRuntimeError: A rank failed; the message has its last words.
 
@@ -146,8 +199,9 @@ def _run(
         raise ConfigError(f"medians need at least 5 repeats, not {repeats}")
     if not timeout_s > 0:
         raise ConfigError(f"timeout_s must be above 0, not {timeout_s}")
-    library_of(backend)
+    _torch_version()
     check_backend(backend)
+    check_devices(backend, ranks)
     with tempfile.TemporaryDirectory(prefix="sagellm-live-") as name:
         folder = Path(name)
         job = {"backend": backend, "ranks": ranks, "ops": list(ops), "timeout_s": timeout_s, **what}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, combinations
 
 from sagellm.core.protocols import Affinity, ConfigError, Device, DeviceKind
 
+from ._groups import Grouping, Rates, tightest_groups
+from ._numbers import whole_number
 from .graph import PATH_CLASSES, Quality, TopologyGraph
 
 __all__ = ["affinity", "nearest", "rank_map", "ring", "trees"]
 
 _SEARCH_STEPS = 20_000
-_SWAP_LIMIT = 64  # members up to which a ring is improved pair by pair: the work is cubic
+_SWAP_LIMIT = 64  # members up to which rings and groups are improved by pairs: cubic work
 _WINDOW = 64  # items that a group may be chosen from: hosts beyond it are as good as those within
+
+_SELF: Quality = (0, float("-inf"), 0)
 
 _Rate = Callable[[str, str], Quality]
 
@@ -35,7 +40,7 @@ def nearest(graph: TopologyGraph, device_id: str, kind: DeviceKind) -> Device | 
 
 def _port(device: Device) -> tuple[bool, int]:
     down = device.attrs.get("operstate") == "down" or device.attrs.get("ib_state") == "DOWN"
-    return down, -int(device.attrs.get("port_bytes_per_s", 0))
+    return down, -(whole_number(device.attrs.get("port_bytes_per_s")) or 0)
 
 
 def affinity(graph: TopologyGraph, device_id: str) -> Affinity:
@@ -73,10 +78,18 @@ def _nearest_with_cpus(node: Device, nodes: dict[int, Device]) -> int | None:
 def rank_map(
     graph: TopologyGraph, tp: int, pp: int, dp: int, ep: int, *, visible_only: bool = False
 ) -> tuple[str, ...]:
-    """Device id for each rank; groups of tp, then of ep, pp and dp on the best links left."""
+    """Device id for each rank; groups of tp, then of ep, pp and dp on the best links left.
+
+    The worst pair within the tp groups is the best possible as long as groups fit into hosts of
+    up to 16 accelerators; in larger hosts, across hosts, and for ep and pp it is a greedy choice.
+
+    Raises:
+        ConfigError: A degree is no whole number from 1 up, or there are too few accelerators.
+
+    """
     for name, degree in (("tp", tp), ("pp", pp), ("dp", dp), ("ep", ep)):
-        if degree < 1:
-            raise ConfigError(f"{name} must be at least 1, not {degree}")
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1, not {degree!r}")
     devices = [
         d for d in graph.info.accelerators if d.visible_index is not None or not visible_only
     ]
@@ -86,26 +99,100 @@ def rank_map(
             f"tp {tp} * pp {pp} * dp {dp} * ep {ep} = {wanted} ranks, but only {len(devices)} "
             f"accelerators are {'visible' if visible_only else 'known'}"
         )
-    groups = _pack(graph, devices, tp)[: wanted // tp]
+    groups = _pack(graph, devices, tp, wanted // tp)
     for degree in (ep, pp):  # dp takes what is left, in order
         groups = _cluster(groups, degree, lambda a, b: graph.quality(a[0], b[0]))
     return tuple(d for group in groups for d in group)
 
 
-def _pack(graph: TopologyGraph, devices: Sequence[Device], size: int) -> list[tuple[str, ...]]:
-    """Groups of `size` within single hosts while that works, the rest across hosts."""
-    hosts: dict[int, list[tuple[str, ...]]] = {}
+def _pack(
+    graph: TopologyGraph, devices: Sequence[Device], size: int, count: int
+) -> list[tuple[str, ...]]:
+    """Groups within single hosts as far as these go, the rest across hosts."""
+    if size == 1:
+        return [(d.id,) for d in devices[:count]]
+    members: dict[int, list[str]] = {}
     for device in devices:
-        hosts.setdefault(device.node, []).append((device.id,))
+        members.setdefault(device.node, []).append(device.id)
+    known: dict[Rates, _Host] = {}  # most hosts are alike
+    hosts = [_host(graph, ids, size, known) for ids in members.values()]
+    takes = _shares(hosts, count)
     whole: list[tuple[str, ...]] = []
-    rest: list[tuple[str, ...]] = []
-    for members in hosts.values():
-        grouped = _cluster(members, size, lambda a, b: graph.quality(a[0], b[0]))
-        whole += [g for g in grouped if len(g) == size]
-        rest += [(d,) for g in grouped if len(g) < size for d in g]
-    for i in range(0, len(rest) - size + 1, size):
-        whole.append(tuple(d for g in rest[i : i + size] for d in g))
-    return whole
+    rest: list[str] = []
+    for ids, host, take in zip(members.values(), hosts, takes, strict=True):
+        groups = host.best(take).groups if take else ()
+        whole += [tuple(ids[i] for i in group) for group in groups]
+        used = {i for group in groups for i in group}
+        rest += [name for i, name in enumerate(ids) if i not in used]
+    missing = count - len(whole)
+    return [*whole, *(tuple(rest[i * size : (i + 1) * size]) for i in range(missing))]
+
+
+class _Host:
+    """The groups that accelerators of one host can form, each number of groups tried once."""
+
+    def __init__(self, rates: Rates, size: int) -> None:
+        self.most = len(rates) // size
+        self._rates = rates
+        self._size = size
+        self._found: dict[int, Grouping] = {}
+
+    def best(self, count: int) -> Grouping:
+        if count not in self._found:
+            self._found[count] = tightest_groups(self._rates, self._size, count)
+        return self._found[count]
+
+
+class _LargeHost:
+    """The same for hosts with too many accelerators to rate all pairs: groups grown once."""
+
+    def __init__(self, graph: TopologyGraph, ids: Sequence[str], size: int) -> None:
+        number = {name: i for i, name in enumerate(ids)}
+        items = [(name,) for name in ids]
+        grown = _cluster(items, size, lambda a, b: graph.quality(a[0], b[0]))
+        whole = [g for g in grown if len(g) == size]
+        self.most = len(whole)
+        self._groups = tuple(tuple(number[name] for name in g) for g in whole)
+        worst = (max(graph.quality(a, b) for a, b in combinations(g, 2)) for g in whole)
+        self._worst = tuple(accumulate(worst, max))
+
+    def best(self, count: int) -> Grouping:
+        return Grouping(self._groups[:count], self._worst[count - 1])
+
+
+def _host(
+    graph: TopologyGraph, ids: Sequence[str], size: int, known: dict[Rates, _Host]
+) -> _Host | _LargeHost:
+    if len(ids) > _SWAP_LIMIT:
+        return _LargeHost(graph, ids, size)
+    rows: list[list[Quality]] = [[_SELF] * len(ids) for _ in ids]
+    if len(ids) >= size:  # else there is no group to form
+        for i, j in combinations(range(len(ids)), 2):
+            rows[i][j] = rows[j][i] = graph.quality(ids[i], ids[j])
+    rates = tuple(map(tuple, rows))
+    if rates not in known:
+        known[rates] = _Host(rates, size)
+    return known[rates]
+
+
+def _shares(hosts: Sequence[_Host | _LargeHost], count: int) -> list[int]:
+    """How many groups each host forms, so that the worst pair is best, the first hosts first."""
+    if count >= sum(host.most for host in hosts):
+        return [host.most for host in hosts]
+    levels = sorted({h.best(n).worst for h in set(hosts) for n in range(1, h.most + 1)})
+    for level in levels:
+        fits = {
+            host: max((n for n in range(1, host.most + 1) if host.best(n).worst <= level),
+                      default=0)
+            for host in set(hosts)
+        }  # fmt: skip
+        if sum(fits[host] for host in hosts) >= count:
+            break
+    takes = []
+    for host in hosts:
+        takes.append(min(fits[host], count))
+        count -= takes[-1]
+    return takes
 
 
 def _cluster(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sagellm.core.protocols import ConfigError, ResourceError, TopologyInfo
+from sagellm.core.protocols.bandwidth import busbw_factor
 
-from ._cost_prior import busbw_factor
 from ._sim_schedules import SCHEDULES, schedule
 from .graph import TopologyGraph
 from .simulator import Network, SimSettings, simulate
@@ -57,9 +57,16 @@ class Plan:
     assumed: tuple[str, ...]
 
     def best(self, nodes: int) -> PlanRow | None:
-        """The fastest algorithm on so many hosts; None when none was simulated."""
+        """The fastest algorithm of those simulated on so many hosts; None when none was.
+
+        Algorithms in `left_out(nodes)` may be faster.
+        """
         rows = [r for r in self.rows if r.nodes == nodes and r.time_us is not None]
         return min(rows, key=lambda r: (r.time_us or 0.0, r.algorithm), default=None)
+
+    def left_out(self, nodes: int | None = None) -> tuple[PlanRow, ...]:
+        """Algorithms that were not simulated on so many hosts, or on any number; each says why."""
+        return tuple(r for r in self.rows if r.left_out and nodes in (None, r.nodes))
 
 
 def node_counts(nodes: int) -> tuple[int, ...]:
@@ -132,7 +139,7 @@ def _row(
     ranks = sum(map(len, hosts))
     messages = _messages(op, algorithm, ranks)
     if messages > _MOST_MESSAGES:
-        why = f"{messages:.0e} messages"
+        why = f"{messages:,} messages, more than the {_MOST_MESSAGES:,} that are played"
         return PlanRow(len(hosts), ranks, algorithm, None, None, why)
     try:
         played = simulate(network, schedule(op, algorithm, nbytes, hosts))

@@ -17,9 +17,9 @@ from sagellm.core.protocols.checkup import (
     check_shared_memory,
     check_sockets,
 )
+from sagellm.core.protocols.host_limits import quota_cpus, usable_cpus
 from sagellm.core.protocols.selection import backend_registry
 
-from .host import quota_cpus, usable_cpus
 from .launch import is_launched
 
 __all__ = ["examine"]

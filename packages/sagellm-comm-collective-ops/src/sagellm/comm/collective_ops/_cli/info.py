@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from sagellm.core.protocols import BackendSpec, BackendUnavailableError
+from sagellm.core.protocols.host_limits import quota_cpus, usable_cpus
 from sagellm.core.protocols.selection import backend_registry
 from sagellm.core.protocols.show import print_line, print_table
-
-from .host import quota_cpus, usable_cpus
 
 __all__ = ["collect_info", "print_info"]
 

@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sagellm.core.protocols.host_limits import cgroup_folders, quota_cpus
+
 __all__ = [
     "address_space",
-    "cgroup_folders",
     "cpu_claim",
     "host_claim",
     "machine",
     "polls_for",
     "usable_cpus",
 ]
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine() -> str:
@@ -48,10 +47,10 @@ def polls_for(ranks: int, cpus: int) -> int:
 
 def cpu_claim() -> dict[str, object]:
     """Cores this process may run on, and how many of them at once by its cgroups' quotas."""
-    folders = cgroup_folders()
+    folders = cgroup_folders("cpu")
     return {
         "cpus": sorted(os.sched_getaffinity(0)),
-        "quota": min(_quotas(folders), default=None),
+        "quota": quota_cpus(),
         "cgroup": str(folders[0]) if folders else "",
     }
 
@@ -69,36 +68,3 @@ def address_space() -> int | None:
     """The limit of this process's address space in bytes, None without one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _quotas(folders: Sequence[Path]) -> list[float]:
-    """Cores granted by this process's cgroup and those above it, v2 and v1."""
-    found = []
-    for folder in folders:
-        text = _read(folder / "cpu.max").split()
-        if len(text) == 2 and text[0] != "max":
-            found.append(int(text[0]) / int(text[1]))
-    quota, period = (
-        _read(_CGROUP / "cpu/cpu.cfs_quota_us"),
-        _read(_CGROUP / "cpu/cpu.cfs_period_us"),
-    )
-    if quota and period and int(quota) > 0:
-        found.append(int(quota) / int(period))
-    return found
-
-
-def cgroup_folders() -> list[Path]:
-    """Folders of this process's cgroup (v2) and of those above it, the innermost first."""
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        if line.startswith("0::"):
-            inner = _CGROUP / line[3:].lstrip("/")
-            inside = [inner, *inner.parents]
-            return [p for p in inside if p == _CGROUP or _CGROUP in p.parents]
-    return []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -8,16 +8,15 @@ import fcntl
 import mmap
 import os
 import struct
-from pathlib import Path
 
 from sagellm.core.protocols import IntegrityError, ResourceError
+from sagellm.core.protocols.host_limits import room_bytes
 
 from . import layout as words
 from .forks import release_in_children
-from .identity import cgroup_folders
 from .layout import MAGIC, VERSION, Layout
 
-__all__ = ["Segment", "reserve", "room_bytes"]
+__all__ = ["Segment", "reserve"]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
@@ -157,24 +156,6 @@ def reserve(fd: int, offset: int, nbytes: int, what: str, *, total: int = 0) -> 
             f"{detail}: {e.strerror}; {left} bytes are available here; {advice}, or raise the "
             f"limits of memory and file size (`ulimit -f`) of this process"
         ) from e
-
-
-def room_bytes() -> int | None:
-    """Bytes of memory that this process may still get: the machine's and its cgroups'."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    for folder in cgroup_folders():
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            for line in (folder / "memory.stat").read_text().splitlines():
-                if line.split()[0] in ("active_file", "inactive_file"):
-                    used -= int(line.split()[1])  # page cache makes room
-            found.append(max(0, limit - used))
-    return min(found) if found else None
 
 
 def _header(layout: Layout, nonce: int) -> bytes:

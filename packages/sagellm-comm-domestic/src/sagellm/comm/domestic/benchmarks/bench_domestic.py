@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from sagellm.comm.domestic import can_emulate, choose_vendor, create_domestic_backend, emulate
 from sagellm.comm.domestic.claims import rate
+from sagellm.core.protocols.bandwidth import busbw_factor
 from sagellm.core.protocols.bench import Benchmark, Case, Contender, Contenders, Missing, Ratio, Row
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _share_of_claim(row: Row) -> float | None:
     choice = choose_vendor()
     if row.median is None or choice.row is None:
         return None
-    busbw = row.case["nbytes"] / row.median * 2 * (_RANKS - 1) / _RANKS
+    busbw = row.case["nbytes"] / row.median * busbw_factor("all_reduce", _RANKS)
     name = _device_names[-1] if _device_names else ""
     part = next((c.part for c in choice.row.claims if c.part.lower() in name.lower()), name)
     return rate(choice.row.claims, part, busbw).ratio

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from sagellm.core.protocols import CommError, ConfigError
 
 from .bench import add_bench, bench
+from .calibrate import add_calibrate, calibrate
 from .doctor import add_doctor, doctor
 from .probe import add_probe, probe
 from .send import add_send, send
@@ -29,6 +30,7 @@ _COMMANDS = {
     "send": (send, add_send, "send a file or random blocks to a node"),
     "probe": (probe, add_probe, "whether a node can be reached, over what, and how fast"),
     "bench": (bench, add_bench, "measure beside memcpy, sockets, gloo, ZeroMQ, NIXL, Mooncake"),
+    "calibrate": (calibrate, add_calibrate, "fit the basis of codec `transform` for a model"),
     "doctor": (doctor, add_doctor, "what this host lacks, or what a node holds and waits for"),
 }
 

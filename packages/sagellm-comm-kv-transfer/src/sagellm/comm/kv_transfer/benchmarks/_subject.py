@@ -34,6 +34,11 @@ def folder() -> Path | None:
     """Where the model is; None where there is none."""
     if _MODEL in os.environ:
         return Path(os.environ[_MODEL])
+    return llama_folder()
+
+
+def llama_folder() -> Path | None:
+    """Where the small Llama and its windows are; None where they are not."""
     for parent in Path(__file__).resolve().parents:
         found = parent / "examples" / "data" / "tiny_llama"
         if (found / "windows.safetensors").is_file():

@@ -7,6 +7,9 @@ Quality is that of a language model that goes on from the decoded cache: the pre
 tokens is coded, 256 more are scored. The ratio of `quant` at a peer's Kullback-Leibler divergence
 is interpolated, in the logarithm, over the sweep of steps of the same run. Sizes are those of
 real frames; the peers' are ideal where they have an arithmetic coder.
+
+The last cases move distinct KV through channels over links of several speeds, between two network
+namespaces, which needs root; `python -m sagellm.comm.kv_transfer.benchmarks._links` is these alone.
 """
 
 from __future__ import annotations
@@ -19,9 +22,16 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from sagellm.comm.kv_transfer.benchmarks import _gpu_kernels, _subject
+from sagellm.comm.kv_transfer.benchmarks import (
+    _gpu_kernels,
+    _links,
+    _subject,
+    _transform_data,
+    _transform_rows,
+)
 from sagellm.comm.kv_transfer.benchmarks._peers import PEERS
 from sagellm.comm.kv_transfer.compression import Compressor, TensorLayout
 from sagellm.comm.kv_transfer.compression.quality import Coder, Quality, coder_of, outlier_scale
@@ -79,11 +89,17 @@ def cases(quick: bool) -> list[Case]:
         {"figure": "kl with outlier channels", **common},
         {"figure": "encode, GB/s of one core", **common},
         {"figure": "decode, GB/s of one core", **common},
+        *_links.cases(quick),
+        *_transform_rows.cases(quick),
     ]
 
 
-def contenders(case: Case) -> Contenders:
+def contenders(case: Case) -> Contenders | AbstractContextManager[Contenders]:
     """Calls that return the case's figure."""
+    if "link" in case:
+        return _links.contenders(case)
+    if case["figure"].startswith("transform"):
+        return _transform_rows.contenders(case)
     figure, windows = case["figure"], case["windows"]
     if "GB/s" in figure:
         way = figure.startswith("encode")
@@ -187,6 +203,8 @@ def at_kl(points: Sequence[tuple[float, float]], kl: float) -> float | None:
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
     """The figures that are promised, with their goals."""
+    on_links = _links.ratios(rows)
+    rows = [r for r in rows if "link" not in r.case]
     case = {k: v for k, v in rows[0].case.items() if k != "figure"}
     found = {(r.case["figure"], r.contender): r.median for r in rows if r.median is not None}
 
@@ -219,7 +237,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
             a, b = found.get((figure, ours)), found.get((figure, peer))
             share = a / b if a and b else None
             result.append(Ratio(f"{way} speed of {ours} / {peer}", case, share, floor))
-    return result
+    return [*result, *on_links, *_transform_rows.ratios(rows)]
 
 
 _benchmark = Benchmark(
@@ -242,11 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder of a checkpoint in Hugging Face's layout")
     parser.add_argument("--text", help="file that the windows are cut from")
     parser.add_argument("--gpu", action="store_true", help="speed of the kernels instead")
+    parser.add_argument("--qkv", help="recorded q, k, v for the rows of transform")
     options, rest = parser.parse_known_args(argv)
     if options.gpu:
         return _gpu_kernels.main(rest)
     try:
         _subject.choose(options.model, options.text)
+        _transform_data.choose(options.qkv)
         _subject.harness(1)
     except ConfigError as e:
         sys.stderr.write(f"kv_transfer.compression: {e}\n")

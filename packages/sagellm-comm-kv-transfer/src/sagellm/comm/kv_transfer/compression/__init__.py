@@ -16,6 +16,8 @@ from ._registry import (
     load_codec_spec as load_codec_spec,
     section_codec_spec as section_codec_spec,
 )
+from .basis import Basis as Basis
+from .basis_store import BASES as BASES, BasisStore as BasisStore
 from .codec import SectionCodec as SectionCodec
 from .compressor import Compressor as Compressor, Decoder as Decoder, Encoder as Encoder
 from .frame import Coding as Coding, Entry as Entry, Header as Header
@@ -25,7 +27,10 @@ from .plain import NoneCodec as NoneCodec
 from .rope import RopeSpec as RopeSpec
 
 __all__ = [
+    "BASES",
     "CODEC_GROUP",
+    "Basis",
+    "BasisStore",
     "Coding",
     "Compressor",
     "Decoder",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
-from sagellm.core.protocols import BackendUnavailableError, CodecSpec, ConfigError, KVCodec
+from sagellm.core.protocols import (
+    BackendUnavailableError,
+    CodecSpec,
+    CommError,
+    ConfigError,
+    KVCodec,
+)
 from sagellm.core.protocols.registry import Registry
 
 from .codec import SectionCodec
-from .frame import Option
+from .frame import VERSION, Option
 
 __all__ = [
     "CODEC_GROUP",
+    "FRAME",
     "codec_names",
+    "coded_versions",
     "create_codec",
     "create_section_codec",
     "load_codec_spec",
@@ -21,12 +30,32 @@ __all__ = [
 
 CODEC_GROUP = "sagellm.comm.kv_transfer.codecs"
 
+logger = logging.getLogger(__name__)
+
 _registry: Registry[CodecSpec] = Registry(CODEC_GROUP)
 
 
 def codec_names() -> tuple[str, ...]:
     """Names of the installed codecs, sorted."""
     return _registry.names()
+
+
+FRAME = "frame"
+"""Stands for the format of frames among the versions that peers tell each other."""
+
+
+def coded_versions() -> dict[str, int]:
+    """The codecs that frames can be written with here, with the version of what they write."""
+    found = {FRAME: VERSION}
+    for name in codec_names():
+        try:
+            make = section_codec_spec(name).load()
+        except (CommError, ImportError) as e:
+            logger.debug("codec %r is not offered to peers: %s", name, e)
+            continue
+        if not isinstance(make, type) or issubclass(make, SectionCodec):
+            found[name] = int(getattr(make, "version", 1))
+    return found
 
 
 def section_codec_spec(name: str) -> CodecSpec:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from sagellm.comm.kv_transfer.memory import bytes_of
 from sagellm.core.protocols import KVCodec
 
-from .frame import Payload
-from .layout import Section
+from .frame import Coding, Payload
+from .layout import Geometry, Section
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,21 @@ class SectionCodec(ABC):
     Attributes:
         undoes_rope: Whether it gains by a layout that says how keys were rotated.
         has_kernels: Whether it also codes tensors on a GPU, where they are.
+        version: Of what it writes; a channel uses it with peers of the same version only.
+        join: Layers that it codes together, whose heads then lie side by side.
+        fallbacks: What codes the sections that it cannot, before lossless ones do.
 
     """
 
     undoes_rope: ClassVar[bool] = False
     has_kernels: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    join: int = 1
+    fallbacks: tuple[Coding, ...] = ()
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise `ConfigError` or `LayoutMismatchError` for tensors that it is not meant for."""
+        del geometry  # a codec that was not calibrated takes any
 
     @abstractmethod
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import xxhash
 
@@ -69,13 +69,15 @@ class Encoder:
 
     """
 
-    def __init__(self, tensor: Tensor, layout: TensorLayout, codings: tuple[Coding, ...]) -> None:
+    def __init__(
+        self, tensor: Tensor, layout: TensorLayout, codings: tuple[Coding, ...], join: int = 1
+    ) -> None:
         dtype = dtype_name(tensor.dtype)
         if tensor.device.type not in DEVICES:
             raise ConfigError(f"a tensor on {tensor.device}; copy it to the CPU first")
         if dtype not in ITEM_BYTES:
             raise ConfigError(f"dtype {dtype} is not coded; known: {', '.join(ITEM_BYTES)}")
-        geometry = Geometry(tuple(tensor.shape), layout, ITEM_BYTES[dtype])
+        geometry = Geometry(tuple(tensor.shape), layout, ITEM_BYTES[dtype], join=join)
         self.header = Header(geometry, dtype, codings)
         self.view = geometry.canonical(tensor.detach())
 
@@ -144,10 +146,11 @@ class Decoder:
         section = geometry.section(index)
         try:
             codec = bench.codec(self.header.codings[entry.coding])
+            codec.check(geometry)
         except ConfigError as e:
             raise IntegrityError(f"section {index} cannot be decoded: {e}") from None
         pieces = list(geometry.pieces(self._view, section))
-        rows = _rows(pieces)
+        rows = _rows(pieces) if geometry.join == 1 else None
         there = codec.has_kernels and runs_kernels(self._view)
         if rows is not None and (there or rows.device.type == "cpu"):
             codec.unpack(payload, rows, section)
@@ -188,13 +191,28 @@ class Compressor:
             raise ConfigError(f"{workers} workers; at least one works")
         lossy = not section_codec_spec(codec).lossless
         fallbacks = _FALLBACKS if lossy else _FALLBACKS[1:] if codec != "none" else ()
-        self.codings = (Coding(codec, options), *(Coding(name, {}) for name in fallbacks))
-        self._undoes_rope = create_section_codec(codec, options).undoes_rope
+        self._codec = create_section_codec(codec, options)
+        others = (*self._codec.fallbacks, *(Coding(name, {}) for name in fallbacks))
+        self.codings = (Coding(codec, options), *others)
         self._checked: set[tuple[object, ...]] = set()
         self.workers = workers or _cores()
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def of(cls, coding: Coding) -> Compressor:
+        """One for a coding, which a peer may have named; it works on the caller's thread.
+
+        Raises:
+            ConfigError: No such codec or option.
+            BackendUnavailableError: What the codec needs is missing.
+
+        """
+        options: dict[str, Any] = dict(coding.options)
+        if ours := {"codec", "max_bytes", "self", "workers"} & set(options):
+            raise ConfigError(f"codec {coding.name!r} has no options {sorted(ours)}")
+        return cls(coding.name, workers=1, **options)
 
     def __enter__(self) -> Compressor:
         return self
@@ -219,11 +237,13 @@ class Compressor:
 
         Raises:
             ConfigError: They do not fit, or the keys contradict the layout's RoPE.
+            LayoutMismatchError: The codec was calibrated for another model or geometry.
 
         """
-        encoder = Encoder(tensor, layout, self.codings)
+        encoder = Encoder(tensor, layout, self.codings, self._codec.join)
         geometry = encoder.header.geometry
-        if layout.rope and self._undoes_rope:
+        self._codec.check(geometry)
+        if layout.rope and self._codec.undoes_rope:
             seen = (layout.rope, layout.axes, layout.model, geometry.heads, geometry.dim)
             if seen not in self._checked:
                 check_rope(geometry, encoder.view)
@@ -343,7 +363,7 @@ def _rows(pieces: list[tuple[int, int, Tensor]]) -> Tensor | None:
 def _gathered(geometry: Geometry, view: Tensor, section: Section, scratch: Scratch) -> Tensor:
     """A section's values as [tokens, heads, dim], copied only where they are scattered."""
     pieces = list(geometry.pieces(view, section))
-    if (rows := _rows(pieces)) is not None:
+    if geometry.join == 1 and (rows := _rows(pieces)) is not None:
         return rows
     shape = (section.tokens, geometry.heads, geometry.dim)
     if view.device.type == "cpu":

@@ -89,6 +89,7 @@ class _Description(msgspec.Struct, frozen=True):
     first_position: int
     rope: _Rope | None
     model: str
+    join: int = 1  # layers of a section
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -131,7 +132,7 @@ class Header:
         body = _encoder.encode(
             _Description(
                 self.codings, dtype, g.shape, layout.axes, layout.kind, g.tokens, g.span,
-                layout.first_layer, layout.first_position, turned, layout.model,
+                layout.first_layer, layout.first_position, turned, layout.model, g.join,
             )
         )  # fmt: skip
         if len(body) > _MAX_DESCRIPTION:
@@ -182,7 +183,7 @@ class Header:
         layout = TensorLayout(
             d.axes, d.kind, d.tokens, d.first_layer, d.first_position, rope, d.model
         )
-        geometry = Geometry(d.shape, layout, ITEM_BYTES[d.dtype], d.span)
+        geometry = Geometry(d.shape, layout, ITEM_BYTES[d.dtype], d.span, d.join)
         return cls(geometry, d.dtype, d.codings)
 
     @property

@@ -75,6 +75,7 @@ class Section:
         tokens: Number of tokens.
         position: Of the first token in the sequence.
         rope: How its values were rotated; None for V.
+        model_layer: The model's layer that it begins with.
 
     """
 
@@ -86,16 +87,20 @@ class Section:
     tokens: int
     position: int
     rope: RopeSpec | None
+    model_layer: int = 0
 
 
 class Geometry:
     """A tensor's shape read through its layout, and its sections.
+
+    With `join` it is that of a tensor with so many times fewer layers and more heads.
 
     Args:
         shape: Of the tensor.
         layout: What its dimensions mean.
         item_bytes: Bytes of an element.
         span: Tokens per section; None chooses about 1 MiB of values.
+        join: Layers of a section.
 
     Raises:
         ConfigError: Shape and layout do not fit, or one token takes more than 8 MiB.
@@ -103,8 +108,9 @@ class Geometry:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], layout: TensorLayout, item_bytes: int, span: int | None = None
-    ) -> None:
+        self, shape: tuple[int, ...], layout: TensorLayout, item_bytes: int,
+        span: int | None = None, join: int = 1,
+    ) -> None:  # fmt: skip
         if len(shape) != len(layout.axes):
             raise ConfigError(f"a tensor of shape {list(shape)} does not have axes {layout.axes}")
         if min(shape) < 0 or math.prod(max(n, 1) for n in shape) >= 1 << 50:
@@ -113,9 +119,12 @@ class Geometry:
         if size.get("kv", 2) != 2:
             raise ConfigError(f"the kv axis has length {size['kv']}, not 2 (K, V)")
         self.shape, self.layout, self.item_bytes = shape, layout, item_bytes
-        self.layers, self.kvs = size.get("layer", 1), size.get("kv", 1)
+        layers, self.kvs = size.get("layer", 1), size.get("kv", 1)
+        if join < 1 or layers % join:
+            raise ConfigError(f"sections of {join} layers each do not divide {layers} layers")
+        self.join, self.layers = join, layers // join
         self.page = size["token"]
-        self.heads, self.dim = size.get("head", 1), size["dim"]
+        self.heads, self.dim = join * size.get("head", 1), size["dim"]
         held = size.get("block", 1) * self.page
         self.tokens = held if layout.tokens is None else layout.tokens
         if self.tokens > held:
@@ -147,6 +156,7 @@ class Geometry:
         return Section(
             index, layer, kv, kind, start, min(self.span, self.tokens - start),
             self.layout.first_position + start, self.layout.rope if kind == "k" else None,
+            self.layout.first_layer + layer * self.join,
         )  # fmt: skip
 
     def section_bytes(self, index: int) -> int:
@@ -155,13 +165,18 @@ class Geometry:
         return min(self.span, self.tokens - start) * self.row_bytes
 
     def canonical(self, tensor: Tensor) -> Tensor:
-        """A view of the tensor as [layer, kv, block, token, head, dim]."""
+        """A view of the tensor as [layer, kv, block, token, head, dim].
+
+        Heads of joined layers have a dimension before them, which no strides could merge.
+        """
         axes = self.layout.axes
         view = tensor.permute([axes.index(a) for a in _ORDER if a in axes])
         for i, axis in enumerate(_ORDER):
             if axis not in axes:
                 view = view.unsqueeze(i)
-        return view
+        if self.join == 1:
+            return view
+        return view.reshape(self.layers, self.join, *view.shape[1:]).movedim(1, 4)
 
     def pieces(self, view: Tensor, section: Section) -> Iterator[tuple[int, int, Tensor]]:
         """Views that make up a section: first and last token in it, and a [.., head, dim]."""

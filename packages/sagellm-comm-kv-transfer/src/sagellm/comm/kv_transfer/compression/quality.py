@@ -25,7 +25,16 @@ from .rope import RopeSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Coder", "Harness", "Quality", "coder_of", "evaluate", "outlier_scale"]
+__all__ = [
+    "Coder",
+    "Harness",
+    "Quality",
+    "captured",
+    "coder_of",
+    "empty_cache",
+    "evaluate",
+    "outlier_scale",
+]
 
 Model: TypeAlias = Any
 """A causal language model of `transformers`, which type checkers need not have."""
@@ -119,17 +128,17 @@ class Harness:
     def _reference(self, ids: Tensor) -> _Reference:
         import torch
 
-        cache = _empty_cache()
+        cache = empty_cache()
         self.model(ids[None, : self.prefix_tokens], past_key_values=cache)
         k = torch.stack([layer.keys[0] for layer in cache.layers]).bfloat16()
         v = torch.stack([layer.values[0] for layer in cache.layers]).bfloat16()
         queries: dict[int, Tensor] = {}
-        with _captured(self.model, queries):
+        with captured(self.model, queries):
             logits = self._go_on(ids, k, v)
         return _Reference(ids, k, v, [queries[i] for i in range(len(k))], logits)
 
     def _go_on(self, ids: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache, dtype = _empty_cache(), self.model.dtype
+        cache, dtype = empty_cache(), self.model.dtype
         for i in range(len(k)):
             cache.update(k[i][None].to(dtype, copy=True), v[i][None].to(dtype, copy=True), i)
         out: Tensor = self.model(ids[None, self.prefix_tokens :], past_key_values=cache).logits[0]
@@ -196,12 +205,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
-def _empty_cache() -> Any:  # noqa: ANN401  # transformers' own
+def empty_cache() -> Any:  # noqa: ANN401  # transformers' own
+    """A cache as models of `transformers` fill it."""
     return importlib.import_module("transformers").DynamicCache()
 
 
 @contextlib.contextmanager
-def _captured(model: Model, queries: dict[int, Tensor]) -> Iterator[None]:
+def captured(model: Model, queries: dict[int, Tensor]) -> Iterator[None]:
     """Keep the queries, after RoPE, that each layer's attention is called with."""
     functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
     before = model.config._attn_implementation

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 
-from sagellm.comm.kv_transfer._tcp_info import moved_bytes
+from sagellm.comm.kv_transfer._tcp_info import clock, moved_bytes
 from sagellm.comm.kv_transfer.tls import Tls, TlsConnection, TlsSocket
 from sagellm.core.protocols import (
     ConfigError,
@@ -112,6 +112,10 @@ class TcpConnection(SocketConnection):
     def moved_bytes(self) -> int:
         """What the kernel says."""
         return moved_bytes(self._sock)
+
+    def clock(self) -> tuple[int, float] | None:
+        """Bytes that the peer has acknowledged, and seconds in which some were under way."""
+        return clock(self._sock)
 
     @property
     def most_lanes(self) -> int | None:

@@ -54,38 +54,62 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from sagellm.comm.topology.live import calibrate_live, library_of
+    from sagellm.comm.topology.calibration import find_switches
+    from sagellm.comm.topology.live import calibrate_live, check_devices, library_of
+    from sagellm.comm.topology.render import bytes_text
 
+    check_devices(args.backend, args.ranks)
     info = read_topology(args)
     model, library = CostModel(info), library_of(args.backend)
     rows = calibrate_live(
         args.backend, args.ranks, ops=args.ops.split(","), smallest=args.smallest,
         largest=args.largest, knots=args.knots, repeats=args.repeats, timeout_s=args.timeout,
     )  # fmt: skip
+    members = _members(info, args.backend, args.ranks)
+    if members:
+        rows = [{**row, "members": members} for row in rows]
     model.load(library, args.folder)
     drifted = model.drift(rows)
     measured = {(row["op"], row["algorithm"], row["group_size"]) for row in rows}
     for op, algorithm, size in measured:
-        model.forget(op, algorithm, size)
+        model.forget(op, algorithm, size, model.shape(members))
     model.observe(rows)
     path = model.save(library, args.folder)
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    jumps = {op: find_switches([row for row in rows if row["op"] == op]) for op in ops}
     if args.json:
         print(json.dumps({
             "schema": _CALIBRATION, "fingerprint": info.fingerprint, "library": library,
-            "path": str(path), "drifted": [dataclasses.asdict(d) for d in drifted], "rows": rows,
+            "path": str(path), "drifted": [dataclasses.asdict(d) for d in drifted],
+            "switches": {op: [dataclasses.asdict(s) for s in found] for op, found in jumps.items()},
+            "rows": rows,
         }, indent=1))  # fmt: skip
         return 0
     from rich.console import Console
 
     console = Console(markup=False)
-    for op in dict.fromkeys(row["op"] for row in rows):
+    for op in ops:
         console.print(_measured(model, op, args.backend, [r for r in rows if r["op"] == op]))
+        for jump in jumps[op]:
+            console.print(
+                f"{op} jumps between {bytes_text(jump.below)} and {bytes_text(jump.above)}, to "
+                f"{jump.factor:.2f} times what smaller payloads make expect", style="yellow",
+            )  # fmt: skip
     for d in drifted:
         console.print(
             f"{d.op} had drifted: {d.ratio:.2f} times what was kept from before", style="yellow"
         )
     console.print(f"kept as {path}", style="dim", highlight=False, soft_wrap=True)
     return 0
+
+
+def _members(info: TopologyInfo, backend: str, ranks: int) -> tuple[str, ...]:
+    """Devices of the ranks: rank i of NCCL has device i; processes of the CPU have none."""
+    if backend != "nccl":
+        return ()
+    seen = {d.visible_index: d.id for d in info.accelerators if d.visible_index is not None}
+    found = tuple(seen[rank] for rank in range(ranks) if rank in seen)
+    return found if len(set(found)) == ranks else ()
 
 
 def _measured(model: CostModel, op: str, backend: str, rows: Sequence[Mapping[str, Any]]) -> object:
@@ -105,7 +129,7 @@ def _measured(model: CostModel, op: str, backend: str, rows: Sequence[Mapping[st
         table.add_column(name, justify="right", no_wrap=True)
     for nbytes in sorted({row["nbytes"] for row in rows}):
         times = [row["time_us"] for row in rows if row["nbytes"] == nbytes]
-        found = model.predict(op, nbytes, size, algorithm)
+        found = model.predict(op, nbytes, rows[0].get("members") or size, algorithm)
         spread = (f"{f(times):,.1f} us" for f in (median, min, max))
         table.add_row(bytes_text(nbytes), *spread, _rate(found))
     return table
@@ -149,7 +173,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _group(info: TopologyInfo, text: str | None) -> int | tuple[str, ...]:
     if text is None:
-        return tuple(d.id for d in info.accelerators) if info.num_devices > 1 else 2
+        return info.num_devices if info.num_devices > 1 else 2
     size = whole_number(text, most=_MOST_RANKS)
     if size is not None:
         return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from sagellm.core.protocols import TopologyInfo
 from ._source import Commands, read_files, read_topology
 
 __all__ = ["add_commands"]
+
+_SCHEMA = "sagellm.topology.export/1"
 
 
 def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
@@ -23,6 +26,9 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
     export = commands.add_parser("export", parents=[source], help="write it for others")
     export.add_argument("format", choices=("json", "nccl-xml", "matrix", "svg"))
     export.add_argument("-o", "--output", type=Path, help="file instead of standard output")
+    export.add_argument(
+        "--json", action="store_true", help="tell what was written, or the text itself, in JSON"
+    )
     export.add_argument(
         "--skeleton", action="store_true",
         help="nccl-xml: CPUs and PCI functions alone, for NCCL_TOPO_FILE of a virtual machine",
@@ -77,10 +83,13 @@ def _print(info: TopologyInfo, *, as_json: bool, matrix: bool) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     text = _exported(read_topology(args), args.format, skeleton=args.skeleton)
-    if args.output is None:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    else:
+    if args.output is not None:
         args.output.write_text(text, encoding="utf-8")
+    if args.json:
+        place = {"text": text} if args.output is None else {"file": str(args.output)}
+        print(json.dumps({"schema": _SCHEMA, "format": args.format, **place}, indent=1))
+    elif args.output is None:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
     return 0
 
 

@@ -76,11 +76,27 @@ def _run(args: argparse.Namespace) -> int:
         rows = [dataclasses.asdict(row) for row in found.rows]
         print(json.dumps({
             "schema": _SCHEMA, "op": found.op, "nbytes": found.nbytes, "assumed": found.assumed,
-            "elapsed_s": elapsed_s, "rows": rows,
+            "elapsed_s": elapsed_s, "best": _best(found), "rows": rows,
         }, indent=1))  # fmt: skip
     else:
         _show(found, elapsed_s)
     return 0
+
+
+def _best(found: Plan) -> list[dict[str, object]]:
+    """The fastest algorithm by number of hosts, of which ones, and which were left out why."""
+    told: list[dict[str, object]] = []
+    for nodes in sorted({row.nodes for row in found.rows}):
+        best = found.best(nodes)
+        told.append({
+            "nodes": nodes,
+            "algorithm": best.algorithm if best else None,
+            "of_simulated": [
+                r.algorithm for r in found.rows if r.nodes == nodes and r.time_us is not None
+            ],
+            "left_out": {r.algorithm: r.left_out for r in found.left_out(nodes)},
+        })  # fmt: skip
+    return told
 
 
 def _cluster(args: argparse.Namespace) -> TopologyInfo:
@@ -125,10 +141,26 @@ def _show(found: Plan, elapsed_s: float) -> None:
     if len(counts) > 1:
         width = max(20, min(64, console.width - 16))
         console.print(chart(curves, xs=counts, unit="us", width=width))
-        console.print(" " * 11 + "hosts; fastest: " + _fastest(found, counts), highlight=False)
+        of = " of those simulated" if found.left_out() else ""
+        console.print(" " * 11 + f"hosts; fastest{of}: {_fastest(found, counts)}", highlight=False)
+    for note in _left_out(found):
+        console.print(note, style="yellow", highlight=False)
     if found.assumed:
         console.print(f"bandwidth assumed, as nobody stated it: {', '.join(found.assumed)}")
     console.print(f"simulated in {elapsed_s:.1f} s", style="dim", highlight=False)
+
+
+def _left_out(found: Plan) -> list[str]:
+    """A sentence for each algorithm that was not simulated everywhere."""
+    notes = []
+    for name in dict.fromkeys(row.algorithm for row in found.left_out()):
+        rows = [row for row in found.left_out() if row.algorithm == name]
+        where = " and ".join(", ".join(str(row.nodes) for row in rows).rsplit(", ", 1))
+        notes.append(
+            f"not simulated, and perhaps faster: {name} on {where} hosts "
+            f"({rows[-1].nodes} hosts: {rows[-1].left_out})"
+        )
+    return notes
 
 
 def _fastest(found: Plan, counts: list[int]) -> str:
@@ -154,12 +186,13 @@ def _table(found: Plan, nodes: int, payload: str) -> object:
         title=f"{found.op} of {payload} on {nodes} hosts, {rows[0].ranks} accelerators",
     )  # fmt: skip
     table.add_column("algorithm", no_wrap=True)
-    for name in ("time", "bus bandwidth", "against best"):
+    against = "against best" + (" of those simulated" if found.left_out(nodes) else "")
+    for name in ("time", "bus bandwidth", against):
         table.add_column(name, justify="right", no_wrap=True)
     for row in sorted(rows, key=_merit):
         if row.time_us is None or best is None or not best.time_us:
             table.add_row(
-                row.algorithm, "left out" if row.left_out else "0 us", "", row.left_out, style="dim"
+                row.algorithm, "not simulated" if row.left_out else "0 us", "", "", style="dim"
             )
             continue
         rate = f"{(row.busbw_bytes_per_s or 0) / 1e9:.1f} GB/s"

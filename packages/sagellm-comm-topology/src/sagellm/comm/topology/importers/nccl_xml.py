@@ -31,6 +31,7 @@ __all__ = ["read_nccl", "split_hosts"]
 _FABRIC: dict[str, LinkKind] = {"nvlink": "nvlink", "xgmi": "xgmi"}
 _CPU_MAKERS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 _SLOWEST_SWITCH = 8.0  # GT/s; no switch above accelerators is of an older generation
+_FASTEST_PORT = 10_000_000  # Mb/s
 _NVSWITCH, _CPU_BRIDGE = "0x068000", "0x068001"
 
 
@@ -249,7 +250,11 @@ class _Reading:
     def _nets(self, nic: Element, above: str, node: int | None, bdf: str | None) -> None:
         """The ports of a NIC: of a PCI function, or of none."""
         names = [n.attrs.get("name", "") for n in nic.named("net")]
-        total = sum(_number(n, "speed") or 0 for n in nic.named("net"))
+        speeds = [_number(n, "speed") or 0 for n in nic.named("net")]
+        if max(speeds, default=0) > _FASTEST_PORT:
+            told = f"{max(speeds)} Mb/s of {', '.join(names)}"
+            self._warnings.append(f"{told} is more than any port has: its rate is unknown")
+        total = sum(speed for speed in speeds if speed <= _FASTEST_PORT)
         facts = {"port_bytes_per_s": str(total * 125_000)} if total else {}
         for name in dict.fromkeys(n for n in names if n):
             device = nic_device(name, **facts)

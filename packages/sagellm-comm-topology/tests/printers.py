@@ -1,4 +1,4 @@
-"""Prints drawn machines as the tools would, for tests that read them back."""
+"""Prints drawn machines as the tools would, to read them back."""
 
 from __future__ import annotations
 

@@ -189,11 +189,8 @@ def test_zstd_frames_that_lie_about_their_size_are_refused(codec, size):
     entry, payload = sections[0]
     start = payload.tobytes().find(b"\x28\xb5\x2f\xfd")
     swapped = payload.tobytes()[:start] + lie
-    if codec.startswith("lossless"):  # the plane's length stands before it
-        at = start - 4
-        if codec == "lossless":
-            at = 1
-        swapped = swapped[:at] + struct.pack("<I", len(swapped) - at - 4) + swapped[at + 4 :]
+    if codec.startswith("lossless"):  # the lengths of both planes stand before them
+        swapped = swapped[:1] + struct.pack("<I", len(swapped) - 10) + swapped[5:]
     first = header.payload_offset
     data = bytearray(frame[:first] + swapped + frame[first + entry.nbytes :])
     struct.pack_into("<I", data, len(header.data), len(swapped))

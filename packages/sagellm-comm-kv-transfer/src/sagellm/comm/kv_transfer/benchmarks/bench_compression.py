@@ -1,6 +1,7 @@
 """Every level of compression against the published ones at equal quality, and its speed.
 
     python -m sagellm.comm.kv_transfer.benchmarks.bench_compression [--model DIR --text FILE]
+    python -m sagellm.comm.kv_transfer.benchmarks.bench_compression --gpu
 
 Quality is that of a language model that goes on from the decoded cache: the prefix of 1 536
 tokens is coded, 256 more are scored. The ratio of `quant` at a peer's Kullback-Leibler divergence
@@ -25,6 +26,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from sagellm.comm.kv_transfer.benchmarks import (
+    _gpu_kernels,
     _links,
     _subject,
     _transform_data,
@@ -257,8 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", help="folder of a checkpoint in Hugging Face's layout")
     parser.add_argument("--text", help="file that the windows are cut from")
+    parser.add_argument("--gpu", action="store_true", help="speed of the kernels instead")
     parser.add_argument("--qkv", help="recorded q, k, v for the rows of transform")
     options, rest = parser.parse_known_args(argv)
+    if options.gpu:
+        return _gpu_kernels.main(rest)
     try:
         _subject.choose(options.model, options.text)
         _transform_data.choose(options.qkv)

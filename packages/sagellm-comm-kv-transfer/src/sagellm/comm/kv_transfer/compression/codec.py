@@ -28,6 +28,7 @@ class SectionCodec(ABC):
 
     Attributes:
         undoes_rope: Whether it gains by a layout that says how keys were rotated.
+        has_kernels: Whether it also codes tensors on a GPU, where they are.
         version: Of what it writes; a channel uses it with peers of the same version only.
         join: Layers that it codes together, whose heads then lie side by side.
         fallbacks: What codes the sections that it cannot, before lossless ones do.
@@ -35,6 +36,7 @@ class SectionCodec(ABC):
     """
 
     undoes_rope: ClassVar[bool] = False
+    has_kernels: ClassVar[bool] = False
     version: ClassVar[int] = 1
     join: int = 1
     fallbacks: tuple[Coding, ...] = ()
@@ -48,7 +50,7 @@ class SectionCodec(ABC):
         """The coded values; valid until the next call.
 
         Args:
-            x_THD: On the CPU, any strides; left as it is.
+            x_THD: On the CPU (or a GPU, see `has_kernels`), any strides; left as it is.
             section: What the values are.
 
         Returns:
@@ -97,12 +99,15 @@ class Scratch:
 
     _held: dict[str, Tensor] = field(default_factory=dict)
 
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def get(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+    ) -> Tensor:
         """The buffer of that name as a tensor of that shape, contents undefined."""
         import torch
 
         count = math.prod(shape)
+        name = f"{name} on {device}"
         held = self._held.get(name)
         if held is None or held.dtype != dtype or held.numel() < count:
-            held = self._held[name] = torch.empty(count, dtype=dtype)
+            held = self._held[name] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)

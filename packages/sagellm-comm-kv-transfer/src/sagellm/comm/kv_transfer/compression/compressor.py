@@ -19,6 +19,7 @@ from sagellm.core.protocols import (
     ResourceError,
 )
 
+from ._devices import DEVICES, runs_kernels
 from ._registry import create_section_codec, section_codec_spec
 from .codec import Scratch, SectionCodec, dtype_name
 from .frame import ENTRY_BYTES, ITEM_BYTES, Coding, Entry, Header, Option, Payload, split
@@ -72,7 +73,7 @@ class Encoder:
         self, tensor: Tensor, layout: TensorLayout, codings: tuple[Coding, ...], join: int = 1
     ) -> None:
         dtype = dtype_name(tensor.dtype)
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in DEVICES:
             raise ConfigError(f"a tensor on {tensor.device}; copy it to the CPU first")
         if dtype not in ITEM_BYTES:
             raise ConfigError(f"dtype {dtype} is not coded; known: {', '.join(ITEM_BYTES)}")
@@ -90,7 +91,10 @@ class Encoder:
         x = _gathered(geometry, self.view, section, bench.scratch)
         raw = geometry.section_bytes(index)
         for number, coding in enumerate(self.header.codings):
-            payload = bench.codec(coding).pack(x, section)
+            codec = bench.codec(coding)
+            if not (codec.has_kernels and runs_kernels(x)):
+                x = x.cpu()
+            payload = codec.pack(x, section)
             if payload is None:
                 continue
             if memoryview(payload).nbytes < raw or number + 1 == len(self.header.codings):
@@ -107,14 +111,15 @@ class Decoder:
 
     Args:
         header: The frame's.
-        out: Where to, any strides; of the shape and dtype that the header says.
+        out: Where to, any strides, on the CPU or a CUDA GPU; of the shape and dtype that the
+            header says.
 
     """
 
     def __init__(self, header: Header, out: Tensor) -> None:
         want = f"{header.dtype}{list(header.geometry.shape)}"
         have = f"{dtype_name(out.dtype)}{list(out.shape)}"
-        if have != want or out.device.type != "cpu":
+        if have != want or out.device.type not in DEVICES:
             raise LayoutMismatchError(
                 f"the frame does not fit `out` on {out.device}", ours=have, theirs=want
             )
@@ -145,7 +150,9 @@ class Decoder:
         except ConfigError as e:
             raise IntegrityError(f"section {index} cannot be decoded: {e}") from None
         pieces = list(geometry.pieces(self._view, section))
-        if geometry.join == 1 and (rows := _rows(pieces)) is not None:
+        rows = _rows(pieces) if geometry.join == 1 else None
+        there = codec.has_kernels and runs_kernels(self._view)
+        if rows is not None and (there or rows.device.type == "cpu"):
             codec.unpack(payload, rows, section)
             return
         out = bench.scratch.get(
@@ -224,7 +231,8 @@ class Compressor:
         """Code a tensor section by section, as a stream wants it.
 
         Args:
-            tensor: On the CPU, any strides; must not change meanwhile.
+            tensor: On the CPU or a CUDA GPU, any strides; must not change meanwhile. What has no
+                kernels (see `SectionCodec`) goes to the CPU section by section.
             layout: What its dimensions mean.
 
         Raises:
@@ -251,11 +259,12 @@ class Compressor:
         frame[: len(header.data)] = header.data
         at = len(header.data)
 
-        def run(index: int) -> tuple[bytes, bytes | bytearray]:
+        def kept(index: int) -> tuple[bytes, Payload]:
             entry, payload = encoder.section(index)
             return entry, bytes(payload) if isinstance(payload, memoryview) else payload
 
-        for entry, payload in self._map(run, count):
+        alone = self.workers == 1 or count < 2  # payloads are taken before the next is made
+        for entry, payload in encoder if alone else self._map(kept, count):
             frame[at : at + ENTRY_BYTES] = entry
             at += ENTRY_BYTES
             frame += payload
@@ -356,7 +365,11 @@ def _gathered(geometry: Geometry, view: Tensor, section: Section, scratch: Scrat
     pieces = list(geometry.pieces(view, section))
     if geometry.join == 1 and (rows := _rows(pieces)) is not None:
         return rows
-    out = scratch.get("page", (section.tokens, geometry.heads, geometry.dim), view.dtype)
+    shape = (section.tokens, geometry.heads, geometry.dim)
+    if view.device.type == "cpu":
+        out = scratch.get("page", shape, view.dtype)
+    else:
+        out = view.new_empty(shape)
     for first, last, piece in pieces:
         out[first:last].view(piece.shape).copy_(piece)
     return out

@@ -33,7 +33,7 @@ def _contexts() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
         )  # fmt: skip
         _local.contexts = (
             zstandard.ZstdCompressor(compression_params=parameters),
-            zstandard.ZstdDecompressor(),
+            zstandard.ZstdDecompressor(max_window_size=1 << 20),
         )
     return cast("tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]", _local.contexts)
 
@@ -43,22 +43,26 @@ def deflate(values: NDArray[Any]) -> bytes:  # Any: bytes or signed bytes
     return _contexts()[0].compress(values.data)
 
 
-def inflate(payload: Payload, size: int) -> Bytes:
-    """The `size` bytes that a frame of `deflate` holds, read-only.
+def inflate(payload: Payload, size: int, out: Bytes | None = None) -> Bytes:
+    """The `size` bytes that a frame of `deflate` holds, in `out` where one is given.
 
     Raises:
         IntegrityError: It holds another number of bytes, or is damaged; nothing was allocated
-            beyond `size`.
+            beyond `size` and the decoder's own buffers.
 
     """
     import zstandard
 
     try:
-        # before decoding: what a frame declares overrides every other limit there is
+        # before decoding: the decoder's buffers are as large as what a frame declares
         declared = zstandard.frame_content_size(payload)
         if declared != size:
             raise IntegrityError(f"a zstd frame declares {declared} bytes, the section has {size}")
-        raw = _contexts()[1].decompress(payload, max_output_size=size, allow_extra_data=False)
+        out = np.empty(size, np.uint8) if out is None else out
+        reader = _contexts()[1].stream_reader(payload, read_across_frames=False)
+        done = reader.readinto(out.data)
+        if done != size or reader.read(1):
+            raise IntegrityError(f"a zstd frame holds {done} bytes and declares {declared}")
     except zstandard.ZstdError as e:
         raise IntegrityError(f"a zstd frame of {len(payload)} bytes is damaged: {e}") from None
-    return np.frombuffer(raw, dtype=np.uint8)
+    return out

@@ -7,8 +7,9 @@ of the values are the low halves of bytes.
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
@@ -16,15 +17,18 @@ from numpy.typing import NDArray
 
 from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError, Probe
 
+from ._devices import runs_kernels
 from .codec import Scratch, SectionCodec
 from .entropy import Bytes
 from .frame import Payload
-from .layout import CHUNK_TOKENS, Section
+from .layout import CHUNK_TOKENS, Kind, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FP8", "INT4", "INT8", "Fp8Codec", "Int4Codec", "Int8Codec"]
+    from ._triton_fixed import Code
+
+__all__ = ["FP8", "INT4", "INT8", "Fp8Codec", "Int4Codec", "Int8Codec", "fp8_values"]
 
 _TINY = 2.0**-126
 
@@ -40,8 +44,10 @@ class _FixedCodec(SectionCodec):
 
     """
 
+    code: ClassVar[Code]
     sides: ClassVar[int] = 1  # numbers per scale
     per_byte: ClassVar[int] = 1
+    has_kernels = True
 
     def __init__(self, k: str = "channel", v: str = "token", group: int = 32) -> None:
         for kind, grain in (("k", k), ("v", v)):
@@ -59,6 +65,8 @@ class _FixedCodec(SectionCodec):
 
         if not x_THD.is_floating_point() or not x_THD.numel():
             return None
+        if runs_kernels(x_THD):
+            return self._pack_there(x_THD, section)
         f = self._scratch.get("f", tuple(x_THD.shape), torch.float32)
         f.copy_(x_THD)
         if not bool(torch.isfinite(f.sum())) and not bool(torch.isfinite(f).all()):
@@ -75,24 +83,80 @@ class _FixedCodec(SectionCodec):
         """Decode into `out_THD`."""
         import torch
 
-        f = self._scratch.get("f", tuple(out_THD.shape), torch.float32)
-        cuts = list(self._cut(f, section))
-        counts = [self.sides * v.numel() // v.shape[axis] for v, axis in cuts]
-        size = -(-f.numel() // self.per_byte)
-        if len(payload) != 2 * sum(counts) + size:
+        groups = self._groups(out_THD.shape, section.kind)
+        at = 2 * self.sides * sum(groups)
+        size = -(-out_THD.numel() // self.per_byte)
+        if len(payload) != at + size:
             raise IntegrityError(
-                f"a section of {len(payload)} bytes; {sum(counts)} scales and {f.numel()} codes "
-                f"take {2 * sum(counts) + size}"
+                f"a section of {len(payload)} bytes; {at // 2} scales and {out_THD.numel()} codes "
+                f"take {at + size}"
             )
-        self._values(np.frombuffer(payload, np.uint8, size, 2 * sum(counts)), f)
+        if runs_kernels(out_THD):
+            self._unpack_there(payload, groups, out_THD, section)
+            return
+        f = self._scratch.get("f", tuple(out_THD.shape), torch.float32)
+        self._values(np.frombuffer(payload, np.uint8, size, at), f)
         at = 0
-        for (values, axis), count in zip(cuts, counts, strict=True):
-            bits = np.frombuffer(payload, "<u2", count, at).astype("<u4") << 16
+        for values, axis in self._cut(f, section):
             shape = [self.sides, *values.shape]
             shape[axis + 1] = 1
+            bits = np.frombuffer(payload, "<u2", math.prod(shape), at).astype("<u4") << 16
             self._unscale(values, torch.from_numpy(bits.view("<f4")).view(shape))
-            at += 2 * count
+            at += 2 * len(bits)
         out_THD.copy_(f)
+
+    def _pack_there(self, x_THD: Tensor, section: Section) -> bytes | None:
+        """As `pack`, by kernels."""
+        from . import _triton_fixed
+
+        length = self._length(x_THD.shape[2], section.kind)
+        found = _triton_fixed.encode(x_THD.flatten(1), self.code, length)
+        codes = found[2].cpu().numpy().tobytes()
+        sides = [side.cpu().numpy() for side in found[: self.sides]]
+        if any(((bits & 0x7F80) == 0x7F80).any() for bits in sides):
+            return None
+        parts, at = [], 0
+        for groups in self._groups(x_THD.shape, section.kind):
+            parts += [side[at : at + groups].tobytes() for side in sides]
+            at += groups
+        return b"".join([*parts, codes])
+
+    def _unpack_there(
+        self, payload: memoryview, groups: Sequence[int], out_THD: Tensor, section: Section
+    ) -> None:
+        """As `unpack`, by kernels."""
+        import torch
+
+        from . import _triton_fixed
+
+        # copies: torch takes no memory that it must not write
+        numbers = np.frombuffer(payload, "<i2", self.sides * sum(groups)).copy()
+        codes = np.frombuffer(payload, np.uint8, offset=numbers.nbytes).copy()
+        cuts = [c.reshape(self.sides, -1) for c in np.split(numbers, [self.sides * groups[0]])]
+        joined = torch.from_numpy(np.concatenate(cuts, 1)).to(out_THD.device)
+        table = torch.from_numpy(fp8_values()).to(out_THD.device)
+        out = out_THD.new_empty(out_THD.shape, dtype=_triton_fixed.written(out_THD.dtype))
+        _triton_fixed.decode(
+            torch.from_numpy(codes).to(out.device), joined[0], joined[-1], table, out.flatten(1),
+            self.code, self._length(out.shape[2], section.kind),
+        )  # fmt: skip
+        out_THD.copy_(out)
+
+    def _length(self, dim: int, kind: Kind) -> int | None:
+        """Consecutive values that share a scale; None where those of a channel do."""
+        grain = self._grain[kind]
+        if grain == "group" and dim % self._group:
+            raise ConfigError(f"groups of {self._group} in heads of {dim} channels")
+        return {"channel": None, "token": dim, "group": self._group}[grain]
+
+    def _groups(self, shape: Sequence[int], kind: Kind) -> list[int]:
+        """How many scales each cut has, as `_cut` cuts."""
+        tokens, heads, dim = shape
+        length = self._length(dim, kind)
+        if length is not None:
+            return [tokens * heads * dim // length if dim else 0]
+        chunks = [tokens // CHUNK_TOKENS, int(tokens % CHUNK_TOKENS > 0)]
+        return [c * heads * dim for c in chunks if c] or [0]
 
     def _cut(self, f_THD: Tensor, section: Section) -> Iterator[tuple[Tensor, int]]:
         """Views of the values, and the axis along which they share a scale."""
@@ -106,8 +170,7 @@ class _FixedCodec(SectionCodec):
         elif grain == "token":
             yield f_THD, 2
         else:
-            if f_THD.shape[2] % self._group:
-                raise ConfigError(f"groups of {self._group} in heads of {f_THD.shape[2]} channels")
+            self._length(f_THD.shape[2], section.kind)
             yield f_THD.view(*f_THD.shape[:2], -1, self._group), 3
 
     @abstractmethod
@@ -129,6 +192,8 @@ class _FixedCodec(SectionCodec):
 class Fp8Codec(_FixedCodec):
     """float8_e4m3 in units of the largest value's 448th part."""
 
+    code = "fp8"
+
     def _scale(self, values: Tensor, axis: int) -> Tensor:
         return _divide(values, axis, 448.0)
 
@@ -139,11 +204,13 @@ class Fp8Codec(_FixedCodec):
 
     def _values(self, codes: Bytes, f_THD: Tensor) -> None:
         # torch converts one by one; 256 values are a table
-        np.take(_e4m3(), codes, out=f_THD.view(-1).numpy())
+        np.take(fp8_values(), codes, out=f_THD.view(-1).numpy())
 
 
 class Int8Codec(_FixedCodec):
     """Integers to 127 in units of the largest value's 127th part."""
+
+    code = "int8"
 
     def _scale(self, values: Tensor, axis: int) -> Tensor:
         return _divide(values, axis, 127.0)
@@ -160,6 +227,7 @@ class Int8Codec(_FixedCodec):
 class Int4Codec(_FixedCodec):
     """Sixteen levels between the smallest and the largest value."""
 
+    code = "int4"
     sides = 2
     per_byte = 2
 
@@ -167,7 +235,7 @@ class Int4Codec(_FixedCodec):
         import torch
 
         low = values.amin(axis, keepdim=True)
-        low = (low - low.abs() / 256).bfloat16()  # not above the smallest value
+        low = (low - low.abs() / 256 + 0.0).bfloat16()  # not above the smallest value, no -0
         step = ((values.amax(axis, keepdim=True) - low.float()) / 15).bfloat16()
         step.clamp_(min=_TINY)
         values.sub_(low.float()).div_(step.float()).clamp_(0, 15)
@@ -202,7 +270,8 @@ def _divide(values: Tensor, axis: int, top: float) -> Tensor:
 
 
 @functools.cache
-def _e4m3() -> NDArray[np.float32]:
+def fp8_values() -> NDArray[np.float32]:
+    """What the 256 codes of float8_e4m3fn mean."""
     import torch
 
     codes = torch.arange(256, dtype=torch.uint8)

@@ -2,13 +2,13 @@
 
 A float is rotated left by one bit, which puts the exponent's first eight bits into its top byte
 and the sign below the mantissa. The planes of bytes are then coded each in the way that pays;
-a payload is, from the top plane down, `mode u8 | bytes u32 | bytes` per plane.
+a payload is `mode u8 | bytes u32` per plane from the top one down, then their bytes.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,11 @@ _RAW, _HUFFMAN, _NIBBLES = range(3)
 _COUNT = struct.Struct("<I")
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _SAMPLE = 1 << 14
+_TILE_BYTES = 1 << 18  # what is worked on at a time stays in a core's second-level cache
+_FAR = 15
+_MOST_FAR = 64  # a plane has one escape in so many values at most
+
+Words = NDArray[Any]  # Any: unsigned integers as wide as the values
 
 
 class LosslessCodec(KVCodec, SectionCodec):
@@ -40,7 +45,7 @@ class LosslessCodec(KVCodec, SectionCodec):
     Exponents are coded as distances from their channel's largest of 256 tokens, two to a byte.
     """
 
-    _nibbles = True
+    _by_channel = True
 
     def __init__(self) -> None:
         self._held: dict[str, Bytes] = {}
@@ -49,7 +54,7 @@ class LosslessCodec(KVCodec, SectionCodec):
         """A block of values of which only the type is known."""
         values = np.frombuffer(block, np.uint8)
         name = dtype if len(values) % ITEM_BYTES.get(dtype, 1) == 0 else "uint8"
-        return self._pack(values, name, 1)
+        return bytes(self._pack(values, name, 1))
 
     def decode(self, frame: memoryview, out: memoryview, *, dtype: str) -> None:
         """Decode into `out`."""
@@ -59,97 +64,176 @@ class LosslessCodec(KVCodec, SectionCodec):
     def pack(self, x_THD: Tensor, section: Section) -> Payload:
         """The section's planes."""
         values = np.frombuffer(bytes_of(x_THD.contiguous()), np.uint8)
-        return self._pack(values, dtype_name(x_THD.dtype), x_THD.shape[1] * x_THD.shape[2])
+        return self._pack(values, dtype_name(x_THD.dtype), self._channels(x_THD))
 
     def unpack(self, payload: memoryview, out_THD: Tensor, section: Section) -> None:
         """Decode into `out_THD`."""
         into = out_THD.contiguous()
-        name, channels = dtype_name(out_THD.dtype), out_THD.shape[1] * out_THD.shape[2]
-        self._unpack(payload, np.frombuffer(bytes_of(into), np.uint8), name, channels)
+        values = np.frombuffer(bytes_of(into), np.uint8)
+        self._unpack(payload, values, dtype_name(out_THD.dtype), self._channels(out_THD))
         if into is not out_THD:
             out_THD.copy_(into)
 
-    def _pack(self, values: Bytes, dtype: str, channels: int) -> bytes:
+    def _channels(self, x_THD: Tensor) -> int:
+        """Values of a row whose columns have a largest exponent each; 1: rows have no columns."""
+        return x_THD.shape[1] * x_THD.shape[2] if self._by_channel else 1
+
+    def _pack(self, values: Bytes, dtype: str, channels: int) -> memoryview:
+        """The payload; valid until the next call."""
         width = ITEM_BYTES.get(dtype, 1)
-        planes = self._split(values, width, turned=dtype in _FLOATS)
-        coded = []
-        for i in reversed(range(width)):
-            plane = planes[i]
-            top = i == width - 1
-            mode, data = _RAW, cast("bytes", plane.data)
-            if top and self._nibbles and dtype in ("bfloat16", "float32"):
-                found = _nibbles_of(plane, channels)
-                if found is not None:
-                    mode, data = _NIBBLES, found
-            if mode == _RAW and (top or _shrinks(plane)):
-                found = deflate(plane)
-                if len(found) < len(plane):
-                    mode, data = _HUFFMAN, found
-            coded += [_PLANE.pack(mode, len(data)), data]
-        return b"".join(coded)
+        count = len(values) // width
+        head = _PLANE.size * width
+        room = self._room("planes", head + len(values))
+        planes = room[head:].reshape(width, count)
+        self._split(values.view(f"<u{width}"), planes, turned=dtype in _FLOATS)
+        coded: list[tuple[int, bytes | None]] = []
+        for i, plane in enumerate(planes):
+            mode, data = _RAW, None
+            if i == 0 and dtype in ("bfloat16", "float32"):
+                data = self._nibbles_of(plane, channels)
+                mode = _NIBBLES if data is not None else _RAW
+            if data is None and (i == 0 or _shrinks(plane)):
+                mode, data = _HUFFMAN, deflate(plane)
+            if data is not None and len(data) >= count:
+                mode, data = _RAW, None
+            coded.append((mode, data))
+        heads = b"".join(_PLANE.pack(m, count if d is None else len(d)) for m, d in coded)
+        top = coded[0][1]
+        if all(data is None for _, data in coded[1:]):  # the others stay where they are
+            start = count - len(top) if top is not None else 0
+            room[start : start + head] = np.frombuffer(heads, np.uint8)
+            if top is not None:
+                room[start + head : head + count] = np.frombuffer(top, np.uint8)
+            return room[start:].data
+        parts = [p.data if d is None else d for p, (_, d) in zip(planes, coded, strict=True)]
+        return memoryview(b"".join([heads, *parts]))
 
     def _unpack(self, payload: memoryview, out: Bytes, dtype: str, channels: int) -> None:
         width = ITEM_BYTES.get(dtype, 1)
-        count, at = len(out) // width, 0
-        words = out.view(f"<u{width}")
-        wider = self._room("wider", count, words.dtype)
-        for i in reversed(range(width)):
-            if len(payload) < at + _PLANE.size:
-                raise IntegrityError(f"a lossless section of {len(payload)} bytes ends early")
-            mode, length = _PLANE.unpack_from(payload, at)
-            at += _PLANE.size
+        count, at = len(out) // width, _PLANE.size * width
+        if len(payload) < at:
+            raise IntegrityError(f"a lossless section of {len(payload)} bytes ends early")
+        planes = []
+        for i in range(width):
+            mode, length = _PLANE.unpack_from(payload, i * _PLANE.size)
             data = payload[at : at + length]
             at += length
             if mode == _RAW and len(data) == count:
                 plane = np.frombuffer(data, np.uint8)
             elif mode == _HUFFMAN:
-                plane = inflate(data, count)
+                plane = inflate(data, count, self._room(f"plane {i}", count))
             elif mode == _NIBBLES:
-                plane = _from_nibbles(data, count, channels)
+                plane = self._from_nibbles(data, self._room(f"plane {i}", count), channels)
             else:
                 raise IntegrityError(f"plane {i}: mode {mode}, {len(data)} bytes, {count} values")
-            if i == width - 1:
-                np.copyto(words, plane)
-                continue
-            np.left_shift(words, words.dtype.type(8), out=words)
-            np.bitwise_or(words, plane, out=words)
+            planes.append(plane)
         if at != len(payload):
             raise IntegrityError(f"a lossless section of {len(payload)} bytes; planes end at {at}")
-        if dtype in _FLOATS:
-            np.left_shift(words, words.dtype.type(8 * width - 1), out=wider)
-            np.right_shift(words, words.dtype.type(1), out=words)
-            np.bitwise_or(words, wider, out=words)
+        self._join(planes, out.view(f"<u{width}"), turned=dtype in _FLOATS)
 
-    def _split(self, values: Bytes, width: int, *, turned: bool) -> list[Bytes]:
-        """Planes of bytes, the lowest first; floats are rotated left by one bit before."""
-        if width == 1:
-            return [values]
-        words = values.view(f"<u{width}")
-        shifted = self._room("wider", len(words), words.dtype)
-        if turned:
-            rotated = self._room("rotated", len(words), words.dtype)
-            np.left_shift(words, words.dtype.type(1), out=rotated)
-            np.right_shift(words, words.dtype.type(8 * width - 1), out=shifted)
-            words = np.bitwise_or(rotated, shifted, out=rotated)
-        planes = self._room("planes", width * len(words), np.dtype(np.uint8)).reshape(width, -1)
-        for i, plane in enumerate(planes):
-            part = np.right_shift(words, words.dtype.type(8 * i), out=shifted) if i else words
-            np.copyto(plane, part, casting="unsafe")
-        return list(planes)
+    def _split(self, words: Words, planes: Bytes, *, turned: bool) -> None:
+        """Write the planes, the top one first; floats are rotated left by one bit before."""
+        width = words.itemsize
+        bits = words.dtype.type(8 * width - 1)
+        for at in range(0, len(words), _TILE_BYTES // width):
+            w = words[at : at + _TILE_BYTES // width]
+            part = self._room("part", w.nbytes).view(words.dtype)
+            if turned:
+                rotated = self._room("rotated", w.nbytes).view(words.dtype)
+                np.right_shift(w, bits, out=part)
+                np.add(w, w, out=rotated)
+                w = np.bitwise_or(rotated, part, out=rotated)
+            for i, plane in enumerate(planes):
+                shift = words.dtype.type(8 * (width - 1 - i))
+                source = np.right_shift(w, shift, out=part) if shift else w
+                np.copyto(plane[at : at + len(w)], source, casting="unsafe")
 
-    def _room(self, name: str, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:  # Any: unsigned
+    def _join(self, planes: list[Bytes], words: Words, *, turned: bool) -> None:
+        """The inverse of `_split`."""
+        width = words.itemsize
+        one = words.dtype.type(1)
+        for at in range(0, len(words), _TILE_BYTES // width):
+            w = words[at : at + _TILE_BYTES // width]
+            part, rotated = (
+                self._room(name, w.nbytes).view(words.dtype) for name in ("part", "rotated")
+            )
+            np.copyto(rotated, planes[0][at : at + len(w)])
+            for plane in planes[1:]:
+                np.copyto(part, plane[at : at + len(w)])
+                _add(part, rotated, 8, rotated)
+            if turned:
+                np.right_shift(rotated, one, out=part)
+                _add(part, rotated, 8 * width - 1, w)
+            else:
+                np.copyto(w, rotated)
+
+    def _nibbles_of(self, plane: Bytes, channels: int) -> bytes | None:
+        """Distances from the largest values, two to a byte; None when too many are far."""
+        count = len(plane)
+        below = self._room("below", count + count % 2)
+        below[-1:] = 0
+        tops, places, strays, found = [], [], [], 0
+        step = _group(channels)
+        for at in range(0, count, step):
+            group, distance = (x[at : min(at + step, count)] for x in (plane, below))
+            rows = group.reshape(-1, channels)
+            top = rows.max(0) if channels > 1 else group.max(keepdims=True)
+            np.subtract(top, rows, out=distance.reshape(-1, channels))
+            tops.append(top.tobytes())
+            if distance.max() < _FAR:
+                continue
+            far = np.flatnonzero(distance >= _FAR)
+            found += len(far)
+            if found * _MOST_FAR > count:
+                return None
+            strays.append(group[far].tobytes())
+            places.append((far + at).astype("<u4").tobytes())
+            distance[far] = 0
+        both = _add_pairs(below.reshape(2, -1), self._room("pairs", len(below) // 2))
+        return b"".join([*tops, _COUNT.pack(found), *places, *strays, deflate(both)])
+
+    def _from_nibbles(self, data: memoryview, out: Bytes, channels: int) -> Bytes:
+        """The plane in `out`."""
+        count, step = len(out), _group(channels)
+        at = -(-count // step) * channels
+        if len(data) < at + _COUNT.size:
+            raise IntegrityError(f"a plane of {len(data)} bytes lacks its {at} maxima")
+        tops = np.frombuffer(data, np.uint8, at).reshape(-1, channels)
+        (found,) = _COUNT.unpack_from(data, at)
+        at += _COUNT.size
+        if found * _MOST_FAR > count or at + 5 * found > len(data):
+            raise IntegrityError(f"{found} escapes in a plane of {count} values")
+        places = np.frombuffer(data, "<u4", found, at)
+        if found and int(places.max()) >= count:
+            raise IntegrityError(f"an escape lies beyond the {count} values of its plane")
+        strays = np.frombuffer(data, np.uint8, found, at + 4 * found)
+        half = (count + 1) // 2
+        both = inflate(data[at + 5 * found :], half, self._room("pairs", half))
+        np.bitwise_and(both, 15, out=out[:half])
+        np.right_shift(both[: count - half], 4, out=out[half:])
+        for top, start in zip(tops, range(0, count, step), strict=True):
+            rows = out[start : start + step].reshape(-1, channels)
+            np.subtract(top, rows, out=rows)
+        out[places] = strays
+        return out
+
+    def _room(self, name: str, nbytes: int) -> Bytes:
         """A buffer that is kept from call to call."""
         held = self._held.get(name)
-        nbytes = count * dtype.itemsize
         if held is None or len(held) < nbytes:
             held = self._held[name] = np.empty(nbytes, np.uint8)
-        return held[:nbytes].view(dtype)
+        return held[:nbytes]
 
 
 class FastLosslessCodec(LosslessCodec):
-    """Exponents are coded as they are: hardly larger, and faster."""
+    """Distances from the largest of many values of any channel: hardly larger, and faster."""
 
-    _nibbles = False
+    _by_channel = False
+
+
+def _group(channels: int) -> int:
+    """Values that share their largest exponents."""
+    return CHUNK_TOKENS * channels if channels > 1 else _TILE_BYTES // 2
 
 
 def _shrinks(plane: Bytes) -> bool:
@@ -158,50 +242,22 @@ def _shrinks(plane: Bytes) -> bool:
     return len(deflate(sample)) < 0.97 * len(sample)
 
 
-def _nibbles_of(plane: Bytes, channels: int) -> bytes | None:
-    """Distances from the channels' maxima, two to a byte; None when too many are far."""
-    tops, below = [], np.empty(len(plane) + len(plane) % 2, np.uint8)
-    below[-1] = 0
-    rows = plane.reshape(-1, channels)
-    distance = below[: len(plane)].reshape(-1, channels)
-    for t in range(0, len(rows), CHUNK_TOKENS):
-        chunk = rows[t : t + CHUNK_TOKENS]
-        top = chunk.max(0)
-        np.subtract(top, chunk, out=distance[t : t + CHUNK_TOKENS])
-        tops.append(top.tobytes())
-    far = np.flatnonzero(below[: len(plane)] >= 15)
-    if len(far) * 8 > len(plane):
-        return None
-    strays = plane[far].tobytes()
-    np.minimum(below, 15, out=below)
-    low, high = below.reshape(2, -1)
-    return b"".join([*tops, _COUNT.pack(len(far)), strays, deflate(low | high << 4)])
+def _add(low: Words, high: Words, shift: int, out: Words) -> None:
+    """`low` + `high` shifted left, in one call that numpy does not have."""
+    import torch
+
+    signed = f"<i{low.itemsize}"
+    a, b, c = (torch.from_numpy(x.view(signed)) for x in (low, high, out))
+    top = 8 * low.itemsize - 1
+    torch.add(a, b, alpha=-(1 << top) if shift == top else 1 << shift, out=c)
 
 
-def _from_nibbles(data: memoryview, count: int, channels: int) -> Bytes:
-    rows = count // channels
-    at = -(-rows // CHUNK_TOKENS) * channels
-    if len(data) < at + _COUNT.size:
-        raise IntegrityError(f"a plane of {len(data)} bytes lacks its {at} maxima")
-    tops = np.frombuffer(data, np.uint8, at).reshape(-1, channels)
-    (strays,) = _COUNT.unpack_from(data, at)
-    at += _COUNT.size
-    if strays > count or at + strays > len(data):
-        raise IntegrityError(f"{strays} escapes in a plane of {count} values")
-    both = inflate(data[at + strays :], (count + 1) // 2)
-    below: Bytes = np.empty(2 * len(both), np.uint8)
-    np.bitwise_and(both, 15, out=below[: len(both)])
-    np.right_shift(both, 4, out=below[len(both) :])
-    below = below[:count]
-    far = np.flatnonzero(below == 15)
-    if len(far) != strays:
-        raise IntegrityError(f"{strays} escapes in a plane that has room for {len(far)}")
-    distance = below.reshape(-1, channels)
-    for i, t in enumerate(range(0, rows, CHUNK_TOKENS)):
-        chunk = distance[t : t + CHUNK_TOKENS]
-        np.subtract(tops[i], chunk, out=chunk)
-    below[far] = np.frombuffer(data, np.uint8, strays, at)
-    return below
+def _add_pairs(halves: Bytes, out: Bytes) -> Bytes:
+    import torch
+
+    low, high = (torch.from_numpy(x) for x in halves)
+    torch.add(low, high, alpha=16, out=torch.from_numpy(out))
+    return out
 
 
 _probe = importable("zstandard", "pip install zstandard")

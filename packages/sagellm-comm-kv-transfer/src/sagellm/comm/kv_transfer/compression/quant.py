@@ -1,16 +1,19 @@
 """`quant`: uniform quantisation of centred channels, entropy-coded; one knob, `step`.
 
 A section's payload: head, then means (bfloat16) and exponents (int8, log2 of the deviation in
-eighths) per 256 tokens and channel, escapes, codes. Channels that RoPE rotates come first, as
-all first halves of pairs and all second ones; `_tiles` says in which order values are coded.
+eighths) per 256 tokens and channel, escapes, codes. Channels that RoPE rotates come first, head by
+head, all first halves of pairs and all second ones; `_tiles` says in which order values are coded.
+
+Codes are positive: a code is the integer below value / step + 1/2 + 128 (8 when two share a byte),
+for conversions to integers round to zero and passes over the values are what time goes into.
+Encoding rounds products and sums apart: fused, codes would depend on the machine.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +21,12 @@ from numpy.typing import NDArray
 
 from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError
 
+from ._devices import runs_kernels
 from .codec import Scratch, SectionCodec
 from .entropy import deflate, inflate
 from .frame import Payload
 from .generic import importable
-from .layout import CHUNK_TOKENS, Kind, Section
+from .layout import CHUNK_TOKENS, MAX_SECTION_BYTES, Kind, Section
 from .rope import RopeSpec, pairs_of, rotate
 
 if TYPE_CHECKING:
@@ -37,36 +41,108 @@ _POWERS = np.exp2(np.arange(256, dtype=np.uint8).view(np.int8) / 8)
 _LARGEST = float(2**15 - 1)
 _WILD = 2.0**30  # of a variance; its eighths of octaves fit a byte
 _CALM = np.float32(2.0**-30)
-_TILE_VALUES = 1 << 18  # float32 copies of a tile stay in a core's second-level cache
+_TILE_VALUES = 1 << 18  # smaller ones stay in a core's second-level cache and cost more calls
+_SECTION_VALUES = MAX_SECTION_BYTES // 2  # a GPU takes them at once
+_FAR = np.float32(2.0**12)  # a mean's square in variances, beyond which float32 sums cancel
 
 
-@dataclass(frozen=True, slots=True)
 class _Tile:
-    """Values that are worked on together: some heads of some chunks of tokens."""
+    """Values that are worked on together, some heads of some chunks of tokens, and room for them.
 
-    chunks: int
-    tokens: int  # of a chunk
-    start: int
-    heads: slice
-    dims: slice
-    rope: RopeSpec | None
+    Args:
+        chunks: Number of chunks.
+        tokens: Tokens of a chunk.
+        start: First token.
+        heads: Which heads.
+        dims: Which channels of them.
+        rope: How these are rotated; None when they are not.
+        rooms: Two buffers that all tiles of a section share.
 
-    def view(self, x_THD: Tensor) -> Tensor:
+    """
+
+    def __init__(
+        self, chunks: int, tokens: int, start: int, heads: slice, dims: slice,
+        rope: RopeSpec | None, rooms: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        import torch
+
+        self.tokens, self.start, self.rope = tokens, start, rope
+        self._at = (slice(start, start + chunks * tokens), heads, dims)
+        count, width = heads.stop - heads.start, dims.stop - dims.start
+        self.size = chunks * tokens * count * width
+        self.flat, spare = (room[: self.size] for room in rooms)
+        self.words = spare.view(torch.int16)[: self.size]
+        # heads lie one behind the other where channels are rotated: they share cosines
+        columns = width // 2 if rope else count * width
+        self.z, self.spare = (x.view(-1, tokens, columns) for x in (self.flat, spare))
+        self.sides = self.z.shape[0] * columns
+        if rope:
+            shape = (2, count, chunks * tokens, columns)
+            self._shaped = tuple(x.view(shape).transpose(1, 2) for x in (self.flat, spare))
+        else:
+            self._shaped = (self.flat.view(1, chunks * tokens, count, width),)
+
+    def _view(self, x_THD: Tensor) -> Tensor:
         """The tile's values in place, [1 or 2, tokens, heads, dims]."""
-        x = x_THD[self.start : self.start + self.chunks * self.tokens, self.heads]
-        return pairs_of(x, self.rope) if self.rope else x[..., self.dims].unsqueeze(0)
+        x = x_THD[self._at]
+        return pairs_of(x, self.rope) if self.rope else x.unsqueeze(0)
+
+    def load(self, x_THD: Tensor, position: int, scratch: Scratch) -> None:
+        """Take the values in float32, rotated back, into `z`; `position` is the section's."""
+        x = x_THD[self._at]
+        if self.rope is None:
+            self._shaped[0].copy_(x.unsqueeze(0))
+            return
+        z, turned = self._shaped
+        # read in one run before heads are taken apart: memory is slow at scattered rows
+        held = scratch.get(f"held {x.dtype}", tuple(x.shape), x.dtype, str(x.device))
+        turned.copy_(pairs_of(held.copy_(x), self.rope))
+        rotate(turned, z, None, self.rope, position + self.start, undo=True)
+
+    def store(self, out_THD: Tensor, position: int, scratch: Scratch) -> None:
+        """Rotate `z` again and write it to its place."""
+        view = self._view(out_THD)
+        if self.rope is None:
+            view.copy_(self._shaped[0])
+            return
+        z, turned = self._shaped
+        rotate(z, turned, None, self.rope, position + self.start, undo=False)
+        if view.dtype == turned.dtype or view.device.type != "cpu":
+            view.copy_(turned)
+            return
+        # rounded in one run, then moved: torch is slow at both at once, and at scattered rows
+        rounded = scratch.get(f"held {view.dtype}", (self.size,), view.dtype)
+        rounded.view(self.spare.shape).copy_(self.spare)
+        pairs, tokens, heads, width = view.shape
+        moved = rounded.view(pairs, heads, tokens, width).transpose(1, 2)
+        np.copyto(_integers(view), _integers(moved))
 
 
-def _tiles(tokens: int, heads: int, dim: int, rope: RopeSpec | None) -> Iterator[_Tile]:
+def _integers(x: Tensor) -> NDArray[Any]:  # Any: integers as wide as the values
+    import torch
+
+    same = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.view(same[x.itemsize]).numpy()
+
+
+def _tiles(
+    tokens: int, heads: int, dim: int, rope: RopeSpec | None, scratch: Scratch, device: str
+) -> list[_Tile]:
     """A section's tiles in the order in which they are coded."""
+    import torch
+
     parts: list[tuple[slice, RopeSpec | None]] = [(slice(0, rope.dim), rope)] if rope else []
     first = rope.dim if rope else 0
     if first < dim:
         parts.append((slice(first, dim), None))
+    values = _TILE_VALUES if device == "cpu" else _SECTION_VALUES
+    most = max(values, CHUNK_TOKENS * max(dims.stop - dims.start for dims, _ in parts))
+    rooms = [scratch.get(name, (most,), torch.float32, device) for name in ("z", "spare")]
+    tiles = []
     for dims, turned in parts:
         width = dims.stop - dims.start
-        some = max(1, min(heads, _TILE_VALUES // (CHUNK_TOKENS * width)))
-        many = max(1, _TILE_VALUES // (CHUNK_TOKENS * width * some))
+        some = max(1, min(heads, values // (CHUNK_TOKENS * width)))
+        many = max(1, values // (CHUNK_TOKENS * width * some))
         whole = tokens // CHUNK_TOKENS
         spans = [
             (min(many, whole - c), CHUNK_TOKENS, c * CHUNK_TOKENS) for c in range(0, whole, many)
@@ -75,7 +151,9 @@ def _tiles(tokens: int, heads: int, dim: int, rope: RopeSpec | None) -> Iterator
             spans.append((1, tokens % CHUNK_TOKENS, whole * CHUNK_TOKENS))
         for chunks, length, start in spans:
             for h in range(0, heads, some):
-                yield _Tile(chunks, length, start, slice(h, min(h + some, heads)), dims, turned)
+                part = slice(h, min(h + some, heads))
+                tiles.append(_Tile(chunks, length, start, part, dims, turned, rooms))
+    return tiles
 
 
 class QuantCodec(SectionCodec):
@@ -94,6 +172,7 @@ class QuantCodec(SectionCodec):
     """
 
     undoes_rope = True
+    has_kernels = True
 
     def __init__(self, step: float = 0.25, k: float = 0.7, v: float = 1.4) -> None:
         if not all(1 / 256 <= s * step <= 16 for s in (k, v)):
@@ -102,7 +181,20 @@ class QuantCodec(SectionCodec):
         # by the byte of an exponent: computed once, for many small calls cost more than large ones
         self._scales = {kind: (_POWERS * s).astype(np.float32) for kind, s in self._steps.items()}
         self._inverse = {kind: 1 / table for kind, table in self._scales.items()}
+        self._most_k = 1.1 / self._steps["k"]  # a deviation's exponent is at most half of 1/8 off
         self._scratch = Scratch()
+        self._plans: dict[tuple[object, ...], list[_Tile]] = {}
+
+    def _plan(self, x_THD: Tensor, rope: RopeSpec | None) -> list[_Tile]:
+        """The tiles of sections of a shape; sections of a few shapes follow one another."""
+        tokens, heads, dim = x_THD.shape
+        device = str(x_THD.device)
+        key = (tokens, heads, dim, rope, device)
+        if key not in self._plans:
+            if len(self._plans) >= 4:
+                self._plans.clear()
+            self._plans[key] = _tiles(tokens, heads, dim, rope, self._scratch, device)
+        return self._plans[key]
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
         """Means, scales, escapes and codes; None for values that are not finite floats."""
@@ -111,39 +203,51 @@ class QuantCodec(SectionCodec):
         if not x_THD.is_floating_point():
             return None
         paired = self._paired(section.kind, x_THD.numel())
-        limit = 7 if paired else 127
-        codes = self._scratch.get("codes", (x_THD.numel(),), torch.int8)
+        offset = 8 if paired else 128
+        device = str(x_THD.device)
+        codes = self._scratch.get("codes", (x_THD.numel(),), torch.int8, device)
         sides: tuple[list[bytes], list[bytes]] = ([], [])
         escapes, at = [], 0
-        tokens, heads, dim = x_THD.shape
-        for tile in _tiles(tokens, heads, dim, section.rope):
-            z = self._load(tile, x_THD, section)
-            bound = self._normalise(z, section.kind, dim, sides)
-            if bound is None:
+        for tile in self._plan(x_THD, section.rope):
+            tile.load(x_THD, section.position, self._scratch)
+            found = self._normalise(tile, section.kind, x_THD.shape[2], offset, sides)
+            if found is None:
                 return None
-            flat = z.view(-1)
-            values = flat.numpy()
-            if bound > limit:
-                top = max(float(values.max()), -float(values.min()))
-                if top > _LARGEST:
+            bound, by, add = found
+            place = codes[at : at + tile.size]
+            at += tile.size
+            if runs_kernels(x_THD):
+                from . import _triton_quant
+
+                if _triton_quant.quantise(tile.z, by, add, place, 2 * offset):
+                    continue
+            tile.z.mul_(by).add_(add)
+            if bound >= offset - 1:
+                values = tile.flat.cpu().numpy()
+                low, high = float(values.min()), float(values.max())
+                if max(offset - low, high - offset) > _LARGEST:
                     return None
-                if top > limit + 0.5:
-                    escapes.append(_escapes(values, limit, at))
-                    flat.clamp_(-limit, limit)
-            codes[at : at + len(values)].copy_(flat.round_())
-            at += len(values)
+                if low < 1 or high >= 2 * offset:
+                    escapes.append(_escapes(values, offset, at - tile.size))
+                    tile.flat.clamp_(1, 2 * offset - 1)
+            # by way of words: twice as fast
+            place.copy_(tile.words.copy_(tile.flat))
         strays = np.concatenate(escapes) if escapes else np.empty(0, _ESCAPE)
         if len(strays) * 16 > x_THD.numel():
             return None
         if paired:
-            low, high = codes.view(2, -1)
-            codes = low.add_(8).bitwise_or_(high.add_(8).bitwise_left_shift_(4))
+            low_half, high_half = codes.view(2, -1)
+            codes = low_half.bitwise_or_(high_half.bitwise_left_shift_(4))
         flags = (_ROTATED if section.rope else 0) | (_PAIRED if paired else 0)
         head = _HEAD.pack(flags, 0, 0, len(strays))
-        return b"".join([head, *sides[0], *sides[1], strays.tobytes(), deflate(codes.numpy())])
+        return b"".join(
+            [head, *sides[0], *sides[1], strays.tobytes(), deflate(codes.cpu().numpy())]
+        )
 
     def unpack(self, payload: memoryview, out_THD: Tensor, section: Section) -> None:
         """Decode into `out_THD`."""
+        import torch
+
         tokens, heads, dim = out_THD.shape
         count = out_THD.numel()
         spread = 1 if section.kind == "k" else dim  # channels per exponent
@@ -161,8 +265,7 @@ class QuantCodec(SectionCodec):
         places = escapes["at"]
         if strays and (int(places[-1]) >= count or (places[1:] <= places[:-1]).any()):
             raise IntegrityError(f"escapes out of order or beyond the section's {count} values")
-        codes = inflate(payload[at + escapes.nbytes :], count // 2 if paired else count)
-        codes = np.concatenate([codes & 15, codes >> 4]) if paired else codes.view(np.int8)
+        codes = self._codes(payload[at + escapes.nbytes :], count, paired).to(out_THD.device)
         offset = 8 if paired else 0
         means = np.frombuffer(payload, "<u2", sides, _HEAD.size).astype("<u4") << 16
         if not np.isfinite(means.view("<f4")).all():
@@ -170,101 +273,96 @@ class QuantCodec(SectionCodec):
         exponents = np.frombuffer(payload, np.uint8, sides // spread, _HEAD.size + 2 * sides)
         scales = np.repeat(self._scales[section.kind].take(exponents), spread)
         shifts = means.view("<f4") - offset * scales
+        scale, shift = (torch.from_numpy(s).to(out_THD.device) for s in (scales, shifts))
         at = side = 0
-        for tile in _tiles(tokens, heads, dim, section.rope):
-            view = tile.view(out_THD)
-            z = self._room("z", tile, view)
-            values = z.view(-1).numpy()
-            size = len(values)
-            np.copyto(values, codes[at : at + size])
+        for tile in self._plan(out_THD, section.rope):
+            tile.flat.copy_(codes[at : at + tile.size])
             if strays:
-                first, last = np.searchsorted(places, [at, at + size])
-                values[places[first:last] - at] = escapes["code"][first:last] + offset
-            n = size // tile.tokens
-            shape = (*z.shape[:2], 1, z.shape[3])
-            scale, shift = (s[side : side + n].reshape(shape) for s in (scales, shifts))
-            self._store(tile, z, scale, shift, view, section)
-            at += size
-            side += n
+                first, last = np.searchsorted(places, [at, at + tile.size])
+                inside = torch.from_numpy(places[first:last].astype(np.int64) - at)
+                wide = torch.from_numpy(escapes["code"][first:last].astype(np.float32) + offset)
+                tile.flat[inside.to(codes.device)] = wide.to(codes.device)
+            shape = (tile.z.shape[0], 1, tile.z.shape[2])
+            by, add = (s[side : side + tile.sides].view(shape) for s in (scale, shift))
+            torch.addcmul(add, tile.z, by, out=tile.z)
+            tile.store(out_THD, section.position, self._scratch)
+            at += tile.size
+            side += tile.sides
+
+    def _codes(self, payload: memoryview, count: int, paired: bool) -> Tensor:
+        """A section's codes, one to a byte."""
+        import torch
+
+        codes = self._scratch.get("codes", (count,), torch.uint8)
+        if not paired:
+            inflate(payload, count, codes.numpy())
+            # signed: a mean that is far below a step must not drown in 128 steps
+            return codes.bitwise_xor_(128).view(torch.int8)
+        both = self._scratch.get("pairs", (count // 2,), torch.uint8)
+        inflate(payload, count // 2, both.numpy())
+        torch.bitwise_and(both, 15, out=codes[: count // 2])
+        torch.bitwise_right_shift(both, 4, out=codes[count // 2 :])
+        return codes
 
     def _paired(self, kind: Kind, count: int) -> bool:
         """Whether codes are so small that two share a byte, which Huffman's whole bits need."""
         return self._steps[kind] > 0.6 and count % 2 == 0
 
-    def _room(self, name: str, tile: _Tile, view: Tensor) -> Tensor:
-        """A buffer [1 or 2, chunks, tokens, channels]."""
-        import torch
-
-        shape = (view.shape[0], tile.chunks, tile.tokens, view.shape[2] * view.shape[3])
-        return self._scratch.get(name, shape, torch.float32)
-
-    def _load(self, tile: _Tile, x_THD: Tensor, section: Section) -> Tensor:
-        """A tile in float32, before RoPE."""
-        view = tile.view(x_THD)
-        z = self._room("z", tile, view)
-        if tile.rope is None:
-            z.view(view.shape).copy_(view)
-            return z
-        turned, tables = (self._room(n, tile, view).view(view.shape) for n in ("a", "b"))
-        turned.copy_(view)
-        at = section.position + tile.start
-        rotate(turned, z.view(view.shape), tables, tile.rope, at, undo=True)
-        return z
-
-    def _store(
-        self, tile: _Tile, z: Tensor, scale: NDArray[np.float32], shift: NDArray[np.float32],
-        view: Tensor, section: Section,
-    ) -> None:  # fmt: skip
-        """Scale a tile, rotate it and write it to its place."""
-        import torch
-
-        torch.addcmul(torch.from_numpy(shift), z, torch.from_numpy(scale), out=z)
-        x = z.view(view.shape)
-        if tile.rope:
-            turned, tables = (self._room(n, tile, view).view(view.shape) for n in ("a", "b"))
-            rotate(x, turned, tables, tile.rope, section.position + tile.start, undo=False)
-            x = turned
-        view.copy_(x)
-
     def _normalise(
-        self, z: Tensor, kind: Kind, dim: int, sides: tuple[list[bytes], list[bytes]]
-    ) -> float | None:
-        """Take means off and divide by steps, in place.
+        self, tile: _Tile, kind: Kind, dim: int, offset: int,
+        sides: tuple[list[bytes], list[bytes]],
+    ) -> tuple[float, Tensor, Tensor] | None:  # fmt: skip
+        """What makes of a tile's values those that lie less than one above their codes.
 
         Returns:
-            What no code exceeds, for none of n values lies beyond sqrt(n) deviations; None for
-            values that are not finite or too wild.
+            What no code's distance from `offset` exceeds, for none of n values lies beyond
+            sqrt(n) deviations; factors and summands. None for values that are not finite or
+            too wild.
 
         """
         import torch
 
-        mean = z.mean(2, keepdim=True).bfloat16()
-        z.sub_(mean.float())
-        square = self._scratch.get("a", tuple(z.shape), torch.float32)
-        energy = torch.mul(z, z, out=square).sum(2).numpy().reshape(-1)
-        power = np.add.reduce(energy.reshape(-1, dim), 1) if kind == "v" else energy
-        count = z.shape[2] * (dim if kind == "v" else 1)
-        top = float(energy.max())
-        if not top < _WILD * z.shape[2]:
+        z, tokens = tile.z, tile.tokens
+        total = z.sum(1).cpu().numpy()
+        square = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
+        bits = (total * np.float32(1 / tokens)).view(np.uint32)
+        bits += 0x8000
+        bits &= 0xFFFF0000  # bfloat16
+        mean = bits.view(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy = square - mean * (total + total - tokens * mean)
+        if not (energy * _FAR >= square).all():  # also when they are not numbers
+            z.sub_(torch.from_numpy(mean).unsqueeze(1).to(z.device))
+            mean = np.zeros_like(mean)
+            energy = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
+        if not float(energy.max()) < _WILD * tokens:
             return None
-        eighths = np.log2(power * np.float32(1 / count) + _CALM)
+        power, count = energy, tokens
+        if kind == "v":
+            power, count = np.add.reduce(energy.reshape(-1, dim), 1), tokens * dim
+        eighths = power * np.float32(1 / count)
+        eighths += _CALM
+        np.log2(eighths, out=eighths)
         eighths *= 4
         exponent = np.rint(eighths, out=eighths).astype(np.int8)
         inverse = self._inverse[kind].take(exponent.view(np.uint8))
         if kind == "v":
-            inverse = np.repeat(inverse, dim)
-        z.mul_(torch.from_numpy(inverse).view(mean.shape))
-        energy *= inverse
-        energy *= inverse
-        sides[0].append(mean.view(torch.int16).numpy().tobytes())
+            inverse = np.repeat(inverse, dim).reshape(mean.shape)
+        shift = np.float32(offset + 0.5) - mean * inverse
+        by, add = (torch.from_numpy(s).unsqueeze(1).to(z.device) for s in (inverse, shift))
+        sides[0].append((bits >> 16).astype(np.uint16).tobytes())
         sides[1].append(exponent.tobytes())
-        return math.sqrt(float(energy.max())) * 1.01
+        if kind == "k":
+            return math.sqrt(tokens) * self._most_k, by, add
+        energy *= inverse
+        energy *= inverse
+        return math.sqrt(float(energy.max())) * 1.01, by, add
 
 
-def _escapes(values: NDArray[np.float32], limit: int, first: int) -> NDArray[Any]:
-    at = np.flatnonzero(np.abs(values) > limit + 0.5)
+def _escapes(values: NDArray[np.float32], offset: int, first: int) -> NDArray[Any]:
+    at = np.flatnonzero((values < 1) | (values >= 2 * offset))
     found = np.empty(len(at), _ESCAPE)
-    found["at"], found["code"] = at + first, np.rint(values[at])
+    found["at"], found["code"] = at + first, np.floor(values[at]) - offset
     return found
 
 

@@ -177,15 +177,16 @@ _tables = _Tables()
 
 
 def rotate(
-    x_PTHR: Tensor, out_PTHR: Tensor, scratch_PTHR: Tensor, rope: RopeSpec, position: int, *,
+    x_PTHR: Tensor, out_PTHR: Tensor, scratch_PTHR: Tensor | None, rope: RopeSpec, position: int, *,
     undo: bool,
 ) -> None:  # fmt: skip
     """Rotate float32 pairs of channels of consecutive tokens.
 
     Args:
-        x_PTHR: First and second channels of the pairs, [2, tokens, heads, pairs], contiguous.
+        x_PTHR: First and second channels of the pairs, [2, tokens, heads, pairs].
         out_PTHR: Where to; shares no memory with the others.
         scratch_PTHR: Room for the tables, spread over heads: long rows are what torch is fast on.
+            None where heads are stored one behind the other, which is fast without.
         rope: How.
         position: Of the first token.
         undo: Rotate back, which takes a model's keys to what they were before RoPE.
@@ -193,9 +194,10 @@ def rotate(
     """
     import torch
 
-    cos, sin = scratch_PTHR
-    for spread, table in zip((cos, sin), _tables.get(rope, position, x_PTHR.shape[1]), strict=True):
-        spread.copy_(table)
+    tables = _tables.get(rope, position, x_PTHR.shape[1])
+    cos, sin = (t.to(x_PTHR.device) for t in tables)
+    if scratch_PTHR is not None:
+        cos, sin = (s.copy_(t) for s, t in zip(scratch_PTHR, (cos, sin), strict=True))
     sign = 1.0 if undo else -1.0
     torch.mul(x_PTHR, cos, out=out_PTHR)
     out_PTHR[0].addcmul_(x_PTHR[1], sin, value=sign)

@@ -78,7 +78,7 @@ def _sample(geometry: Geometry, view: Tensor, layer: int) -> Tensor | None:
     if section.kind != "k" or not view.is_floating_point():
         return None
     rows = [
-        piece.float().reshape(-1, geometry.heads, geometry.dim)[:CHUNK_TOKENS]
+        piece.float().cpu().reshape(-1, geometry.heads, geometry.dim)[:CHUNK_TOKENS]
         for first, _, piece in geometry.pieces(view, section)
         if first < CHUNK_TOKENS
     ]

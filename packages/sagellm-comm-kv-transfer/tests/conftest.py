@@ -390,3 +390,11 @@ def eventually():
             tick.wait(0.005)
 
     return wait
+
+
+@pytest.fixture(scope="module")
+def bases():
+    """Fitted bases by how many layers they join, which the store holds."""
+    from basis_data import held_bases
+
+    yield from held_bases()

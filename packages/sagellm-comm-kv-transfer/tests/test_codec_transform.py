@@ -1,19 +1,18 @@
 """`transform`: its bound, what it refuses, and bases that somebody has made up."""
 
-import json
 import random
-import struct
 import threading
 
 import numpy as np
 import pytest
 import torch
-from codec_data import half, layout, rotated, same_bits
+from basis_data import DIM, HEADS, LAYERS, ROPE, correlated, fitted
+from codec_data import half, layout, same_bits
 
 from sagellm.comm.kv_transfer.compression import Compressor, RopeSpec
 from sagellm.comm.kv_transfer.compression.basis import LIMIT, Basis, BasisInfo
 from sagellm.comm.kv_transfer.compression.basis_fit import BasisFit
-from sagellm.comm.kv_transfer.compression.basis_store import BASES, BasisStore
+from sagellm.comm.kv_transfer.compression.basis_store import BASES
 from sagellm.comm.kv_transfer.compression.frame import split
 from sagellm.comm.kv_transfer.compression.transform import turn_keys
 from sagellm.comm.kv_transfer.compression.transform_code import decode_rows, encode_rows
@@ -22,46 +21,7 @@ from sagellm.core.protocols import (
     ConfigError,
     IntegrityError,
     LayoutMismatchError,
-    ResourceError,
 )
-
-LAYERS, HEADS, DIM = 4, 2, 16
-ROPE = half(DIM)
-
-
-def correlated(tokens, seed, *, layers=LAYERS, heads=HEADS, dim=DIM, rope=ROPE, position=0):
-    """[layers, 2, tokens, heads, dim]: a dozen causes move all layers' channels, and some noise."""
-    model, text = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
-    count = layers * 2 * heads * dim
-    mix = torch.randn(12, count, generator=model) * torch.exp2(-torch.arange(12.0) / 3)[:, None]
-    mean = torch.randn(count, generator=model)
-    x = torch.randn(tokens, 12, generator=text) @ mix + mean
-    x += 0.1 * torch.randn(tokens, count, generator=text)
-    x = x.view(tokens, layers, 2, heads, dim).permute(1, 2, 0, 3, 4).contiguous()
-    if rope:
-        for layer in x:
-            layer[0] = rotated(layer[0], rope, position)
-    return x
-
-
-def fitted(join=1, *, rope=ROPE, queries=False, model="m"):
-    turned = (rope.inv_freq, rope.interleaved) if rope else ((), False)
-    fit = BasisFit(BasisInfo(model, LAYERS, HEADS, DIM, join, "float32", "", 0, *turned))
-    for seed in (100, 101, 102):
-        x = correlated(400, seed, rope=rope)
-        q = torch.randn(LAYERS, 400, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(seed))
-        fit.add(x[:, 0], x[:, 1], q if queries else None)
-    return fit.finish("text")
-
-
-@pytest.fixture(scope="module")
-def bases():
-    found = {join: fitted(join) for join in (1, 2, LAYERS)}
-    for basis in found.values():
-        BASES.put(basis)
-    yield found
-    for basis in found.values():
-        BASES.drop(basis.fingerprint)
 
 
 def coded(basis, x, step=0.25, workers=1, **fields):
@@ -391,110 +351,6 @@ def test_rows_come_back_whatever_they_hold(seed):
 
     assert payload is None or np.array_equal(decode_rows(memoryview(payload), tokens, ratio), q)
     assert payload is not None or seed > 1
-
-
-def test_the_store_is_bounded_and_checks():
-    basis = fitted()
-    store = BasisStore(max_bytes=len(basis.data) + 100)
-
-    assert store.put(basis.data) == store.put(basis) == basis.fingerprint
-    assert basis.fingerprint in store
-    assert len(store) == 1
-    assert store.data(basis.fingerprint) == basis.data
-    with pytest.raises(ResourceError, match="beside"):
-        store.put(fitted(model="n"))
-    with pytest.raises(ResourceError, match="the store takes"):
-        store.put(bytes(len(basis.data) + 200))
-    store.drop(basis.fingerprint)
-    store.put(fitted(model="n"))
-    with pytest.raises(ConfigError, match="the sender gives it"):
-        store.get(basis.fingerprint)
-
-
-def test_many_threads_fill_one_store():
-    made = [fitted(model=str(i)) for i in range(4)]
-    store, errors = BasisStore(), []
-
-    def work(i):
-        try:
-            for basis in made[i % 4 :] + made[: i % 4]:
-                assert store.get(store.put(basis.data)).info == basis.info
-        except Exception as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-
-    assert not errors
-    assert len(store) == 4
-
-
-def with_info(data, **changes):
-    (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
-    info = {**json.loads(header["__metadata__"]["basis"]), **changes}
-    header["__metadata__"]["basis"] = json.dumps(info, separators=(",", ":"))
-    body = json.dumps(header, separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    return struct.pack("<Q", len(body)) + body + data[8 + length :]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"layers": 8}, {"heads": 1 << 40}, {"join": 0}, {"join": 3}, {"dim": -16}, {"version": 2},
-     {"inv_freq": [1e9]}, {"inv_freq": [1.0] * 99}, {"model": "x" * 999}, {"extra": 1},
-     {"layers": "many"}],
-    ids=str,
-)  # fmt: skip
-def test_headers_that_lie_are_refused(bases, changes):
-    with pytest.raises(IntegrityError):
-        Basis(with_info(bases[1].data, **changes))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("mean", np.nan), ("mean", 1e30), ("weight", 0.0), ("weight", -1.0), ("weight", np.inf),
-     ("deviation", -1.0), ("deviation", 1e30), ("matrix", np.nan), ("matrix", 2.0),
-     ("matrix", 0.5)],
-)  # fmt: skip
-def test_values_that_no_basis_has_are_refused(bases, field, value):
-    data = bytearray(bases[1].data)
-    (length,) = struct.unpack_from("<Q", data)
-    entry = json.loads(data[8 : 8 + length])[f"v.2.{field}"]
-    dtype = "<f2" if field == "matrix" else "<f4"
-    values = np.frombuffer(data, dtype, 8, 8 + length + entry["data_offsets"][0])
-    values[4] = value
-
-    with pytest.raises(IntegrityError, match="basis"):
-        Basis(bytes(data))
-
-
-def test_no_mutant_of_a_basis_crashes_or_fills_memory(bases):
-    source, data = random.Random(3), bases[1].data
-    (length,) = struct.unpack_from("<Q", data)
-    taken = 0
-    for _ in range(600):
-        changed = bytearray(data)
-        at = source.randrange(len(data) if source.random() < 0.3 else length + 8)
-        match source.randrange(4):
-            case 0:
-                changed[at] ^= 1 << source.randrange(8)
-            case 1:
-                del changed[at : at + source.randrange(1, 60)]
-            case 2:
-                changed[at:at] = source.randbytes(source.randrange(1, 9))
-            case 3:
-                changed[at : at + 4] = b"\xff\xff\xff\x7f"
-        try:
-            basis = Basis(bytes(changed))
-        except CommError:
-            continue
-        taken += 1  # a value that could be one; its fingerprint tells
-        assert basis.fingerprint != bases[1].fingerprint or changed == data
-    assert taken < 200
 
 
 def test_no_mutant_of_a_section_crashes_or_fills_memory(bases):

@@ -195,7 +195,7 @@ def python_calls(function):
 def test_page_tables_are_converted_without_work_per_block(monkeypatch, layout):
     from sagellm.comm.kv_transfer import _copy, _reference, _segment
     from sagellm.comm.kv_transfer.plan import held_part
-    from sagellm.comm.kv_transfer.pool import PoolExtent, RegisteredPool, as_block_table
+    from sagellm.comm.kv_transfer.pool import PoolExtent, RegisteredPool
 
     monkeypatch.setattr(_reference, "MAX_RUNS", 1 << 20)
     one = layout(layers=1, page=1, dim=4, heads=1)
@@ -208,7 +208,7 @@ def test_page_tables_are_converted_without_work_per_block(monkeypatch, layout):
 
         def convert(count):
             ids = np.arange(count * 2 - 2, -1, -2)
-            table_ = as_block_table(pool, ids, unique=True)
+            table_ = pool.as_table(ids, unique=True)
             runs = PoolExtent(pool, table_, parts).runs(0, 0, count)
             found = _segment.locate(runs)
             packed = table(np.full(count, segment.number), found.offsets, runs.lengths).pack()

@@ -15,7 +15,7 @@ from sagellm.comm.kv_transfer._loop import EventLoop
 from sagellm.comm.kv_transfer._records import CompletionQueue, Memory
 from sagellm.comm.kv_transfer.frames import Header
 from sagellm.comm.kv_transfer.memory import TensorExtent
-from sagellm.comm.kv_transfer.pool import RegisteredPool, as_block_table
+from sagellm.comm.kv_transfer.pool import RegisteredPool
 from sagellm.comm.kv_transfer.transfer import TransferHandle, Witness
 from sagellm.comm.kv_transfer.transports.tcp import parse_address
 from sagellm.core.protocols import (
@@ -95,7 +95,7 @@ def test_strided_pools_and_neighbours_are_joined(layout, tensors):
     from sagellm.comm.kv_transfer.plan import Part
     from sagellm.comm.kv_transfer.pool import PoolExtent
 
-    table = as_block_table(pool, [4, 5, 6], unique=True)
+    table = pool.as_table([4, 5, 6], unique=True)
     apart = PoolExtent(pool, table, {"kv": Part("", 0, 1)})
     dense = tensors(layout())
     joined = PoolExtent(RegisteredPool(layout(), dense), table, {"kv": Part("", 0, 1)})

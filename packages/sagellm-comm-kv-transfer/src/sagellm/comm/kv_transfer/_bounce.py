@@ -11,10 +11,11 @@ import numpy as np
 
 from sagellm.core.protocols import ConfigError, KVBlock, KVLayout, ResourceError
 
+from ._block_table import BlockTable
 from ._device_extent import extent_of
 from .memory import Extent, Ints, TensorExtent, torch_dtype
 from .plan import Part, inner_axes
-from .pool import BlockTable, RegisteredPool
+from .pool import RegisteredPool
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from sagellm.core.protocols import MemoryRuns, UnsupportedOperationError
 
+from ._block_table import BlockTable
 from ._device import wait_for
 from ._device_staging import DeviceStaging, Half, Rows
 from .memory import Ints, Slab, Views
 from .plan import Part
-from .pool import BlockTable, PoolExtent, RegisteredPool
+from .pool import PoolExtent, RegisteredPool
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from sagellm.core.protocols import CommError, ConfigError
 
 from . import wire
+from ._block_table import BlockTable
 from ._bounce import Destination
 from ._flows import Inflow
 from ._link import Link
 from ._receive import Receive, Source
 from .plan import check_layouts
-from .pool import BlockTable
 from .state import Event
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ._link import Link
 from ._receive import Receive
 from .memory import Extent
 from .plan import Part, check_layouts, coverage_gap, shared_parts
-from .pool import RegisteredPool, as_block_table
+from .pool import RegisteredPool
 
 __all__ = ["Granter"]
 
@@ -123,7 +123,7 @@ class Granter:
         pool = self._pool()
         if pool is None:
             raise ConfigError("destination blocks were named, and no pool is registered")
-        blocks = as_block_table(pool, block_ids(raw), unique=True, what="dst_blocks")
+        blocks = pool.as_table(block_ids(raw), unique=True, what="dst_blocks")
         pool.lease(r, f"{r.key.id}/{r.key.attempt}", written=blocks, sole=True)
         r.pool, r.blocks = pool, blocks
 

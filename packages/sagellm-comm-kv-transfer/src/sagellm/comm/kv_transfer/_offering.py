@@ -21,6 +21,7 @@ from sagellm.core.protocols import (
 from . import wire
 from ._arguments import check_deadline
 from ._backlog import Backlog
+from ._block_table import BlockTable
 from ._bounce import block_ids
 from ._coded_request import requested
 from ._device_extent import extent_of
@@ -29,7 +30,6 @@ from ._link import Link
 from ._push import Offered, Push
 from ._records import LEASE_EXPIRED, ending, failure
 from .plan import check_parts, held_part
-from .pool import BlockTable
 from .state import RULES, Event
 from .transfer import TransferHandle, transfer_error
 

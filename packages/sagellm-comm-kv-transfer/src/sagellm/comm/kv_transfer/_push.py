@@ -9,13 +9,14 @@ import numpy as np
 from sagellm.core.protocols import BlockIds, CommError, ConfigError, KVBlock, ReadyEvent
 
 from . import wire
+from ._block_table import BlockTable
 from ._coded_out import CodedOutflow
 from ._coded_request import AUTO, CodecRequest
 from ._flows import Outflow, Span
 from ._limits import Watch
 from ._link import Link
 from .plan import Part
-from .pool import BlockTable, RegisteredPool
+from .pool import RegisteredPool
 from .transfer import TransferHandle
 
 __all__ = ["Offered", "Push", "of_blocks", "of_tensors"]

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from sagellm.core.protocols import CommError, ConfigError, KVLayout, KVTransferError, TransferKey
 
+from ._block_table import BlockTable
 from ._bounce import Destination
 from ._coded_request import CodecRequest
 from ._flows import Inflow
 from ._limits import Watch
 from ._link import Link
 from .plan import Part, coverage_gap, shared_parts, wanted_part
-from .pool import BlockTable, RegisteredPool
+from .pool import RegisteredPool
 from .transfer import TransferHandle, transfer_error
 
 __all__ = ["End", "Receive", "Source"]

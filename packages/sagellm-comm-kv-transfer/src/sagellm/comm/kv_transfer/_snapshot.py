@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import TYPE_CHECKING, TypedDict
 
+from ._block_table import BlockTable
 from ._link import Link
 from ._push import Offered, Push
 from ._receive import Receive
-from .pool import BlockTable
 from .state import RULES, Event
 from .transfer import TransferHandle
 

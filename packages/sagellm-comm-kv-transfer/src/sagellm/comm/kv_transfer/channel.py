@@ -33,6 +33,7 @@ from sagellm.core.protocols.ports import PortSettings
 
 from ._address import advertised_host
 from ._arguments import check_deadline, checked_key, is_block, is_tensor, wrap
+from ._block_table import BlockTable
 from ._coded_request import CodecRequest, asked_of, request_of, wanted_of
 from ._engine import Engine
 from ._fetching import fetch
@@ -43,7 +44,7 @@ from ._records import CANCELLED
 from ._snapshot import Snapshot, take
 from .compression.auto import MaxError
 from .discovery import discover
-from .pool import BlockTable, RegisteredPool, as_block_table
+from .pool import RegisteredPool
 from .settings import KVTransferSettings
 from .state import Role
 from .stream import Stream
@@ -299,7 +300,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         pool = self._engine.pool
         table = None
         if blocks is not None:
-            table = as_block_table(self._pool(), blocks, unique=True)
+            table = self._pool().as_table(blocks, unique=True)
         senders = None
         if source_node is not None:
             many = [source_node] if isinstance(source_node, int) else source_node
@@ -366,7 +367,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         """
         check_deadline(deadline_s)
         engine, pool = self._engine, self._pool()
-        table = as_block_table(pool, blocks, unique=True)
+        table = pool.as_table(blocks, unique=True)
         pool.follow()
         count = len(pool.layout.layers)
         if layers is not None and any(not 0 <= i < count for i in layers):
@@ -462,14 +463,11 @@ class KVTransferChannel(KVTransferChannelProtocol):
 
     def _own_blocks(self, blocks: Blocks) -> BlockTable | None:
         """Ids per group; None when `blocks` are plain tensors."""
-        # the most frequent first
-        ids = type(blocks) is ndarray or (
-            type(blocks) is list and blocks and type(blocks[0]) is int
-        )
-        if not ids and not isinstance(blocks, Mapping):
+        many = type(blocks) is list and blocks and type(blocks[0]) is int  # the most frequent first
+        if type(blocks) is not ndarray and not many and not isinstance(blocks, Mapping):
             if is_tensor(blocks) or (len(blocks) and is_block(blocks[0])):
                 return None
-        return as_block_table(self._pool(), blocks, unique=False)  # type: ignore[arg-type]
+        return self._pool().as_table(blocks, unique=False)  # type: ignore[arg-type]
 
     def _push(
         self,
@@ -483,9 +481,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         codec: CodecRequest | None,
     ) -> Push:
         check_deadline(deadline_s)
-        name = (
-            checked_key(key) if key is not None else TransferKey(f"{self.node_id}-{uuid.uuid4()}")
-        )
+        name = TransferKey(f"{self.node_id}-{uuid.uuid4()}") if key is None else checked_key(key)
         handle = TransferHandle(name, "send", deadline_s, self._cancel)
         table = self._own_blocks(blocks)
         if table is None:

@@ -24,6 +24,7 @@ from .state import Event
 from .transfer import Witness
 
 __all__ = [
+    "ABANDONED",
     "CANCELLED",
     "LEASE_EXPIRED",
     "MAX_MESSAGE",
@@ -37,6 +38,7 @@ __all__ = [
     "key_failure",
 ]
 
+ABANDONED = "whoever began it was stopped before he had its handle"
 CANCELLED = "cancelled"
 LEASE_EXPIRED = "lease_expired"
 MAX_MESSAGE = 2048

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sagellm.comm.kv_transfer._flows import Chunk
+from sagellm.comm.kv_transfer._lanes import LaneTuner
 from sagellm.comm.kv_transfer._sending import Sending
+from sagellm.comm.kv_transfer._writer import DataWriter
 from sagellm.core.protocols import CommError, TransferKey
 
 
@@ -90,3 +93,55 @@ def test_an_interrupted_push_keeps_its_blocks_until_nobody_sends_them(
         received.wait()
     assert bool((b["layer0"][5] == before).all())
     assert not out._engine.sending.in_flight()
+
+
+def test_who_is_stopped_after_sending_leaves_the_lane_to_its_thread(
+    pair, monkeypatch, works, eventually
+):
+    out, _, into, _ = pair()
+    works(out, into)
+    link = out._engine.links.ready(into.node_id)
+    sent, stopped = DataWriter._sent, []
+
+    def interrupted(self, count):
+        sent(self, count)
+        if threading.current_thread() is threading.main_thread():
+            stopped.append(count)
+            raise StoppedError
+
+    key = TransferKey("x")
+    handle = into.receive(key, [5], source_node=out.node_id, deadline_s=10)
+    eventually(lambda: len(link.invitations) and link.writer._lanes[0].asleep)
+    with monkeypatch.context() as patch:
+        patch.setattr(DataWriter, "_sent", interrupted)
+        with pytest.raises(StoppedError):
+            out.transfer([5], into.node_id, key=key, deadline_s=10)
+    assert stopped
+    assert not any(lane.busy for lane in link.writer._lanes)
+    with pytest.raises(CommError):
+        handle.wait()
+    assert link.error is not None
+    works(out, into, 1)
+
+
+def test_the_rate_meter_is_at_rest_when_nothing_is_sent(pair, eventually):
+    out, _, into, _ = pair()
+    for i in range(20):
+        key = TransferKey(f"x{i}")
+        handle = into.receive(key, [i % 10], source_node=out.node_id)
+        out.transfer([i % 10], into.node_id, key=key).wait()
+        handle.wait()
+    rate = out._engine.links.ready(into.node_id).writer._rate
+    eventually(lambda: rate._pieces == 0)
+
+
+def test_what_was_encoded_and_is_not_sent_gives_its_credits_back():
+    done, left = [], []
+    piece = SimpleNamespace(done=lambda: done.append(1))
+    flow = SimpleNamespace(coded=lambda chunk: piece, leave=lambda: left.append(1))
+    writer = DataWriter(1 << 20, 1.0, None, LaneTuner(1, 1), None)
+    writer._rate.begin()
+    lane = SimpleNamespace(ahead=(flow, Chunk(0, 0, 1), None))
+    writer._drop_ahead(lane)
+    assert done == left == [1]
+    assert lane.ahead is None

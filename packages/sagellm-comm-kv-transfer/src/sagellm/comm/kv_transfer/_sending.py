@@ -25,6 +25,7 @@ from . import wire
 from ._coded_out import CodedOutflow
 from ._device_extent import extent_of
 from ._flows import Span
+from ._heard import Heard
 from ._limits import Watch
 from ._link import Link
 from ._offering import Offering
@@ -62,9 +63,7 @@ class Sending:
         self._by_tid: dict[tuple[Link, int], Push] = {}
         self._landed: Memory[tuple[int, TransferKey], bool] = Memory(engine.settings.max_remembered)
         self._failed: Memory[TransferKey, CommError] = Memory(engine.settings.max_remembered)
-        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(
-            engine.settings.max_remembered
-        )
+        self._heard = Heard(engine.settings.max_remembered)
         """What peers say has failed, each of its own part and never over what we know."""
 
     def in_flight(self) -> list[TransferHandle]:

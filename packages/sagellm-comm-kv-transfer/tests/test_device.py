@@ -7,7 +7,14 @@ import pytest
 import torch
 from late_device import LateDevice, LateEvent
 
-from sagellm.comm.kv_transfer import HostStaging, KVTransferSettings, _landing, pool, staging
+from sagellm.comm.kv_transfer import (
+    HostStaging,
+    KVTransferSettings,
+    _device_staging,
+    _landing,
+    pool,
+    staging,
+)
 from sagellm.comm.kv_transfer._device_staging import DeviceStaging
 from sagellm.core.protocols import (
     CommTimeoutError,
@@ -375,6 +382,65 @@ def test_a_lost_link_frees_the_halves_and_the_blocks(pair, device, eventually):
         made = c._engine.pool.staging
         eventually(lambda made=made: len(made._free_in._free) + made._free_in._left == 4)
         eventually(lambda made=made: len(made._free_out._free) + made._free_out._left == 4)
+
+
+def test_whoever_waits_for_a_half_takes_the_place_of_one_that_could_not_be_made(monkeypatch):
+    begun, go, made = threading.Event(), threading.Event(), []
+
+    def make(device, nbytes):
+        made.append(nbytes)
+        if len(made) == 1:
+            begun.set()
+            assert go.wait(10)
+            raise MemoryError("of the device")
+        return nbytes
+
+    monkeypatch.setattr(_device_staging, "Half", make)
+    halves, failed, got = _device_staging._Halves("late:0", 1), [], []
+
+    def first():
+        try:
+            halves.take(10, 1.0)
+        except MemoryError as e:
+            failed.append(e)
+
+    waiting = threading.Event()
+    wait_for = halves._idle.wait_for
+    halves._idle.wait_for = lambda *a: (waiting.set(), wait_for(*a))[1]
+    threads = [threading.Thread(target=first)]
+    threads.append(threading.Thread(target=lambda: got.append(halves.take(11, 5.0))))
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    assert waiting.wait(10)
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(failed) == 1
+    assert got == [11]
+
+
+def test_what_follows_a_landing_may_fail_or_come_late(device, caplog):
+    staging, done = DeviceStaging(device, 1 << 16), []
+
+    def fail(error):
+        raise ValueError("a bug")
+
+    staging.when_landed(None, fail)
+    staging.when_landed(None, done.append)
+    staging.close()
+    assert done == [None]
+    assert "a bug in what follows" in caplog.text
+    staging.when_landed(None, done.append)
+    assert done == [None, None]
+
+
+def test_a_channels_own_codec_does_not_hinder_a_pool_on_a_device(pair, device):
+    out, a, into, b = pair(sender={"codec": "lossless"})
+    r = into.receive(KEY, [3], source_node=out.node_id)
+    out.transfer([1], into.node_id, key=KEY).wait(10)
+    r.wait(10)
+    assert equal(a, [1], b, [3])
 
 
 def test_no_half_in_time_is_said(device):

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _START_S = 30.0
+_PATIENCE_S = 2.0
+"""For a worker whose transfer has ended: one that is killed is not replaced."""
 _MAX_REPLY = 1 << 20
 _TUNABLES = "glibc.cpu.x86_non_temporal_threshold=0x8000"
 """Blocks go around the cache: 1.2 times as fast as in this process in blocks of 64 KiB, 1.6 times
@@ -84,6 +86,9 @@ class CopyWorkers:
         except OSError as e:
             self.close()
             raise ResourceError(f"copy workers could not be started: {e}") from e
+        except BaseException:
+            self.close()
+            raise
         self._free = list(self._workers)
 
     def __len__(self) -> int:
@@ -173,6 +178,7 @@ class Working:
         self._count = job.units.shape[1]
         self._given_up = given_up
         self._end = time.monotonic() + timeout_s
+        self._given_up_end = time.monotonic() + _PATIENCE_S
         self._error: OSError | None = None
         try:
             worker.send(job, self._again)
@@ -190,7 +196,7 @@ class Working:
         When it returns no worker writes for this job any more.
         """
         try:
-            found = self._worker.answer(self._count, self._again)
+            found = self._worker.answer(self._count, self._wait_on)
         except OSError as e:
             self._workers.lost(self._worker, e)
             return None
@@ -199,6 +205,15 @@ class Working:
             raise
         self._workers.done(self._worker)
         return found
+
+    def _wait_on(self) -> None:
+        """Go on waiting: what nobody waits for any more is done soon, and harmless until then."""
+        if self._given_up():
+            self._end = min(self._end, self._given_up_end)
+        else:
+            self._given_up_end = time.monotonic() + _PATIENCE_S
+        if time.monotonic() > self._end:
+            raise TimeoutError("it did not answer in time")
 
     def _again(self) -> None:
         if self._given_up() or time.monotonic() > self._end:
@@ -232,7 +247,7 @@ class _Worker:
         """Wait until it has mapped the pool."""
         self._sock.settimeout(_START_S)
         if self._sock.recv(1) != b"r":
-            raise ConnectionResetError(f"it ended with status {self._process.wait(_START_S)}")
+            raise ConnectionResetError(f"it ended with status {self._process.poll()}")
         tick = struct.pack("ll", 0, int(_TICK_S * 1e6))
         self._sock.setblocking(True)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
@@ -285,7 +300,7 @@ class _Worker:
                 again()
                 continue
             if not got:
-                raise ConnectionResetError(f"it ended with status {self._process.wait(_START_S)}")
+                raise ConnectionResetError(f"it ended with status {self._process.poll()}")
             data += got
         return data
 

@@ -173,16 +173,20 @@ class DeviceStaging:
     def when_landed(self, half: Half | None, then: Callable[[CommError | None], None]) -> None:
         """Call back once the device has written what it holds, with what went wrong if it has.
 
-        On a thread of this object; in order, so that without a half it is the end of all before.
-        The half is taken back.
+        On a thread of this object, or at once when it is closed; in order, so that without a half
+        it is the end of all before. The half is taken back.
         """
         with self._lock:
-            if self._thread is None:
+            late = self._closed
+            if not late and self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name=f"kv-landing-{self.device}", daemon=True
                 )
                 self._thread.start()
-        self._ends.put((half, then))
+            if not late:
+                self._ends.put((half, then))
+        if late:
+            self._end(half, then)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """End the thread, once what it waits for has happened. Idempotent."""
@@ -194,12 +198,17 @@ class DeviceStaging:
 
     def _run(self) -> None:
         while (work := self._ends.get()) is not None:
-            half, then = work
-            error = None
-            if half is not None:
-                error = self._quiet(half)
-                self._free_in.give(half)
+            self._end(*work)
+
+    def _end(self, half: Half | None, then: Callable[[CommError | None], None]) -> None:
+        error = None
+        if half is not None:
+            error = self._quiet(half)
+            self._free_in.give(half)
+        try:
             then(error)
+        except Exception:
+            logger.exception("a bug in what follows a landing on %s", self.device)
 
     def _quiet(self, half: Half) -> CommError | None:
         """Wait until the device is done with a half, and say what went wrong.
@@ -232,7 +241,7 @@ class _Halves:
             if not (self._free or self._left):
                 if timeout_s is None:
                     return None
-                if not self._idle.wait_for(lambda: self._free, timeout_s):
+                if not self._idle.wait_for(lambda: self._free or self._left, timeout_s):
                     raise CommTimeoutError(
                         f"no pinned buffer of {self._device} became free in {timeout_s:g} s"
                     )

@@ -134,6 +134,9 @@ class Offering:
             self._engine.waiting.give(size)
             link.send(failure(fetch.tid, e))
             return
+        except BaseException:
+            self._engine.waiting.give(size)
+            raise
         p.room_bytes = size
         o.served.add(p)
         self.serving.add(p)

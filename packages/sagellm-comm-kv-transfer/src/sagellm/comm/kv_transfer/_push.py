@@ -140,7 +140,7 @@ def of_blocks(
         UnsupportedOperationError: A codec cannot reach them.
 
     """
-    pool.check_codec(None if codec is None else codec.codec)
+    pool.check_codec(codec)
     named = None if dst_blocks is None else pool.as_foreign_table(dst_blocks)
     if named is not None:
         counts = {n: (len(ids), len(named[n])) for n, ids in table.items()}

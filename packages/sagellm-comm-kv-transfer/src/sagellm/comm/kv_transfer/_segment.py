@@ -179,8 +179,8 @@ def shared_segments() -> tuple[Segment, ...]:
 
 
 def have_workers() -> bool:
-    """Whether some shared segment has copy workers."""
-    return any(s.workers is not None for s in _shared.segments)
+    """Whether some shared segment has copy workers that live."""
+    return any(s.workers for s in _shared.segments)
 
 
 def locate(runs: MemoryRuns) -> Located | None:

@@ -271,7 +271,7 @@ class Sending:
         if not sound or p.nacked > sum(map(extent.units, range(extent.layers))):
             self.fail(p, IntegrityError(f"node {link.peer} rejects more than it was sent"))
             return
-        p.handle.retried(len(nack.spans))
+        p.handle.retried(sum(count for _, _, count in nack.spans))
         p.queue(Span(layer, first, first + count) for layer, first, count in nack.spans)
 
     def on_layer_done(self, link: Link, done: wire.LayerDone) -> None:

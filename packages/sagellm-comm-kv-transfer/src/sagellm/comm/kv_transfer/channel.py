@@ -343,7 +343,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         handle.num_tokens = num_tokens
         wanted = wanted_of(codec, max_error, self._codec)
         pool = self._pool()
-        pool.check_codec(None if wanted is None else wanted.codec)
+        pool.check_codec(wanted)
         offered = Offered(handle, pool, table, num_tokens, after or pool.mark(), wanted)
         handle.owner = offered
         self._engine.begin(offered, lambda: self._engine.sending.offering.offer(offered))
@@ -375,8 +375,8 @@ class KVTransferChannel(KVTransferChannelProtocol):
         wanted = None if src_blocks is None else pool.as_foreign_table(src_blocks)
         handle = TransferHandle(checked_key(key), "receive", deadline_s, self._cancel)
         r = Receive(handle, table, None, pool=pool)
-        pool.check_codec(codec)
         r.fetch_codec = asked_of(codec, max_error)
+        pool.check_codec(r.fetch_codec)
         handle.owner = r
 
         peers = list(dict.fromkeys([peer] if isinstance(peer, int) else peer))

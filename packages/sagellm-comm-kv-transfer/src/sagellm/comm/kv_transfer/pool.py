@@ -22,6 +22,7 @@ from sagellm.core.protocols import (
 
 from ._apart import check_apart, overlaps
 from ._block_table import BlockTable, block_table
+from ._coded_request import AUTO, CodecRequest
 from ._device import device_of
 from ._device_staging import DeviceStaging
 from ._segment import Segment
@@ -163,16 +164,19 @@ class RegisteredPool:
         if self.staging is not None:
             self.staging.incoming.follow()
 
-    def check_codec(self, codec: str | None) -> None:
+    def check_codec(self, codec: CodecRequest | None) -> None:
         """Refuse a codec that is asked for by name, where the host cannot reach the values.
 
         Raises:
             UnsupportedOperationError: The blocks are on a device.
 
         """
-        if self.staging is not None and codec not in (None, "auto", "none"):
+        if self.staging is None or codec is None or not codec.required:
+            return
+        if codec.codec not in (AUTO, "none"):
             raise UnsupportedOperationError(
-                f"codec {codec!r} cannot reach blocks on {self.staging.device}: send without one"
+                f"codec {codec.codec!r} cannot reach blocks on {self.staging.device}: "
+                "send without one"
             )
 
     @property

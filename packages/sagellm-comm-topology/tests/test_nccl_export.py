@@ -138,3 +138,12 @@ def test_a_node_that_is_not_there_is_a_warning_and_no_place(machine, look):
     text = to_nccl_xml(info)
     assert text.index('numaid="-1"') < text.index(A) < text.index('numaid="0"')
     assert text.index('numaid="1"') < text.index(B)
+
+
+@pytest.mark.parametrize(
+    ("word", "vendor"), [("HygonGenuine", "hygon"), ("AuthenticAMD", "amd"), ("Other", None)]
+)
+def test_the_maker_of_a_processor_is_the_one_that_sysfs_would_tell(word, vendor):
+    text = f'<system version="1"><cpu numaid="0" affinity="f" vendor="{word}"/></system>'
+
+    assert import_topology(text.encode()).find("numa:0").vendor == vendor

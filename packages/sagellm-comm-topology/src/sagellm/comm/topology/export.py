@@ -67,7 +67,8 @@ def from_json(text: str | bytes) -> TopologyInfo:
 def to_matrix(info: TopologyInfo) -> str:
     """Accelerators and NICs against each other, tab-separated, as `nvidia-smi topo -m` prints.
 
-    Unknown paths, CPUs and NUMA nodes are `?`.
+    Unknown paths, CPUs and NUMA nodes are `?`. Lines below name the makers, and the NICs by their
+    RDMA names, interfaces or addresses; `import_topology` reads them back.
     """
     graph = TopologyGraph(info)
     nics = [d for d in info.devices if d.kind == "nic"]

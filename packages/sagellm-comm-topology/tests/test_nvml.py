@@ -38,6 +38,21 @@ def test_lanes_to_one_peer_are_one_link_of_their_sum(gpus, look):
     assert look(gpus, nvml=stub).path(A, C).kind == "PHB"
 
 
+@pytest.mark.parametrize(
+    ("links", "count", "bandwidth"),
+    [([45_000] * 10, 10, 450e9), ([45_000] * 4 + [None], 4, 180e9), ([], 1, None), ([0], 1, None)],
+)
+def test_coherent_links_have_their_count_and_bandwidth(gpus, look, links, count, bandwidth):
+    gpus.numa(0, "0-3", (10,))
+    stub = StubNvml([A, B], numa={A: 0, B: 0}, c2c={A: links})
+
+    info = look(gpus, nvml=stub).detect()
+
+    (link,) = [x for x in info.links if x.kind == "c2c"]
+    assert (link.a, link.b, link.count) == (A, "numa:0", count)
+    assert link.bandwidth_bytes_per_s == bandwidth
+
+
 def test_lanes_to_a_switch_make_a_domain(gpus, look):
     stub = StubNvml([A, B, C], peers={g: ["switch"] * 18 for g in (A, B, C)})
 

@@ -29,6 +29,7 @@ from ._sysfs import normal_bdf
 __all__ = ["NvmlDetector"]
 
 _SWITCHED = "nvlink-switch"
+_MOST_C2C = 64  # no GPU has as many
 _NODE_MASK_WORDS = 16  # 1024 NUMA nodes
 
 _CAPABILITIES = {"read": 0, "write": 1, "atomics": 3}
@@ -173,10 +174,12 @@ class _Session:
         c2c = self._ask("nvmlDeviceGetC2cModeInfoV", handle)
         if c2c is not None and c2c.isC2cEnabled:
             attrs["c2c"] = "enabled"
+            count, bandwidth = self._c2c(handle)
             self._links += [
-                Link(bdf, f"numa:{n}", "c2c", source="nvml", confidence="inferred")
+                Link(bdf, f"numa:{n}", "c2c", count, bandwidth, source="nvml",
+                     confidence="inferred")
                 for n in numa_nodes[:1]
-            ]
+            ]  # fmt: skip
         own = self._ask("nvmlDeviceGetNumaNodeId", handle)
         if own is not None:
             attrs["memory_numa"] = str(own)  # memory alone: nothing may be pinned there
@@ -197,6 +200,22 @@ class _Session:
             attrs=attrs,
         )
         return device, handle
+
+    def _c2c(self, handle: object) -> tuple[int, float | None]:
+        """Coherent links to the processor that are up, and bytes per second of all together."""
+        count = self._field(handle, "NVML_FI_DEV_C2C_LINK_COUNT", 170)
+        limit = min(int(count or 0), _MOST_C2C)
+        up = [
+            i
+            for i in range(limit)
+            if self._field(handle, "NVML_FI_DEV_C2C_LINK_GET_STATUS", 171, scope=i) == 1
+        ]
+        megabytes = [
+            self._field(handle, "NVML_FI_DEV_C2C_LINK_GET_MAX_BW", 172, scope=i) for i in up
+        ]
+        known = [m for m in megabytes if m]
+        bandwidth = sum(known) * 1e6 if known and len(known) == len(up) else None
+        return len(up) or 1, bandwidth
 
     def _partitions(self, handle: object) -> dict[str, str]:
         mode = self._ask("nvmlDeviceGetMigMode", handle)
@@ -296,11 +315,13 @@ class _Session:
             )
         )
 
-    def _field(self, handle: object, name: str, default_id: int) -> float | None:
-        """One field value; None when the driver does not know it."""
-        values = self._ask(
-            "nvmlDeviceGetFieldValues", handle, [getattr(self._nvml, name, default_id)]
-        )
+    def _field(
+        self, handle: object, name: str, default_id: int, *, scope: int | None = None
+    ) -> float | None:
+        """One field value, of one link if a scope is given; None when it is not known."""
+        field = getattr(self._nvml, name, default_id)
+        asked = [field if scope is None else (field, scope)]
+        values = self._ask("nvmlDeviceGetFieldValues", handle, asked)
         if not values or values[0].nvmlReturn != 0:
             return None
         # An unsigned number of 4 or 8 bytes, little-endian, in the first bytes of a zeroed union.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagellm.core.protocols import DeviceKind
 
-__all__ = ["VENDORS", "VISIBLE_VARIABLES", "role"]
+__all__ = ["CPU_VENDORS", "VENDORS", "VISIBLE_VARIABLES", "role"]
 
 VENDORS = {
     "0x10de": "nvidia",
@@ -28,6 +28,9 @@ VENDORS = {
     "0x1af4": "virtio",
 }
 """PCI vendor id to the lower-case name used in `Device.vendor`."""
+
+CPU_VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd", "HygonGenuine": "hygon"}
+"""A processor's own word for its maker to the name used in `Device.vendor`."""
 
 VISIBLE_VARIABLES: dict[str, tuple[str, ...]] = {
     "nvidia": ("CUDA_VISIBLE_DEVICES",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from sagellm.core.protocols import Device, IntegrityError, TopologyInfo
@@ -65,7 +67,8 @@ def from_json(text: str | bytes) -> TopologyInfo:
 def to_matrix(info: TopologyInfo) -> str:
     """Accelerators and NICs against each other, tab-separated, as `nvidia-smi topo -m` prints.
 
-    Unknown paths, CPUs and NUMA nodes are `?`.
+    Unknown paths, CPUs and NUMA nodes are `?`. Lines below name the makers, and the NICs by their
+    RDMA names, interfaces or addresses; `import_topology` reads them back.
     """
     graph = TopologyGraph(info)
     nics = [d for d in info.devices if d.kind == "nic"]
@@ -76,6 +79,7 @@ def to_matrix(info: TopologyInfo) -> str:
         cells = [pair_label(graph, device, other) for other in shown]
         numa = ",".join(map(str, device.numa_nodes)) or "?"
         lines.append("\t".join([labels[row], *cells, device.cpulist or "?", numa]))
+    lines += _vendor_lines(info.accelerators, labels)
     if nics:
         lines += ["", "NIC Legend:"]
         first = len(info.accelerators)
@@ -83,6 +87,17 @@ def to_matrix(info: TopologyInfo) -> str:
             name = nic.attrs.get("ib") or nic.attrs.get("netdev") or nic.id
             lines.append(f"  {labels[first + i]}: {name}")
     return "\n".join(lines) + "\n"
+
+
+def _vendor_lines(accelerators: Sequence[Device], labels: Sequence[str]) -> list[str]:
+    """What says whose the accelerators are: a reader must not guess it by the layout."""
+    vendors = {d.vendor for d in accelerators}
+    if not vendors:
+        return []
+    if len(vendors) == 1:
+        return ["", f"Vendor of accelerators: {vendors.pop() or '?'}"]
+    pairs = zip(accelerators, labels, strict=False)  # labels of NICs follow
+    return ["", *(f"Vendor of {label}: {d.vendor or '?'}" for d, label in pairs)]
 
 
 def column_labels(devices: list[Device]) -> list[str]:

@@ -70,7 +70,9 @@ def _run(args: argparse.Namespace) -> int:
     start_s = time.perf_counter()
     names = args.algorithms.split(",") if args.algorithms else None
     gc.disable()  # all objects live to the end, and looking at them costs a third
-    found = plan(_cluster(args), args.op, args.bytes, algorithms=names)
+    cluster, assumed = _cluster(args)
+    found = plan(cluster, args.op, args.bytes, algorithms=names)
+    found = dataclasses.replace(found, assumed=(*assumed, *found.assumed))
     elapsed_s = time.perf_counter() - start_s
     if args.json:
         rows = [dataclasses.asdict(row) for row in found.rows]
@@ -99,13 +101,14 @@ def _best(found: Plan) -> list[dict[str, object]]:
     return told
 
 
-def _cluster(args: argparse.Namespace) -> TopologyInfo:
+def _cluster(args: argparse.Namespace) -> tuple[TopologyInfo, tuple[str, ...]]:
+    """What is simulated, and what of it was assumed."""
     if args.source:
-        from sagellm.comm.topology._join import join_hosts
+        from sagellm.comm.topology._copies import copies_of
 
         host = read_topology(args)
-        return host if host.num_nodes > 1 else join_hosts([host] * args.nodes)
-    return make_cluster(
+        return (host, ()) if host.num_nodes > 1 else copies_of(host, args.nodes)
+    drawn = make_cluster(
         ClusterShape(
             nodes=args.nodes,
             gpus=args.gpus,
@@ -117,6 +120,7 @@ def _cluster(args: argparse.Namespace) -> TopologyInfo:
             oversubscription=args.oversubscription,
         )
     )
+    return drawn, ()
 
 
 def _show(found: Plan, elapsed_s: float) -> None:
@@ -146,7 +150,7 @@ def _show(found: Plan, elapsed_s: float) -> None:
     for note in _left_out(found):
         console.print(note, style="yellow", highlight=False)
     if found.assumed:
-        console.print(f"bandwidth assumed, as nobody stated it: {', '.join(found.assumed)}")
+        console.print(f"assumed, as nobody stated it: {', '.join(found.assumed)}")
     console.print(f"simulated in {elapsed_s:.1f} s", style="dim", highlight=False)
 
 
@@ -188,7 +192,7 @@ def _table(found: Plan, nodes: int, payload: str) -> object:
     table.add_column("algorithm", no_wrap=True)
     against = "against best" + (" of those simulated" if found.left_out(nodes) else "")
     for name in ("time", "bus bandwidth", against):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for row in sorted(rows, key=_merit):
         if row.time_us is None or best is None or not best.time_us:
             table.add_row(

@@ -12,6 +12,7 @@ from sagellm.comm.topology.benchmarks.fake_machine import draw_hgx
 from sagellm.comm.topology.file_store import FileStore
 from sagellm.comm.topology.placement import ring
 from sagellm.core.protocols import (
+    CollectiveMismatchError,
     CommTimeoutError,
     ConfigError,
     Device,
@@ -335,3 +336,43 @@ def test_a_rank_that_dies_with_the_description_leaves_it_to_others(tmp_path, loo
 
     assert [r.num_nodes for r in results] == [1 + other] * 3
     assert [r.missing_nodes for r in results] == [(3,)] * 3
+
+
+def test_ranks_of_one_host_that_see_different_gpus_are_put_together(tmp_path, look, store):
+    roots = [draw_hgx(tmp_path / f"view{i}", functions=60).root for i in range(3)]
+    for i, root in enumerate(roots):
+        boot = root / "proc/sys/kernel/random"
+        boot.mkdir(parents=True)
+        (boot / "boot_id").write_text("one-host")
+        functions = root / "sys/bus/pci/devices"
+        gpus = [f for f in sorted(functions.iterdir()) if (f / "class").read_text()[:6] == "0x0302"]
+        for hidden in gpus[:4] if i == 0 else gpus[4:]:  # ranks 1 and 2 see the same
+            hidden.unlink()
+    managers = [look(root, rank=i, world_size=3) for i, root in enumerate(roots)]
+
+    results = together(managers, store)
+
+    assert [r.num_devices for r in results] == [8] * 3
+    assert results[0] == results[1] == results[2]
+    assert (results[0].num_nodes, results[0].missing_nodes) == (1, ())
+    assert any(w.startswith("ranks 0, 1 of one host do not") for w in results[0].warnings)
+    ids = [d.id for d in results[0].accelerators]
+    assert managers[0].path(ids[0], ids[-1]).kind is not None
+
+
+def test_a_rank_that_is_out_of_step_is_told_and_takes_no_old_answer(hosts, store):
+    managers = hosts(2)
+    together(managers, store)
+    managers[0].gather(store, timeout_s=0.4)  # as after a restart of rank 0 alone
+    managers[0].gather(store, timeout_s=0.4)
+
+    with pytest.raises(CollectiveMismatchError, match="rank 1 is at its gather 2, rank 0 at .* 3"):
+        managers[1].gather(store, timeout_s=2.0)
+
+
+def test_a_rank_that_is_merely_late_takes_what_was_agreed_without_it(hosts, store):
+    managers = hosts(2)
+    agreed = managers[0].gather(store, timeout_s=0.4)
+
+    assert managers[1].gather(store, timeout_s=2.0) == agreed
+    assert agreed.missing_nodes == (1,)

@@ -8,7 +8,7 @@ import pytest
 from sagellm.comm.topology import TopologyGraph, TopologyManager
 from sagellm.comm.topology._join import join_hosts
 from sagellm.comm.topology._wire import decode_info, encode_info
-from sagellm.comm.topology.benchmarks.fake_machine import draw_hgx
+from sagellm.comm.topology.benchmarks.fake_machine import StubNvml, draw_hgx
 from sagellm.comm.topology.file_store import FileStore
 from sagellm.comm.topology.placement import ring
 from sagellm.core.protocols import (
@@ -358,6 +358,29 @@ def test_ranks_of_one_host_that_see_different_gpus_are_put_together(tmp_path, lo
     assert any(w.startswith("ranks 0, 1 of one host do not") for w in results[0].warnings)
     ids = [d.id for d in results[0].accelerators]
     assert managers[0].path(ids[0], ids[-1]).kind is not None
+
+
+def test_gpus_that_each_rank_alone_may_ask_the_driver_about_are_all_known(
+    hgx_root, hgx_gpus, look, store
+):
+    halves = [
+        StubNvml(half, peers={g: ["switch"] * 18 for g in half})
+        for half in (hgx_gpus[:4], hgx_gpus[4:])
+    ]
+    managers = [look(hgx_root, nvml=n, rank=i, world_size=2) for i, n in enumerate(halves)]
+
+    agreed = together(managers, store)[0]
+
+    assert agreed.num_nodes == 1
+    assert [d.model for d in agreed.accelerators] == ["NVIDIA Fake 80GB"] * 8
+    assert len(agreed.domains[0].members) == 8
+
+
+def test_a_description_that_cannot_be_is_refused():
+    twice = TopologyInfo((Device("g", "gpu"), Device("g", "gpu")))
+
+    with pytest.raises(IntegrityError, match="two devices are called 'g'"):
+        decode_info(encode_info(twice).encode())
 
 
 def test_a_rank_that_is_out_of_step_is_told_and_takes_no_old_answer(hosts, store):

@@ -23,7 +23,7 @@ from sagellm.core.protocols import (
 
 from ._sysfs import normal_bdf
 
-__all__ = ["checked", "fault"]
+__all__ = ["check_info", "checked", "fault"]
 
 _KINDS = frozenset(get_args(DeviceKind))
 _LINKS = frozenset(get_args(LinkKind))
@@ -73,10 +73,7 @@ def checked(info: TopologyInfo) -> TopologyInfo:
     """
     from ._fingerprint import fingerprint  # detectors need none
 
-    whole = TopologyFragment("file", info.devices, info.links, info.domains, pairs=info.pairs)
-    wrong = fault(whole) or _hosts(info)
-    if wrong:
-        raise IntegrityError(f"not a topology: {wrong}")
+    check_info(info)
     known = {d.id for d in info.devices}
     links = tuple(x for x in info.links if x.a in known and x.b in known)
     pairs = tuple(p for p in info.pairs if p.a in known and p.b in known)
@@ -94,6 +91,19 @@ def checked(info: TopologyInfo) -> TopologyInfo:
         told.append(f"fingerprint {info.fingerprint[:40]} is not that of the content, {real}")
         info = replace(info, fingerprint=real)
     return replace(info, warnings=(*info.warnings, *told)) if told else info
+
+
+def check_info(info: TopologyInfo) -> None:
+    """Refuse a topology that says what cannot be.
+
+    Raises:
+        IntegrityError: The message names the device or link.
+
+    """
+    whole = TopologyFragment("file", info.devices, info.links, info.domains, pairs=info.pairs)
+    wrong = fault(whole) or _hosts(info)
+    if wrong:
+        raise IntegrityError(f"not a topology: {wrong}")
 
 
 def _hosts(info: TopologyInfo) -> str | None:

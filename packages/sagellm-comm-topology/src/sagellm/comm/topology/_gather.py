@@ -200,9 +200,11 @@ def _collect(
 
 def _together(views: Mapping[int, TopologyInfo], warnings: list[str]) -> TopologyInfo:
     """One host out of what its ranks see: containers may hide different devices from them."""
-    different: dict[str, int] = {}
-    for rank, view in views.items():
-        different.setdefault(view.fingerprint, rank)
+    # Not by fingerprint: that of a host of which one GPU is shown is equal, whichever it is.
+    different: dict[bytes, int] = {}
+    for rank, v in views.items():
+        seen = msgspec.msgpack.encode((v.devices, v.links, v.domains, v.pairs))
+        different.setdefault(seen, rank)
     if len(different) < 2:
         return next(iter(views.values()))
     ranks = tuple(different.values())

@@ -2,6 +2,8 @@
 
 import pytest
 
+from sagellm.comm.topology.export import to_nccl_xml
+
 GPU, NIC, BRIDGE = 0x030200, 0x020000, 0x060400
 X16 = {"speed": "32.0 GT/s PCIe", "width": 16}
 
@@ -291,6 +293,11 @@ def test_a_card_with_a_port_that_is_up_is_up_at_the_rate_of_that_port(machine, l
 
     assert (attrs["operstate"], attrs["netdev"]) == ("up", "eth0,eth1")
     assert attrs["port_bytes_per_s"] == str(10_000 * 125_000)
+    if "down" in order:  # a cable that is not there takes no share of the card's rate
+        assert attrs["netdev_down"] == f"eth{order.index('down')}"
+        written = to_nccl_xml(look(machine).detect())
+        assert f'<net name="eth{order.index("up")}" speed="10000"/>' in written
+        assert f'"eth{order.index("down")}"' not in written
 
 
 @pytest.mark.parametrize(

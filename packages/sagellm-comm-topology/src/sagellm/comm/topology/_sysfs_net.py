@@ -71,13 +71,13 @@ def _add(found: dict[str, dict[str, str]], key: str, attrs: dict[str, str]) -> N
     rest = dict(attrs)
     if "operstate" in attrs and "operstate" in mine:
         if mine["operstate"] != "down" and attrs["operstate"] == "down":
-            rest = {"netdev": attrs["netdev"]}
+            rest = {k: attrs[k] for k in ("netdev", "netdev_down")}
         elif mine["operstate"] == "down" and attrs["operstate"] != "down":
             mine.pop("port_bytes_per_s", None)
         elif mine["operstate"] == "up":
             del rest["operstate"]
     for name, value in rest.items():
-        if name in ("netdev", "ib") and name in mine:
+        if name in ("netdev", "netdev_down", "ib") and name in mine:
             mine[name] += f",{value}"
         elif name == "port_bytes_per_s" and name in mine:
             mine[name] = str(max(int(mine[name]), int(value)))
@@ -103,6 +103,8 @@ def _interface(tree: Tree, name: str) -> dict[str, str]:
     state = tree.read(f"{_NET}/{name}/operstate")
     if state:
         attrs["operstate"] = state
+    if state == "down":
+        attrs["netdev_down"] = name
     # Mbit/s; -1 or unreadable when down or virtual
     speed = whole_number(tree.read(f"{_NET}/{name}/speed"), most=1 << 32)
     if speed:

@@ -1,5 +1,7 @@
 """What the driver's library adds, asked through a stand-in; unverified on hardware."""
 
+import threading
+
 import pytest
 
 from sagellm.comm.topology._nvml import NvmlDetector
@@ -205,3 +207,19 @@ def test_visibility_variables_number_the_devices(gpus, look, variables, seen):
     assert [d.id for d in sorted(visible, key=lambda d: d.visible_index)] == seen
     assert manager.detect().num_devices == 3
     assert [manager.device(i).id for i in range(len(seen))] == seen
+
+
+def test_a_gpu_that_hangs_costs_only_itself_and_those_after_it(gpus, look):
+    stub, release = StubNvml([A, B, C], peers={A: [B], B: [A]}), threading.Event()
+    answer = stub.nvmlDeviceGetName
+    stub.nvmlDeviceGetName = lambda handle: (handle == C and release.wait(20)) or answer(handle)
+
+    try:
+        info = look(gpus, nvml=stub).detect(deadline_s=0.6)
+    finally:
+        release.set()
+
+    assert [d.uuid for d in info.accelerators] == ["GPU-00000000-fake", "GPU-00000001-fake", None]
+    words = " ".join(info.warnings)
+    assert "nvml did not answer before the deadline; 2 devices it had read are kept" in words
+    assert "2 of 3 GPUs answered" in words

@@ -250,6 +250,8 @@ class _Writer:
         # A card's RDMA names stand for its ports; without any its net interfaces do.
         listed = device.attrs.get("ib") or device.attrs.get("netdev") or ""
         names = [n for n in listed.split(",") if n]
+        down = device.attrs.get("netdev_down", "").split(",")
+        names = [n for n in names if n not in down] or names
         if not names:
             return []
         port = number(device.attrs.get("port_bytes_per_s")) or 0.0

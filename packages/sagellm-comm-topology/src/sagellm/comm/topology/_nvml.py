@@ -44,7 +44,9 @@ _Answer = Any
 
 
 class NvmlDetector:
-    """Asks the driver about every GPU; one sick GPU costs only what it would have said.
+    """Asks the driver about every GPU; one that fails costs only what it would have said.
+
+    A GPU that hangs ends the pass; `so_far` gives what the GPUs before it said.
 
     Args:
         load: Gives the pynvml module; None imports it. A recorded machine (a root other than
@@ -54,9 +56,11 @@ class NvmlDetector:
 
     def __init__(self, load: Callable[[], _Library] | None = None) -> None:
         self._load = load
+        self._session: _Session | None = None
 
     def detect(self, ctx: DetectionContext) -> TopologyFragment:
         """What the driver says, never raising; see `Detector`."""
+        self._session = None
         if self._load is None and ctx.root != Path("/"):
             return TopologyFragment("nvml")
         try:
@@ -71,10 +75,16 @@ class NvmlDetector:
         except Exception as e:  # the library's errors are made at run time; see NVMLError
             return _nothing(f"the driver's library does not start: {e}")
         try:
-            return _Session(library, ctx).read()
+            self._session = _Session(library, ctx)
+            return self._session.read()
         finally:
             with contextlib.suppress(Exception):  # what it said before still counts
                 library.nvmlShutdown()
+
+    def so_far(self) -> TopologyFragment:
+        """The GPUs that a pass which still runs has heard of; from any thread."""
+        session = self._session
+        return _nothing("the driver has answered nothing") if session is None else session.so_far()
 
 
 def _nothing(warning: str) -> TopologyFragment:
@@ -88,6 +98,8 @@ class _Session:
         self._nvml = library
         self._ctx = ctx
         self._warnings: list[str] = []
+        self._devices: dict[str, Device] = {}
+        self._count = 0
         self._links: list[Link] = []
         self._switch_members: dict[str, bool] = {}  # bdf -> stated by the driver
         self._cliques: set[str] = set()
@@ -95,8 +107,8 @@ class _Session:
 
     def read(self) -> TopologyFragment:
         handles: dict[str, Any] = {}
-        devices: dict[str, Device] = {}
-        count = self._ask("nvmlDeviceGetCount") or 0
+        devices = self._devices
+        count = self._count = self._ask("nvmlDeviceGetCount") or 0
         for index in range(count):
             if self._is_late(f"GPUs {index} to {count - 1}"):
                 break
@@ -125,6 +137,14 @@ class _Session:
             tuple(dict.fromkeys(self._warnings)),
             pairs=pairs,
         )
+
+    def so_far(self) -> TopologyFragment:
+        """The GPUs that were read whole, without their NVLinks, while `read` still runs."""
+        devices = tuple(d for d in list(self._devices.values()) if d.kind == "gpu")
+        told = (
+            f"{len(devices)} of {self._count} GPUs answered, and NVLinks were not read to the end"
+        )
+        return TopologyFragment("nvml", devices, warnings=(*list(self._warnings), told))
 
     def _ask(self, name: str, *args: object) -> _Answer:
         """Result of one call; None when this driver or device has no answer.

@@ -46,6 +46,15 @@ VISIBLE_VARIABLES: dict[str, tuple[str, ...]] = {
 }
 """Vendor to the variables that choose its devices; the first one that is set decides."""
 
+UNHEARD_VARIABLES: dict[str, tuple[str, ...]] = {
+    "amd": ("GPU_DEVICE_ORDINAL",),
+    "hygon": ("CUDA_VISIBLE_DEVICES",),
+    "huawei": ("ASCEND_VISIBLE_DEVICES",),
+    "intel": ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR"),
+    "habana": ("HABANA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES"),
+}
+"""Vendor to variables that may hide its devices and are not read here; one that is set is told."""
+
 # Sold as "gpu" by their makers; the other accelerator vendors call theirs NPU, MLU, DCU, GCU, …
 _GPU_VENDORS = frozenset({"nvidia", "amd", "intel", "mthreads", "metax", "iluvatar", "biren"})
 _NPU_VENDORS = frozenset({"huawei", "cambricon", "kunlunxin", "enflame", "habana", "hygon"})

@@ -8,6 +8,7 @@ import msgspec
 
 from sagellm.core.protocols import Device, IntegrityError, TopologyInfo
 
+from ._fragment_check import checked
 from ._nccl_export import to_nccl_xml as to_nccl_xml
 from .graph import TopologyGraph
 
@@ -50,9 +51,15 @@ def from_json(text: str | bytes) -> TopologyInfo:
     """The topology that `to_json` wrote.
 
     Raises:
-        IntegrityError: It is no such JSON, of another schema, or larger than 256 MiB.
+        IntegrityError: It is no such JSON, of another schema, larger than 256 MiB, or says what
+            cannot be, such as two devices of one id. Links and members that end nowhere, and a
+            fingerprint that is not that of the content, are put right with a warning.
 
     """
+    if isinstance(text, bytes):
+        if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            text = text.decode("utf-16", "replace").encode()  # as PowerShell writes
+        text = text.removeprefix(b"\xef\xbb\xbf")
     if len(text) > _MAX_JSON_BYTES:
         raise IntegrityError(f"topology of {len(text)} bytes, more than {_MAX_JSON_BYTES}")
     try:
@@ -61,7 +68,7 @@ def from_json(text: str | bytes) -> TopologyInfo:
         raise IntegrityError(f"not a topology: {e}") from e
     if document.schema != SCHEMA:
         raise IntegrityError(f"topology of schema {document.schema!r}; this reads {SCHEMA}")
-    return document.topology
+    return checked(document.topology)
 
 
 def to_matrix(info: TopologyInfo) -> str:

@@ -85,14 +85,22 @@ class FakeMachine:
         for port in ports:
             self.pci(port, upstream, BRIDGE, **facts)
 
-    def net(self, name: str, bdf: str | None, *, speed: int = 100_000, state: str = "up") -> None:
-        """Add a net interface of a PCI function, or a virtual one."""
+    def net(
+        self,
+        name: str,
+        bdf: str | None,
+        *,
+        speed: int = 100_000,
+        state: str = "up",
+        link_type: int = 1,
+    ) -> None:
+        """Add a net interface of a PCI function, or a virtual one; type 1 is Ethernet."""
         owner = self._folders[bdf] if bdf else self.root / "sys/devices/virtual"
         folder = owner / "net" / name
         folder.mkdir(parents=True)
         (folder / "speed").write_text(f"{speed}\n")
         (folder / "operstate").write_text(f"{state}\n")
-        (folder / "type").write_text("1\n")
+        (folder / "type").write_text(f"{link_type}\n")
         self._link(self.root / "sys/class/net" / name, folder)
 
     def rdma(self, name: str, bdf: str, *, gbps: int = 400, layer: str = "InfiniBand") -> None:

@@ -24,6 +24,9 @@ from sagellm.core.protocols.testing.pytest_plugin import (
 
 sys.path.append(str(Path(__file__).parent))  # helpers lie beside the tests
 
+if not torch.cuda.is_available():  # read when triton is imported, by whomever
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def imported_for_good():

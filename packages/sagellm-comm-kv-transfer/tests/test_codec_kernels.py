@@ -16,8 +16,6 @@ NAMES = ("fp8", "int8", "int4")
 @pytest.fixture
 def on_device(monkeypatch):
     """What dispatches by device takes every tensor for one of a GPU."""
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="triton is not installed: pip install triton")
     from sagellm.comm.kv_transfer.compression import _triton_fixed, _triton_quant
 

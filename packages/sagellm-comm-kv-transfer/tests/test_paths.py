@@ -475,7 +475,7 @@ def test_frames_grow_with_the_transfer_and_shrink_where_lanes_share_its_end():
 
 
 def test_frames_take_as_long_as_others_may_wait():
-    lane = _Lane(None, None, 16 << 20, threading.Lock())
+    lane = _Lane(None, 16 << 20, threading.Lock())
     assert lane.chunk_bytes == 16 << 20
 
     lane.pace(4 << 20, 32.0)  # 1 Mbit/s

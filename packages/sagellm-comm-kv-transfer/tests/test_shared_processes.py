@@ -52,6 +52,7 @@ def caught_in_the_middle(rank, size, path, whom, how, checksum):
                         _shm_link.mover = real
                         store.set("struck", repr(time.monotonic()))
                         os.kill(pids[whom], how)
+                        time.sleep(0.3)  # a thread may run on until its process has stopped
                         return move(low + 1, high)
 
                     return strike

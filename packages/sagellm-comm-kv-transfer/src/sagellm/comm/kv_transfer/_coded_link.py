@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -16,8 +15,8 @@ from ._coded_request import AUTO, CodecRequest
 from ._coded_threads import CodecThreads
 from ._link_rate import LinkRate
 from .compression import Compressor
-from .compression._registry import FRAME, coded_versions
-from .compression.auto import Speed, choose, label
+from .compression._registry import FRAME, coded_versions, section_codec_spec
+from .compression.auto import UNBOUNDED, Speed, choose, label
 from .compression.frame import Coding
 from .compression.speeds import CodecSpeeds
 
@@ -50,6 +49,9 @@ class Choice(NamedTuple):
 
     coding: Coding | None
     why: str
+
+
+_IN_PLACE = Choice(None, "none: the peer reads memory in place")
 
 
 class Codecs:
@@ -187,6 +189,9 @@ class LinkCoding:
         """What is to be used now."""
         if request.codec != AUTO:
             return self._named(request, allowed[0])
+        if self.in_place:
+            self._last = _IN_PLACE.why
+            return _IN_PLACE
         key = (*map(label, allowed), dtype, nbytes.bit_length())
         now = time.monotonic()
         with self._lock:
@@ -205,7 +210,7 @@ class LinkCoding:
         if request.required:
             return Choice(coding, f"{label(coding)}, as asked")
         if self.in_place:
-            return Choice(None, "none: the peer reads memory in place")
+            return _IN_PLACE
         if (why := self.missing(coding)) is not None:
             return Choice(None, f"none: {why}")
         return Choice(coding, f"{label(coding)}, as the channel's settings say")
@@ -225,9 +230,11 @@ class LinkCoding:
                 seen = self._ratios.get((label(coding), dtype), speed.ratio)
                 e, d = speed.encode_bytes_per_s * slower, speed.decode_bytes_per_s * slower
                 speeds.append((coding, Speed(seen, e, d)))
+        if not all(section_codec_spec(c.name).lossless for c in allowed):
+            notes.append(UNBOUNDED)
         best, why = choose(
             nbytes,
-            math.inf if self.in_place else self.rate.bytes_per_s,
+            self.rate.bytes_per_s,
             speeds,
             workers=self.codecs.free_workers(),
             piece_bytes=PIECE_BYTES,

@@ -237,6 +237,21 @@ def test_pieces_out_of_turn_end_the_link(coded, basis, eventually, message, why)
     assert len(theirs) == 0
 
 
+def test_blocks_of_another_model_are_not_coded_with_it(coded, told):
+    out, a, into, _ = coded()
+    wrong = fitted(a, "another")
+    BASES.put(wrong)
+    key = TransferKey("k")
+    got = into.receive(key, TARGET)
+    sent = out.transfer(SOURCE, into.node_id, key=key, codec=coding(wrong))
+
+    for handle in (sent, got):
+        with pytest.raises(KVTransferError, match="another"):
+            handle.wait(20)
+    BASES.drop(wrong.fingerprint)
+    assert told[wire.BasisPiece] == 0  # they share a process, and so the store
+
+
 def test_what_nobody_waits_for_is_ignored_and_no_basis_is_refused(coded, basis, eventually):
     out, _, into, _ = coded()
     theirs = store_of(into)

@@ -15,7 +15,7 @@ from ._coded_request import AUTO, CodecRequest
 from ._coded_threads import CodecThreads
 from ._link_rate import LinkRate
 from .compression import Compressor
-from .compression._registry import FRAME, coded_versions, section_codec_spec
+from .compression._registry import BASIS, FRAME, coded_versions, section_codec_spec
 from .compression.auto import UNBOUNDED, Speed, choose, label
 from .compression.frame import Coding
 from .compression.speeds import CodecSpeeds
@@ -156,6 +156,12 @@ class LinkCoding:
         self.rate = LinkRate(assumed_bytes_per_s)
         self.in_place = False
         """Whether the peer reads our memory, which no codec makes faster."""
+        self.takes_bases = theirs.get(BASIS) == 1
+        """Whether the peer takes bases that it does not have."""
+        self.given: set[str] = set()
+        """Bases that the peer has."""
+        self.refused: dict[str, str] = {}
+        """Bases that it did not take, and why."""
         self._peer = peer
         self._theirs = theirs
         self._lock = threading.Lock()
@@ -170,7 +176,7 @@ class LinkCoding:
             if ours != theirs:
                 what = "coded frames" if name == FRAME else f"codec {name!r}"
                 has = "does not have it" if theirs is None else f"has version {theirs}"
-                known = sorted(n for n in self._theirs if n != FRAME)
+                known = sorted(n for n in self._theirs if n not in (FRAME, BASIS))
                 return (
                     f"node {self._peer} cannot decode {what} version {ours}: it {has}; it has "
                     f"{', '.join(known) or 'none'}; use one of these or codec='auto'"
@@ -212,6 +218,8 @@ class LinkCoding:
         if self.in_place:
             return _IN_PLACE
         if (why := self.missing(coding)) is not None:
+            return Choice(None, f"none: {why}")
+        if (why := self.refused.get(str(coding.options.get("basis")))) is not None:
             return Choice(None, f"none: {why}")
         return Choice(coding, f"{label(coding)}, as the channel's settings say")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.comm.kv_transfer import CodecRequest, KVTransferChannel, KVTransferSettings
+from sagellm.comm.kv_transfer.compression.auto import NEAR, quant_within
 from sagellm.core.protocols import (
     CacheGroup,
     CommTimeoutError,
@@ -44,12 +45,12 @@ FIXED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "raw": ("none", {}),
     "lossless-fast": ("lossless-fast", {}),
     "lossless": ("lossless", {}),
-    "quant 1/16": ("quant", {"step": 1 / 16, "v": 1.0}),
+    "quant within 1/32": ("quant", dict(quant_within(NEAR).options)),
     "quant 1/4": ("quant", {"step": 0.25}),
 }
 AUTO = "auto, near"
-_PROMISED = ("lossless", "quant 1/16", "quant 1/4")
-_MAY = ("raw", "lossless-fast", "lossless", "quant 1/16")
+_PROMISED = ("lossless", "quant within 1/32", "quant 1/4")
+_MAY = ("raw", "lossless-fast", "lossless", "quant within 1/32")
 _START_S, _TURN_S = 120.0, 300.0
 _ERROR = 0.25
 _turns = itertools.count()

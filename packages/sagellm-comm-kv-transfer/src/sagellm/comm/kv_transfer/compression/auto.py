@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from sagellm.core.protocols import ConfigError
 
 from .frame import Coding
+from .quant import BOUND
 
 __all__ = ["MaxError", "Speed", "candidates", "choose", "coded_seconds", "label", "quant_within"]
 
@@ -38,9 +39,10 @@ class Speed:
 
 
 def quant_within(max_error: float) -> Coding:
-    """`quant` whose error is at most so many standard deviations: of a channel of K, a head of V.
+    """`quant` whose error is at most so many standard deviations of a channel over 256 tokens.
 
-    That holds before keys are rotated again and all is rounded to its dtype.
+    That holds before keys are rotated again and all is rounded to its dtype. K's steps are finer,
+    which is what attention gains most from.
 
     Raises:
         ConfigError: No step gives that.
@@ -48,7 +50,7 @@ def quant_within(max_error: float) -> Coding:
     """
     if not 1 / 256 <= max_error <= 8:
         raise ConfigError(f"max_error {max_error} is not in 1/256..8 standard deviations")
-    return Coding("quant", {"step": 2.0 * max_error, "v": 1.0})
+    return Coding("quant", {"step": 2.0 * max_error, "v": 0.5 / BOUND, "per_channel": True})
 
 
 def candidates(max_error: MaxError) -> tuple[Coding, ...]:

@@ -32,7 +32,12 @@ from .rope import RopeSpec, pairs_of, rotate
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["QUANT", "QuantCodec"]
+__all__ = ["BOUND", "QUANT", "QuantCodec"]
+
+BOUND = 0.5375
+"""Steps by which a value moves at most with `per_channel`, before K is rotated again and all is
+rounded to its dtype, in units of its channel's standard deviation over 256 tokens: half a step,
+4.5 % for a deviation's exponent, 1.6 % for `_CALM` and 1 % for the arithmetic."""
 
 _HEAD = struct.Struct("<BBHI")  # flags, 0, 0, escapes
 _ROTATED, _PAIRED = 1, 2
@@ -41,6 +46,7 @@ _POWERS = np.exp2(np.arange(256, dtype=np.uint8).view(np.int8) / 8)
 _LARGEST = float(2**15 - 1)
 _WILD = 2.0**30  # of a variance; its eighths of octaves fit a byte
 _CALM = np.float32(2.0**-30)
+_FAINT = np.float32(2.0**-25)  # of a variance; `_CALM` makes steps of smaller ones too coarse
 _TILE_VALUES = 1 << 18  # smaller ones stay in a core's second-level cache and cost more calls
 _SECTION_VALUES = MAX_SECTION_BYTES // 2  # a GPU takes them at once
 _FAR = np.float32(2.0**12)  # a mean's square in variances, beyond which float32 sums cancel
@@ -168,16 +174,23 @@ class QuantCodec(SectionCodec):
         step: From 1/32 (near-lossless) to 2.
         k: Step of K in units of `step` and of a channel's standard deviation.
         v: Step of V in units of `step` and of a head's standard deviation.
+        per_channel: Have V's steps follow channels, too, and keep the bound that `BOUND` states:
+            sections where that cannot be are lossless.
 
     """
 
     undoes_rope = True
     has_kernels = True
 
-    def __init__(self, step: float = 0.25, k: float = 0.7, v: float = 1.4) -> None:
+    def __init__(
+        self, step: float = 0.25, k: float = 0.7, v: float = 1.4, per_channel: bool = False
+    ) -> None:
         if not all(1 / 256 <= s * step <= 16 for s in (k, v)):
             raise ConfigError(f"steps {k * step:g} of K, {v * step:g} of V are not in 1/256..16")
+        if not isinstance(per_channel, bool):
+            raise ConfigError(f"per_channel={per_channel!r} is neither true nor false")
         self._steps = {"k": k * step, "v": v * step}
+        self._bounded = per_channel
         # by the byte of an exponent: computed once, for many small calls cost more than large ones
         self._scales = {kind: (_POWERS * s).astype(np.float32) for kind, s in self._steps.items()}
         self._inverse = {kind: 1 / table for kind, table in self._scales.items()}
@@ -250,7 +263,7 @@ class QuantCodec(SectionCodec):
 
         tokens, heads, dim = out_THD.shape
         count = out_THD.numel()
-        spread = 1 if section.kind == "k" else dim  # channels per exponent
+        spread = self._spread(section.kind, dim)
         sides = -(-tokens // CHUNK_TOKENS) * heads * dim
         at = _HEAD.size + 2 * sides + sides // spread
         if len(payload) < at:
@@ -304,6 +317,10 @@ class QuantCodec(SectionCodec):
         torch.bitwise_right_shift(both, 4, out=codes[count // 2 :])
         return codes
 
+    def _spread(self, kind: Kind, dim: int) -> int:
+        """Channels per exponent."""
+        return 1 if kind == "k" or self._bounded else dim
+
     def _paired(self, kind: Kind, count: int) -> bool:
         """Whether codes are so small that two share a byte, which Huffman's whole bits need."""
         return self._steps[kind] > 0.6 and count % 2 == 0
@@ -334,11 +351,18 @@ class QuantCodec(SectionCodec):
         if not (energy * _FAR >= square).all():  # also when they are not numbers
             z.sub_(torch.from_numpy(mean).unsqueeze(1).to(z.device))
             mean = np.zeros_like(mean)
+            total = z.sum(1).cpu().numpy()
             energy = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
         if not float(energy.max()) < _WILD * tokens:
             return None
-        power, count = energy, tokens
-        if kind == "v":
+        power, count, spread = energy, tokens, self._spread(kind, dim)
+        if self._bounded:
+            stray = total - tokens * mean  # how far means were rounded is no deviation
+            power = energy - stray * stray * np.float32(1 / tokens)
+            told = (power > _FAINT * tokens) & (power * 64 > energy)
+            if not (told | (energy == 0)).all():
+                return None
+        if spread > 1:
             power, count = np.add.reduce(energy.reshape(-1, dim), 1), tokens * dim
         eighths = power * np.float32(1 / count)
         eighths += _CALM
@@ -346,13 +370,13 @@ class QuantCodec(SectionCodec):
         eighths *= 4
         exponent = np.rint(eighths, out=eighths).astype(np.int8)
         inverse = self._inverse[kind].take(exponent.view(np.uint8))
-        if kind == "v":
+        if spread > 1:
             inverse = np.repeat(inverse, dim).reshape(mean.shape)
         shift = np.float32(offset + 0.5) - mean * inverse
         by, add = (torch.from_numpy(s).unsqueeze(1).to(z.device) for s in (inverse, shift))
         sides[0].append((bits >> 16).astype(np.uint16).tobytes())
         sides[1].append(exponent.tobytes())
-        if kind == "k":
+        if kind == "k" and not self._bounded:
             return math.sqrt(tokens) * self._most_k, by, add
         energy *= inverse
         energy *= inverse

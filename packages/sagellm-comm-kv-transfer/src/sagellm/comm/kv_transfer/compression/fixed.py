@@ -21,7 +21,7 @@ from ._devices import runs_kernels
 from .codec import Scratch, SectionCodec
 from .entropy import Bytes
 from .frame import Payload
-from .layout import CHUNK_TOKENS, Kind, Section
+from .layout import CHUNK_TOKENS, Geometry, Kind, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,12 @@ class _FixedCodec(SectionCodec):
         self._grain = {"k": k, "v": v}
         self._group = group
         self._scratch = Scratch()
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise `ConfigError` where groups do not divide the heads."""
+        kinds: tuple[Kind, ...] = ("k", "v") if geometry.kvs == 2 else (geometry.layout.kind,)
+        for kind in kinds:
+            self._length(geometry.dim, kind)
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
         """Scales and codes; None for values that are not finite floats."""

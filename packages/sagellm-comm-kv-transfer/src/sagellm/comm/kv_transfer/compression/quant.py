@@ -187,8 +187,6 @@ class QuantCodec(SectionCodec):
     ) -> None:
         if not all(1 / 256 <= s * step <= 16 for s in (k, v)):
             raise ConfigError(f"steps {k * step:g} of K, {v * step:g} of V are not in 1/256..16")
-        if not isinstance(per_channel, bool):
-            raise ConfigError(f"per_channel={per_channel!r} is neither true nor false")
         self._steps = {"k": k * step, "v": v * step}
         self._bounded = per_channel
         # by the byte of an exponent: computed once, for many small calls cost more than large ones

@@ -1,5 +1,8 @@
 """What a hostile sender can name in a frame: options, codecs, shapes and scales."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from codec_data import cache, layout
@@ -76,3 +79,55 @@ def test_whatever_a_codec_trips_over_is_damage(monkeypatch, error):
 
     with pytest.raises(IntegrityError, match=rf"section 0 .*{error.__name__}: odd"):
         decoded(sender, sender.header.codings, x)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("bits", [0x7F80, 0x7FC0, 0xFF80, 0xBF80, 0x0000, 0x8000])
+def test_scales_that_nobody_writes_are_refused(name, bits):
+    x = cache(1, 300, 2, 16)
+    sender = encoder(name, x)
+    for index in (0, 1):  # by channel, whose last scales are those of a cut of their own; by token
+        good = bytes(sender.section(index)[1])
+        decoded(sender, sender.header.codings, x, good, index)
+        for at in (0, 2 * 16 * 2 - 2):
+            payload = good[:at] + bits.to_bytes(2, "little") + good[at + 2 :]
+            with pytest.raises(IntegrityError, match="not finite or not positive"):
+                decoded(sender, sender.header.codings, x, payload, index)
+
+
+def test_minima_that_are_not_finite_are_refused():
+    x = cache(1, 256, 2, 16)
+    sender = encoder("int4", x)
+    good = bytes(sender.section(0)[1])
+    payload = good[:64] + b"\x80\x7f" + good[66:]
+
+    with pytest.raises(IntegrityError, match="not finite"):
+        decoded(sender, sender.header.codings, x, payload)
+
+
+@pytest.mark.parametrize("code", [b"\x7f", b"\xff"])
+def test_codes_of_fp8_that_are_no_numbers_are_refused(code):
+    x = cache(1, 256, 2, 16)
+    sender = encoder("fp8", x)
+    good = bytes(sender.section(0)[1])
+
+    with pytest.raises(IntegrityError, match="no number"):
+        decoded(sender, sender.header.codings, x, good[:-1] + code)
+
+
+def test_wide_rows_take_no_more_room_than_their_values():
+    script = """
+import resource, torch
+from sagellm.comm.kv_transfer.compression import Compressor, TensorLayout
+x = torch.randn(1, 1 << 20)
+coder = Compressor("quant", workers=1)
+coder.encode(x[:, :64], TensorLayout(("token", "dim")))
+with open("/proc/self/statm") as f:
+    used = int(f.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (128 << 20),) * 2)
+out = coder.decode(coder.encode(x, TensorLayout(("token", "dim"))))
+assert bool(out.isfinite().all())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=100)
+
+    assert done.returncode == 0, done.stderr.decode()[-2000:]

@@ -79,7 +79,7 @@ class Codecs:
 
     def compressor(self, coding: Coding) -> Compressor:
         """The one for a coding; its own threads are never used."""
-        key = (coding.name, *sorted(coding.options.items()))
+        key = coding.key
         with self._lock:
             found = self._compressors.get(key)
             if found is None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ByteCodec", "Scratch", "SectionCodec", "dtype_name"]
+__all__ = ["ByteCodec", "Scratch", "SectionCodec", "dtype_name", "narrowed"]
+
+_WIDE = 1e38  # bfloat16 and float32 reach as far as what is computed with
 
 
 class SectionCodec(ABC):
@@ -86,6 +88,25 @@ class ByteCodec(KVCodec, SectionCodec):
         self.decode(payload, bytes_of(into), dtype=dtype_name(out_THD.dtype))
         if into is not out_THD:
             out_THD.copy_(into)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype, reach: float = _WIDE) -> Tensor:
+    """Float32 values, held in place to what another type can say.
+
+    Caches of narrow types end at their maximum: an error there must not become an infinity.
+
+    Args:
+        x: float32.
+        dtype: Of what they are then copied to.
+        reach: What no value's size exceeds: nothing is done where that fits.
+
+    """
+    import torch
+
+    if not dtype.is_floating_point:
+        return x
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return x if reach <= most else x.clamp_(-most, most)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

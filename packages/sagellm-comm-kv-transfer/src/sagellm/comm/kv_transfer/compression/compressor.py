@@ -33,6 +33,9 @@ __all__ = ["Compressor", "Decoder", "Encoder"]
 
 T = TypeVar("T")
 _FALLBACKS = ("lossless", "none")
+_DAMAGE = (ConfigError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What codecs, those of others too, may trip over in payloads that somebody made up."""
+
 _local = threading.local()
 
 
@@ -45,7 +48,7 @@ class _Bench:
 
     def codec(self, coding: Coding) -> SectionCodec:
         """The thread's codec for that coding."""
-        key = (coding.name, *sorted(coding.options.items()))
+        key = coding.key
         found = self._codecs.get(key)
         if found is None:
             if len(self._codecs) >= 16:  # senders of ever new options do not fill memory
@@ -149,6 +152,15 @@ class Decoder:
             codec.check(geometry)
         except ConfigError as e:
             raise IntegrityError(f"section {index} cannot be decoded: {e}") from None
+        try:
+            self._unpack(codec, payload, section)
+        except _DAMAGE as e:
+            said = f"{type(e).__name__}: {e}"
+            raise IntegrityError(f"section {index} cannot be decoded: {said}") from e
+
+    def _unpack(self, codec: SectionCodec, payload: memoryview, section: Section) -> None:
+        """Decode a section into its place."""
+        geometry, bench = self.header.geometry, _bench()
         pieces = list(geometry.pieces(self._view, section))
         rows = _rows(pieces) if geometry.join == 1 else None
         there = codec.has_kernels and runs_kernels(self._view)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError
 
 from ._devices import runs_kernels
-from .codec import Scratch, SectionCodec
+from .codec import Scratch, SectionCodec, narrowed
 from .entropy import deflate, inflate
 from .frame import Payload
 from .generic import importable
@@ -109,10 +109,12 @@ class _Tile:
         """Rotate `z` again and write it to its place."""
         view = self._view(out_THD)
         if self.rope is None:
+            narrowed(self.flat, view.dtype)
             view.copy_(self._shaped[0])
             return
         z, turned = self._shaped
         rotate(z, turned, None, self.rope, position + self.start, undo=False)
+        narrowed(self.spare, view.dtype)
         if view.dtype == turned.dtype or view.device.type != "cpu":
             view.copy_(turned)
             return
@@ -142,9 +144,7 @@ def _tiles(
     if first < dim:
         parts.append((slice(first, dim), None))
     values = _TILE_VALUES if device == "cpu" else _SECTION_VALUES
-    most = max(values, CHUNK_TOKENS * max(dims.stop - dims.start for dims, _ in parts))
-    rooms = [scratch.get(name, (most,), torch.float32, device) for name in ("z", "spare")]
-    tiles = []
+    cuts = []
     for dims, turned in parts:
         width = dims.stop - dims.start
         some = max(1, min(heads, values // (CHUNK_TOKENS * width)))
@@ -158,8 +158,14 @@ def _tiles(
         for chunks, length, start in spans:
             for h in range(0, heads, some):
                 part = slice(h, min(h + some, heads))
-                tiles.append(_Tile(chunks, length, start, part, dims, turned, rooms))
-    return tiles
+                cuts.append((chunks, length, start, part, dims, turned))
+    # no more than there is: of wide rows a section has few
+    most = max(
+        (chunks * length * (part.stop - part.start) * (dims.stop - dims.start)
+         for chunks, length, _, part, dims, _ in cuts), default=0,
+    )  # fmt: skip
+    rooms = [scratch.get(name, (most,), torch.float32, device) for name in ("z", "spare")]
+    return [_Tile(*cut, rooms) for cut in cuts]
 
 
 class QuantCodec(SectionCodec):
@@ -187,8 +193,6 @@ class QuantCodec(SectionCodec):
     ) -> None:
         if not all(1 / 256 <= s * step <= 16 for s in (k, v)):
             raise ConfigError(f"steps {k * step:g} of K, {v * step:g} of V are not in 1/256..16")
-        if not isinstance(per_channel, bool):
-            raise ConfigError(f"per_channel={per_channel!r} is neither true nor false")
         self._steps = {"k": k * step, "v": v * step}
         self._bounded = per_channel
         # by the byte of an exponent: computed once, for many small calls cost more than large ones

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from sagellm.core.protocols import (
     CommError,
@@ -32,7 +33,14 @@ from ._paths import Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._receiving import Receiving
-from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
+from ._records import (
+    ABANDONED,
+    CANCELLED,
+    MAX_MESSAGE,
+    CompletionQueue,
+    error_of,
+    key_failure,
+)
 from ._room import Pressed, Room
 from ._sending import Sending
 from .discovery import Discovery
@@ -43,6 +51,8 @@ from .transfer import TransferHandle
 from .transports.tcp import listen
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -263,6 +273,19 @@ class Engine:
                 self._causes[error.cause] += 1
         self._ends[status] += 1
         self.meters.ended(handle, status, "" if error is None else error.cause)
+
+    def begin(self, owner: Receive | Offered, function: Callable[[], T]) -> T:
+        """Begin a transfer on the loop; it ends when its caller is stopped before he has it."""
+        try:
+            return self.loop.run(function)
+        except BaseException:
+            self.loop.call(lambda: self._abandon(owner))  # behind what may have begun
+            raise
+
+    def _abandon(self, owner: Receive | Offered) -> None:
+        offers = self.sending.offering.offers.values()
+        if owner in self.receiving.arrivals.live or owner in offers:
+            self.end(owner, KVTransferError(ABANDONED, cause=CANCELLED))
 
     def end(self, owner: object, error: CommError) -> None:
         """Give a transfer up."""

@@ -258,8 +258,8 @@ class Compressor:
         if layout.rope and self._codec.undoes_rope:
             seen = (layout.rope, layout.axes, layout.model, geometry.heads, geometry.dim)
             if seen not in self._checked:
-                check_rope(geometry, encoder.view)
-                if len(self._checked) < 64:
+                judged = check_rope(geometry, encoder.view)
+                if judged and len(self._checked) < 64:
                     self._checked.add(seen)
         return encoder
 

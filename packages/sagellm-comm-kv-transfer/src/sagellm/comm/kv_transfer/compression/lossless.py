@@ -204,8 +204,8 @@ class LosslessCodec(KVCodec, SectionCodec):
         if found * _MOST_FAR > count or at + 5 * found > len(data):
             raise IntegrityError(f"{found} escapes in a plane of {count} values")
         places = np.frombuffer(data, "<u4", found, at)
-        if found and int(places.max()) >= count:
-            raise IntegrityError(f"an escape lies beyond the {count} values of its plane")
+        if found and (int(places[-1]) >= count or (places[1:] <= places[:-1]).any()):
+            raise IntegrityError(f"escapes out of order or beyond the {count} values of a plane")
         strays = np.frombuffer(data, np.uint8, found, at + 4 * found)
         half = (count + 1) // 2
         both = inflate(data[at + 5 * found :], half, self._room("pairs", half))

@@ -50,6 +50,11 @@ class LosslessCodec(KVCodec, SectionCodec):
     def __init__(self) -> None:
         self._held: dict[str, Bytes] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return sum(held.nbytes for held in self._held.values())
+
     def encode(self, block: memoryview, *, dtype: str) -> bytes:
         """A block of values of which only the type is known."""
         values = np.frombuffer(block, np.uint8)

@@ -201,15 +201,22 @@ class QuantCodec(SectionCodec):
         self._scratch = Scratch()
         self._plans: dict[tuple[object, ...], list[_Tile]] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return self._scratch.nbytes
+
     def _plan(self, x_THD: Tensor, rope: RopeSpec | None) -> list[_Tile]:
         """The tiles of sections of a shape; sections of a few shapes follow one another."""
         tokens, heads, dim = x_THD.shape
         device = str(x_THD.device)
         key = (tokens, heads, dim, rope, device)
         if key not in self._plans:
-            if len(self._plans) >= 4:
-                self._plans.clear()
-            self._plans[key] = _tiles(tokens, heads, dim, rope, self._scratch, device)
+            before = self._scratch.nbytes
+            tiles = _tiles(tokens, heads, dim, rope, self._scratch, device)
+            if len(self._plans) >= 4 or self._scratch.nbytes != before:
+                self._plans.clear()  # those of smaller rooms would keep these
+            self._plans[key] = tiles
         return self._plans[key]
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from codec_data import cache, layout
 
-from sagellm.comm.kv_transfer.compression import Compressor, Decoder
+from sagellm.comm.kv_transfer.compression import Compressor, Decoder, compressor
 from sagellm.comm.kv_transfer.compression.frame import Coding, Header
 from sagellm.core.protocols import ConfigError, IntegrityError
 
@@ -131,3 +132,44 @@ assert bool(out.isfinite().all())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=100)
 
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.parametrize(
+    "codings",
+    [
+        [Coding("quant", {"step": 0.25 + i / 100}) for i in range(12)],
+        [Coding("int4", {"group": 1 + i}) for i in range(12)],
+    ],
+)
+def test_many_codings_share_the_room_of_a_worker(codings):
+    x = torch.randn(1, 1, 1 << 14, 1, 256).to(torch.float8_e5m2).bfloat16().expand(1, 2, -1, 1, -1)
+    kept = []
+
+    def work():  # a thread's codecs go with it
+        for coding in codings:
+            Compressor.of(coding).encode(x, layout())
+            held = compressor._bench()._codecs.values()
+            kept.append(sum(codec.held_bytes for codec in held))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(100)
+
+    assert len(kept) == len(codings)
+    assert min(kept) > 1 << 20
+    assert max(kept) < 20 << 20
+
+
+def test_escapes_of_lossless_must_rise():
+    x = cache(1, 300, 2, 16)
+    x[0, 0, 3, 0, 1] = x[0, 0, 9, 1, 4] = 1e-20
+    sender = encoder("lossless", x)
+    good = bytes(sender.section(0)[1])
+    at = 2 * 5 + 2 * 32  # heads of planes, maxima of two chunks
+    assert int.from_bytes(good[at : at + 4], "little") >= 2
+    first = good[at + 4 : at + 8]
+    for payload in (good[: at + 8] + first + good[at + 12 :],
+                    good[: at + 4] + good[at + 8 : at + 12] + first + good[at + 12 :]):  # fmt: skip
+        with pytest.raises(IntegrityError, match="out of order"):
+            decoded(sender, sender.header.codings, x, payload)
+    decoded(sender, sender.header.codings, x, good)

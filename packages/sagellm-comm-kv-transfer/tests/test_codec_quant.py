@@ -102,6 +102,56 @@ def test_steps_of_heads_do_not_bound_channels():
     assert worst(x, out)[1] > 1.0  # what the test above would see
 
 
+def off_in_steps(x, step):
+    """The largest errors of K and V in halves of steps of what spreads, and the codecs used."""
+    frame, out = round_trip(x, step)
+    found = []
+    for kv, factor, dims in ((0, 0.7, (0,)), (1, 1.4, (0, 2))):
+        most = 0.0
+        for a, b in zip(x[0, kv].double().split(256), out[0, kv].double().split(256), strict=True):
+            centred = a - a.mean(0)
+            sigma = centred.square().mean(dims, keepdim=True).sqrt()
+            most = max(most, float(((a - b).abs() / (sigma * factor * step / 2)).max()))
+        found.append(most)
+    return found, codings(frame)
+
+
+@pytest.mark.parametrize("step", [1 / 16, 1 / 4])
+@pytest.mark.parametrize(
+    ("mean", "scale"),
+    [(0, 1), (30, 1), (100, 1), (300, 1), (1000, 1), (3000, 1), (0, 1e-3), (0, 1e-5), (0, 1e-8)],
+)
+def test_the_bound_holds_for_far_means_and_small_values(mean, scale, step):
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 2, 512, 4, 32, generator=rng)
+    x = (x + mean * torch.rand(4, 32, generator=rng)) * scale
+
+    (k, v), used = off_in_steps(x, step)
+
+    # exponents are rounded to 1/8 of an octave; the last bit of float32 is 1e-3 of a step then
+    assert max(k, v) <= 2 ** (1 / 16) * 1.02 + mean * 2**-23 / step * 6
+    assert used == ({"quant"} if 1e-4 < scale and mean < 1000 else used)
+    assert scale > 1e-4 or used == {"lossless"}
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(1e6, 1.0), (1e4, 1e-3), (0.0, 1.0)])
+def test_float64_keeps_the_bound(mean, scale):
+    x = torch.randn(1, 2, 300, 2, 16, dtype=torch.float64) * scale + mean
+
+    (k, v), _ = off_in_steps(x, 1 / 4)
+
+    assert max(k, v) <= 2 ** (1 / 16) * 1.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_blocks_of_a_value_that_bfloat16_lacks_come_back(dtype):
+    x = torch.full((1, 2, 512, 4, 32), 0.1, dtype=dtype)
+
+    _, out = round_trip(x, 1.0)
+
+    assert torch.equal(out, x)
+
+
 def test_means_that_bfloat16_cannot_tell_from_deviations_are_lossless():
     x = torch.randn(1, 2, 256, 2, 16) * 1e-4 + 7.001
     with Compressor.of(quant_within(0.25)) as compressor:

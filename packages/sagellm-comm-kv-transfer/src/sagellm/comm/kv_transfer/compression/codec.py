@@ -43,6 +43,11 @@ class SectionCodec(ABC):
     join: int = 1
     fallbacks: tuple[Coding, ...] = ()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return 0
+
     def check(self, geometry: Geometry) -> None:
         """Raise `ConfigError` or `LayoutMismatchError` for tensors that it is not meant for."""
         del geometry  # a codec that was not calibrated takes any
@@ -119,6 +124,11 @@ class Scratch:
     """Buffers of one thread, kept from call to call and grown when a call needs more."""
 
     _held: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(held.nbytes for held in self._held.values())
 
     def get(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"

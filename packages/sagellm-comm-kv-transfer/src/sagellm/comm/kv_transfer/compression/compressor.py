@@ -36,6 +36,7 @@ _FALLBACKS = ("lossless", "none")
 _DAMAGE = (ConfigError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What codecs, those of others too, may trip over in payloads that somebody made up."""
 
+_KEPT_BYTES = 16 << 20  # of buffers of the codecs that a thread is not using
 _local = threading.local()
 
 
@@ -44,16 +45,24 @@ class _Bench:
 
     def __init__(self) -> None:
         self._codecs: dict[tuple[object, ...], SectionCodec] = {}
+        self._last: tuple[object, ...] | None = None
         self.scratch = Scratch()
 
     def codec(self, coding: Coding) -> SectionCodec:
         """The thread's codec for that coding."""
         key = coding.key
-        found = self._codecs.get(key)
+        if key == self._last:
+            return self._codecs[key]
+        self._last = None
+        found = self._codecs.pop(key, None)
+        # senders of ever new options do not fill memory
+        kept = sum(codec.held_bytes for codec in self._codecs.values())
+        if len(self._codecs) >= 16 or kept > _KEPT_BYTES:
+            self._codecs.clear()
         if found is None:
-            if len(self._codecs) >= 16:  # senders of ever new options do not fill memory
-                self._codecs.clear()
-            found = self._codecs[key] = create_section_codec(coding.name, coding.options)
+            found = create_section_codec(coding.name, coding.options)
+        self._codecs[key] = found
+        self._last = key
         return found
 
 
@@ -258,8 +267,8 @@ class Compressor:
         if layout.rope and self._codec.undoes_rope:
             seen = (layout.rope, layout.axes, layout.model, geometry.heads, geometry.dim)
             if seen not in self._checked:
-                check_rope(geometry, encoder.view)
-                if len(self._checked) < 64:
+                judged = check_rope(geometry, encoder.view)
+                if judged and len(self._checked) < 64:
                     self._checked.add(seen)
         return encoder
 

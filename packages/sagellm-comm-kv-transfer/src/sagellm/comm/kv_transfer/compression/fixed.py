@@ -59,6 +59,11 @@ class _FixedCodec(SectionCodec):
         self._group = group
         self._scratch = Scratch()
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return self._scratch.nbytes
+
     def check(self, geometry: Geometry) -> None:
         """Raise `ConfigError` where groups do not divide the heads."""
         kinds: tuple[Kind, ...] = ("k", "v") if geometry.kvs == 2 else (geometry.layout.kind,)

@@ -198,9 +198,13 @@ class QuantCodec(SectionCodec):
         # by the byte of an exponent: computed once, for many small calls cost more than large ones
         self._scales = {kind: (_POWERS * s).astype(np.float32) for kind, s in self._steps.items()}
         self._inverse = {kind: 1 / table for kind, table in self._scales.items()}
-        self._most_k = 1.1 / self._steps["k"]  # a deviation's exponent is at most half of 1/8 off
         self._scratch = Scratch()
         self._plans: dict[tuple[object, ...], list[_Tile]] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return self._scratch.nbytes
 
     def _plan(self, x_THD: Tensor, rope: RopeSpec | None) -> list[_Tile]:
         """The tiles of sections of a shape; sections of a few shapes follow one another."""
@@ -208,16 +212,21 @@ class QuantCodec(SectionCodec):
         device = str(x_THD.device)
         key = (tokens, heads, dim, rope, device)
         if key not in self._plans:
-            if len(self._plans) >= 4:
-                self._plans.clear()
-            self._plans[key] = _tiles(tokens, heads, dim, rope, self._scratch, device)
+            before = self._scratch.nbytes
+            tiles = _tiles(tokens, heads, dim, rope, self._scratch, device)
+            if len(self._plans) >= 4 or self._scratch.nbytes != before:
+                self._plans.clear()  # those of smaller rooms would keep these
+            self._plans[key] = tiles
         return self._plans[key]
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
-        """Means, scales, escapes and codes; None for values that are not finite floats."""
+        """Means, scales, escapes and codes; None for values that are not finite floats.
+
+        None also for float64, which float32 would not tell apart.
+        """
         import torch
 
-        if not x_THD.is_floating_point():
+        if not x_THD.is_floating_point() or x_THD.dtype == torch.float64:
             return None
         paired = self._paired(section.kind, x_THD.numel())
         offset = 8 if paired else 128
@@ -338,7 +347,7 @@ class QuantCodec(SectionCodec):
         Returns:
             What no code's distance from `offset` exceeds, for none of n values lies beyond
             sqrt(n) deviations; factors and summands. None for values that are not finite or
-            too wild.
+            too wild, or whose deviation float32 or an exponent cannot tell.
 
         """
         import torch
@@ -359,15 +368,15 @@ class QuantCodec(SectionCodec):
             energy = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
         if not float(energy.max()) < _WILD * tokens:
             return None
-        power, count, spread = energy, tokens, self._spread(kind, dim)
-        if self._bounded:
-            stray = total - tokens * mean  # how far means were rounded is no deviation
-            power = energy - stray * stray * np.float32(1 / tokens)
-            told = (power > _FAINT * tokens) & (power * 64 > energy)
-            if not (told | (energy == 0)).all():
-                return None
+        stray = total - tokens * mean  # how far means were rounded is no deviation
+        power, about = energy - stray * stray * np.float32(1 / tokens), energy
+        count, spread = tokens, self._spread(kind, dim)
         if spread > 1:
-            power, count = np.add.reduce(energy.reshape(-1, dim), 1), tokens * dim
+            power, about = (np.add.reduce(p.reshape(-1, dim), 1) for p in (power, energy))
+            count = tokens * dim
+        told = (power > _FAINT * count) & (power * 64 > about)
+        if not (told | (about == 0)).all():
+            return None
         eighths = power * np.float32(1 / count)
         eighths += _CALM
         np.log2(eighths, out=eighths)
@@ -380,8 +389,6 @@ class QuantCodec(SectionCodec):
         by, add = (torch.from_numpy(s).unsqueeze(1).to(z.device) for s in (inverse, shift))
         sides[0].append((bits >> 16).astype(np.uint16).tobytes())
         sides[1].append(exponent.tobytes())
-        if kind == "k" and not self._bounded:
-            return math.sqrt(tokens) * self._most_k, by, add
         energy *= inverse
         energy *= inverse
         return math.sqrt(float(energy.max())) * 1.01, by, add

@@ -233,7 +233,7 @@ def test_pieces_out_of_turn_end_the_link(coded, basis, eventually, message, why)
 
     eventually(lambda: link.error is not None)
     assert why in str(link.error)
-    assert not into._engine.handover._taking
+    eventually(lambda: not into._engine.handover._taking)
     assert len(theirs) == 0
 
 

@@ -24,7 +24,9 @@ from sagellm.comm.kv_transfer.compression.auto import (
     choose,
     coded_seconds,
     label,
+    quant_within,
 )
+from sagellm.comm.kv_transfer.compression.quant import BOUND
 from sagellm.core.protocols import ConfigError, KVConnection, KVLayout, TransferKey
 
 MB, GB = 1e6, 1e9
@@ -74,8 +76,12 @@ def test_the_choice_does_not_flutter():
 
 def test_what_may_be_used_within_an_error():
     assert [c.name for c in candidates("lossless")] == ["lossless-fast", "lossless"]
-    assert candidates("near")[-1] == Coding("quant", {"step": 1 / 16, "v": 1.0})
-    assert candidates(0.25)[-1] == Coding("quant", {"step": 0.5, "v": 1.0})
+    for error, bound in (("near", 1 / 32), (0.25, 0.25)):
+        (*exact, quant) = candidates(error)
+        assert (*exact,) == candidates("lossless")
+        assert quant == quant_within(bound)
+        assert quant.options["per_channel"]
+        assert quant.options["step"] * quant.options["v"] * BOUND <= bound
     for wrong in ("exact", 0.0, -1.0, 100.0, float("nan"), True):
         with pytest.raises(ConfigError):
             candidates(wrong)
@@ -256,13 +262,20 @@ def test_the_choice_follows_the_rate_of_the_link(coding):
     assert seen == ["quant", "quant", "none", "none", "quant"]
     assert "link 125 MB/s" in link.explain()
     assert "assumed" in link.explain()
+    assert "int8" in link.explain()
+    ask(link, "lossless")
+    assert "int8" not in link.explain()
 
 
 def test_memory_that_is_read_in_place_is_never_coded(coding):
-    link = coding(1.0)
+    table = Table()
+    link = coding(1.0, table=table)
     link.in_place = True
 
     assert ask(link).coding is None
+    assert "in place" in link.explain()
+    assert not table.by_name  # nor does it cost the measuring of a codec
+    assert not link.codecs._asked
 
 
 def test_what_the_peer_lacks_is_not_considered(coding):

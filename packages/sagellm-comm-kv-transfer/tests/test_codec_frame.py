@@ -13,7 +13,6 @@ from codec_data import CODECS, cache, half, layout, same_bits
 from sagellm.comm.kv_transfer.compression import Compressor, Decoder
 from sagellm.comm.kv_transfer.compression.frame import ENTRY_BYTES, Header, split
 from sagellm.core.protocols import (
-    CommError,
     ConfigError,
     IntegrityError,
     LayoutMismatchError,
@@ -93,7 +92,7 @@ def test_no_mutant_crashes_misleads_or_fills_memory():
             data = resealed(data)
         try:
             out = compressor.decode(data)
-        except CommError:
+        except (IntegrityError, LayoutMismatchError, ResourceError):
             continue
         decoded += 1
         assert hostile or data == original, f"mutant {number} was not noticed"

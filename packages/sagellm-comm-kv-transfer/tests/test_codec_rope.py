@@ -3,8 +3,9 @@
 import math
 
 import pytest
+from codec_data import cache, half, layout
 
-from sagellm.comm.kv_transfer.compression import RopeSpec
+from sagellm.comm.kv_transfer.compression import Compressor, RopeSpec
 from sagellm.core.protocols import ConfigError
 
 BASE = {"hidden_size": 512, "num_attention_heads": 8, "rope_theta": 10000.0,
@@ -104,3 +105,14 @@ def test_unknown_variants_are_refused(scaling, said):
 def test_frequencies_without_sense_are_refused(bad):
     with pytest.raises(ConfigError):
         RopeSpec(bad)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x[:, :, :16], lambda x: x * float("nan")])
+def test_keys_that_tell_nothing_do_not_end_the_check(spoil):
+    x = cache(1, 300, 4, 64, rope=half(64))
+    wrong = layout(rope=RopeSpec.of(64, interleaved=True))
+    with Compressor("quant", workers=1) as coder:
+        coder.encode(spoil(x), wrong)
+
+        with pytest.raises(ConfigError, match="contradict"):
+            coder.encode(x, wrong)

@@ -189,6 +189,28 @@ def test_sections_with_wild_values_are_lossless_and_the_others_are_not(name, bad
     assert same_bits(out[1, 1], x[1, 1])
 
 
+FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("quant", {"step": 2.0}), ("quant", {}), ("quant", {"per_channel": True}), ("fp8", {}),
+     ("int8", {}), ("int4", {})],
+)  # fmt: skip
+@pytest.mark.parametrize("rope", [None, half(16)])
+def test_values_up_to_the_largest_stay_finite(name, options, dtype, rope):
+    kind = getattr(torch, dtype)
+    top = min(torch.finfo(kind).max, torch.finfo(torch.float32).max)
+    x = cache(1, 300, 2, 16, rope=rope, dtype=torch.float64)
+    x = (x / x.abs().amax() * 3 * top).clamp(-top, top).to(kind)
+    with Compressor(name, workers=1, **options) as coder:
+        out = coder.decode(coder.encode(x, layout(rope=rope)))
+
+    assert bool(torch.isfinite(x.double()).all())
+    assert bool(torch.isfinite(out.double()).all())
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_the_same_bits_on_every_run_with_any_number_of_workers(name):
     rope = half(32)

@@ -24,7 +24,7 @@ def test_every_contender_moves_real_kv_over_a_link():
 
 def test_auto_is_judged_by_the_best_that_it_may_choose():
     case = {"figure": "bytes per second", "link": "unshaped", "windows": 1}
-    rates = {"raw": 10.0, "lossless": 4.0, "lossless-fast": 5.0, "quant 1/16": 8.0,
+    rates = {"raw": 10.0, "lossless": 4.0, "lossless-fast": 5.0, "quant within 1/32": 8.0,
              "quant 1/4": 50.0, _links.AUTO: 9.0}  # fmt: skip
 
     found = {r.name: r for r in _links.ratios([Row(case, n, (v,)) for n, v in rates.items()])}

@@ -245,10 +245,10 @@ class CodedOutflow(Outflow):
             self._failed(e if isinstance(e, CommError) else DistributedRuntimeError(text))
         finally:
             self._in_work_less()
+            if held:  # first: who sees the transfer ended sees it given back
+                credits.give(held)
             if entered:
                 self.leave()
-            if held:
-                credits.give(held)
             self._rouse()
 
     def _in_work_less(self) -> None:

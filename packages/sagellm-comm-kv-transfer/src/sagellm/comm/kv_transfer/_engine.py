@@ -23,6 +23,7 @@ from sagellm.core.protocols import (
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
 from ._coded_link import Codecs
+from ._handover import Handover
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -93,6 +94,7 @@ class Engine:
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)
+        self.handover = Handover(self)
         self.meters = Meters()
         self.codecs = Codecs(
             f"kv-{self.node_id}-codec", settings.codec_workers, settings.max_codec_bytes
@@ -144,6 +146,7 @@ class Engine:
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what a lost link carried."""
         self.inquiries.link_lost(link, error)
+        self.handover.link_lost(link)
         self.sending.link_lost(link, error)
         self.receiving.link_lost(link, error, was_up=was_up)
 
@@ -198,6 +201,14 @@ class Engine:
                 self.inquiries.on_ask(link, message)
             case wire.Answer():
                 self.inquiries.on_answer(link, message)
+            case wire.BasisOffer():
+                self.handover.on_offer(link, message)
+            case wire.BasisWanted():
+                self.handover.on_wanted(link, message)
+            case wire.BasisPiece():
+                self.handover.on_piece(link, message)
+            case wire.BasisRefused():
+                self.handover.on_refused(link, message)
             case wire.Unknown():
                 self.ignore("unknown")
             case wire.Bye():

@@ -47,8 +47,8 @@ class Heard:
     def get(self, name: tuple[int, TransferKey]) -> CommError | None:
         """What a peer has said of an attempt; None when it has not, or that is forgotten."""
         with self._lock:
-            known = self._peers.get(name[0])
-            kept = None if known is None else known.get(name[1])
+            said = self._peers.get(name[0])
+            kept = None if said is None else said.get(name[1])
             return None if kept is None else kept[0]
 
     def __setitem__(self, name: tuple[int, TransferKey], error: CommError) -> None:

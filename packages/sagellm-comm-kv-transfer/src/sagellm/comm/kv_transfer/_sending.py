@@ -160,6 +160,8 @@ class Sending:
             return False
         if p.codec is not None and link.coding is not None and link.coding.lacks(p.codec):
             return False  # `_start` says so
+        if self.engine.handover.needed(p, link) is not None:
+            return False  # `go` gives it
         if not self._take_invitation(p, link):
             return False
         size = self._prepare(p, link)
@@ -205,7 +207,7 @@ class Sending:
         """Send what a peer has fetched; it is ready for it."""
         self._by_tid[link, p.tid] = p
         self._watch(p)
-        self._go(p, link)
+        self.go(p, link)
 
     def seal(self, p: Push, num_tokens: int) -> None:
         """Say that a stream is complete."""
@@ -229,7 +231,7 @@ class Sending:
             assert p.pool is not None, "blocks belong to a pool"
             check_parts(p.pool.layout, grant.parts, link.peer)
             p.flow.extent = extent_of(p.pool, p.blocks, grant.parts)
-        self._go(p, link)
+        self.go(p, link)
 
     def on_invite(self, link: Link, invite: wire.Invite) -> None:
         """A receiver is ready before we have begun."""
@@ -354,7 +356,7 @@ class Sending:
             why = link.mismatch if p.tensors is None else None
             self.fail(p, why or ConfigError(lacking))
         elif p.pool is self.engine.pool and self._take_invitation(p, link):
-            self._go(p, link)
+            self.go(p, link)
         else:
             self._offer(p, link)
 
@@ -377,7 +379,17 @@ class Sending:
             )
         )
 
-    def _go(self, p: Push, link: Link) -> None:
+    def go(self, p: Push, link: Link) -> None:
+        """Send what is granted, once the peer has what it needs to decode it."""
+        if (basis := self.engine.handover.needed(p, link)) is not None:
+            self.engine.handover.give(p, link, basis)
+        else:
+            self.move(p, link)
+
+    def move(self, p: Push, link: Link) -> None:
+        """Send what is granted; nothing when that is under way, or has ended."""
+        if not p.handle.awaits(Event.ACCEPT):
+            return
         self._prepare(p, link)
         link.confirmed_before(p.flow.tid)
         link.writer.add(p.flow)

@@ -4,7 +4,8 @@
 
 Distinct KV of the small Llama, one request per window of 2 048 tokens, all in flight at once.
 The clock runs until the receiver has the last; what came is compared after every turn. `auto` has
-channels of its own, so that it knows of the link only what its own transfers have shown.
+channels of its own, so that it knows of the link only what its own transfers have shown, and so has
+`raw`, so that it is no slower than a channel that never coded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.comm.kv_transfer import CodecRequest, KVTransferChannel, KVTransferSettings
+from sagellm.comm.kv_transfer.compression.auto import NEAR, quant_within
 from sagellm.core.protocols import (
     CacheGroup,
     CommTimeoutError,
@@ -44,12 +46,12 @@ FIXED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "raw": ("none", {}),
     "lossless-fast": ("lossless-fast", {}),
     "lossless": ("lossless", {}),
-    "quant 1/16": ("quant", {"step": 1 / 16, "v": 1.0}),
+    "quant within 1/32": ("quant", dict(quant_within(NEAR).options)),
     "quant 1/4": ("quant", {"step": 0.25}),
 }
 AUTO = "auto, near"
-_PROMISED = ("lossless", "quant 1/16", "quant 1/4")
-_MAY = ("raw", "lossless-fast", "lossless", "quant 1/16")
+_PROMISED = ("lossless", "quant within 1/32", "quant 1/4")
+_MAY = ("raw", "lossless-fast", "lossless", "quant within 1/32")
 _START_S, _TURN_S = 120.0, 300.0
 _ERROR = 0.25
 _turns = itertools.count()
@@ -76,9 +78,12 @@ def contenders(case: Case) -> Iterator[Contenders]:
     with ShapedHosts(rate or "10gbit") as hosts, contextlib.ExitStack() as stack:
         if rate is None:
             hosts.unshape()
-        fixed, auto = (stack.enter_context(_Pair(file, case["windows"], hosts)) for _ in range(2))
+        raw, fixed, auto = (
+            stack.enter_context(_Pair(file, case["windows"], hosts)) for _ in range(3)
+        )
         named: dict[str, Callable[[], float]] = {
-            name: _call(fixed, codec, options, None) for name, (codec, options) in FIXED.items()
+            name: _call(raw if codec == "none" else fixed, codec, options, None)
+            for name, (codec, options) in FIXED.items()
         }
         named[AUTO] = _call(auto, "auto", {}, "near")
         for _ in range(2):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from sagellm.core.protocols import (
     BackendUnavailableError,
@@ -18,6 +19,7 @@ from .codec import SectionCodec
 from .frame import VERSION, Option
 
 __all__ = [
+    "BASIS",
     "CODEC_GROUP",
     "FRAME",
     "codec_names",
@@ -33,6 +35,9 @@ CODEC_GROUP = "sagellm.comm.kv_transfer.codecs"
 logger = logging.getLogger(__name__)
 
 _registry: Registry[CodecSpec] = Registry(CODEC_GROUP)
+_FITTING: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)
+}  # fmt: skip
 
 
 def codec_names() -> tuple[str, ...]:
@@ -43,10 +48,13 @@ def codec_names() -> tuple[str, ...]:
 FRAME = "frame"
 """Stands for the format of frames among the versions that peers tell each other."""
 
+BASIS = "basis"
+"""Stands for the messages by which bases are handed over, among the same."""
+
 
 def coded_versions() -> dict[str, int]:
     """The codecs that frames can be written with here, with the version of what they write."""
-    found = {FRAME: VERSION}
+    found = {FRAME: VERSION, BASIS: 1}
     for name in codec_names():
         try:
             make = section_codec_spec(name).load()
@@ -99,6 +107,16 @@ def create_codec(name: str) -> KVCodec:
     return codec
 
 
+def _check_types(name: str, make: Callable[..., object], options: Mapping[str, Option]) -> None:
+    """Raise `ConfigError` for options, which a peer may have sent, of another type than stated."""
+    parameters = inspect.signature(make).parameters
+    for key, value in options.items():
+        stated = getattr(parameters.get(key), "annotation", "")
+        want = stated if isinstance(stated, str) else getattr(stated, "__name__", "")
+        if want in _FITTING and type(value) not in _FITTING[want]:
+            raise ConfigError(f"codec {name!r}: {key}={value!r} is not of type {want}")
+
+
 def create_section_codec(name: str, options: Mapping[str, Option]) -> SectionCodec:
     """A codec of sections, for one thread.
 
@@ -108,6 +126,7 @@ def create_section_codec(name: str, options: Mapping[str, Option]) -> SectionCod
 
     """
     make = section_codec_spec(name).load()
+    _check_types(name, make, options)
     try:
         codec = make(**options)
     except TypeError as e:

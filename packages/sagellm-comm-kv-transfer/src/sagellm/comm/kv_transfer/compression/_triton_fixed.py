@@ -91,9 +91,10 @@ def decode(
     """
     size = codes.numel()
     rounds = out.dtype == torch.bfloat16
+    most = torch.finfo(out.dtype).max
     _decode[(triton.cdiv(size, _BLOCK),)](
         codes, step, low, table, out.view(torch.int16) if rounds else out, out.numel(), size,
-        out.shape[1], length or 1, KIND=_KINDS[code], CHUNK=0 if length else CHUNK_TOKENS,
+        out.shape[1], length or 1, most, KIND=_KINDS[code], CHUNK=0 if length else CHUNK_TOKENS,
         BLOCK=_BLOCK, ROUND=rounds, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -221,7 +222,7 @@ def _value_of(
 
 @triton.jit
 def _decode(
-    codes, step, low, table, out, count, size, channels, length, KIND: tl.constexpr,
+    codes, step, low, table, out, count, size, channels, length, most, KIND: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -229,10 +230,12 @@ def _decode(
     code = tl.load(codes + at, held, 0).to(tl.int32)
     first = code & 15 if KIND == 2 else code
     v = _value_of(first, step, low, table, at, held, channels, length, KIND, CHUNK)
+    v = tl.minimum(tl.maximum(v, -most), most)
     v = _rounded(v).to(tl.int16) if ROUND else v.to(out.dtype.element_ty)
     tl.store(out + at, v, held)
     if KIND == 2:
         held = at + size < count
         v = _value_of(code >> 4, step, low, table, at + size, held, channels, length, KIND, CHUNK)
+        v = tl.minimum(tl.maximum(v, -most), most)
         v = _rounded(v).to(tl.int16) if ROUND else v.to(out.dtype.element_ty)
         tl.store(out + at + size, v, held)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ByteCodec", "Scratch", "SectionCodec", "dtype_name"]
+__all__ = ["ByteCodec", "Scratch", "SectionCodec", "dtype_name", "narrowed"]
+
+_WIDE = 1e38  # bfloat16 and float32 reach as far as what is computed with
 
 
 class SectionCodec(ABC):
@@ -40,6 +42,11 @@ class SectionCodec(ABC):
     version: ClassVar[int] = 1
     join: int = 1
     fallbacks: tuple[Coding, ...] = ()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return 0
 
     def check(self, geometry: Geometry) -> None:
         """Raise `ConfigError` or `LayoutMismatchError` for tensors that it is not meant for."""
@@ -88,6 +95,25 @@ class ByteCodec(KVCodec, SectionCodec):
             out_THD.copy_(into)
 
 
+def narrowed(x: Tensor, dtype: torch.dtype, reach: float = _WIDE) -> Tensor:
+    """Float32 values, held in place to what another type can say.
+
+    Caches of narrow types end at their maximum: an error there must not become an infinity.
+
+    Args:
+        x: float32.
+        dtype: Of what they are then copied to.
+        reach: What no value's size exceeds: nothing is done where that fits.
+
+    """
+    import torch
+
+    if not dtype.is_floating_point:
+        return x
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return x if reach <= most else x.clamp_(-most, most)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
@@ -98,6 +124,11 @@ class Scratch:
     """Buffers of one thread, kept from call to call and grown when a call needs more."""
 
     _held: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(held.nbytes for held in self._held.values())
 
     def get(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"

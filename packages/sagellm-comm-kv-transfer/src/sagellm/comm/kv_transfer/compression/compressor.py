@@ -33,6 +33,10 @@ __all__ = ["Compressor", "Decoder", "Encoder"]
 
 T = TypeVar("T")
 _FALLBACKS = ("lossless", "none")
+_DAMAGE = (ConfigError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What codecs, those of others too, may trip over in payloads that somebody made up."""
+
+_KEPT_BYTES = 16 << 20  # of buffers of the codecs that a thread is not using
 _local = threading.local()
 
 
@@ -41,16 +45,24 @@ class _Bench:
 
     def __init__(self) -> None:
         self._codecs: dict[tuple[object, ...], SectionCodec] = {}
+        self._last: tuple[object, ...] | None = None
         self.scratch = Scratch()
 
     def codec(self, coding: Coding) -> SectionCodec:
         """The thread's codec for that coding."""
-        key = (coding.name, *sorted(coding.options.items()))
-        found = self._codecs.get(key)
+        key = coding.key
+        if key == self._last:
+            return self._codecs[key]
+        self._last = None
+        found = self._codecs.pop(key, None)
+        # senders of ever new options do not fill memory
+        kept = sum(codec.held_bytes for codec in self._codecs.values())
+        if len(self._codecs) >= 16 or kept > _KEPT_BYTES:
+            self._codecs.clear()
         if found is None:
-            if len(self._codecs) >= 16:  # senders of ever new options do not fill memory
-                self._codecs.clear()
-            found = self._codecs[key] = create_section_codec(coding.name, coding.options)
+            found = create_section_codec(coding.name, coding.options)
+        self._codecs[key] = found
+        self._last = key
         return found
 
 
@@ -149,6 +161,15 @@ class Decoder:
             codec.check(geometry)
         except ConfigError as e:
             raise IntegrityError(f"section {index} cannot be decoded: {e}") from None
+        try:
+            self._unpack(codec, payload, section)
+        except _DAMAGE as e:
+            said = f"{type(e).__name__}: {e}"
+            raise IntegrityError(f"section {index} cannot be decoded: {said}") from e
+
+    def _unpack(self, codec: SectionCodec, payload: memoryview, section: Section) -> None:
+        """Decode a section into its place."""
+        geometry, bench = self.header.geometry, _bench()
         pieces = list(geometry.pieces(self._view, section))
         rows = _rows(pieces) if geometry.join == 1 else None
         there = codec.has_kernels and runs_kernels(self._view)
@@ -246,8 +267,8 @@ class Compressor:
         if layout.rope and self._codec.undoes_rope:
             seen = (layout.rope, layout.axes, layout.model, geometry.heads, geometry.dim)
             if seen not in self._checked:
-                check_rope(geometry, encoder.view)
-                if len(self._checked) < 64:
+                judged = check_rope(geometry, encoder.view)
+                if judged and len(self._checked) < 64:
                     self._checked.add(seen)
         return encoder
 

@@ -7,7 +7,6 @@ of the values are the low halves of bytes.
 from __future__ import annotations
 
 import functools
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError, Probe
 
 from ._devices import runs_kernels
-from .codec import Scratch, SectionCodec
+from .codec import Scratch, SectionCodec, narrowed
 from .entropy import Bytes
 from .frame import Payload
-from .layout import CHUNK_TOKENS, Kind, Section
+from .layout import CHUNK_TOKENS, Geometry, Kind, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +44,7 @@ class _FixedCodec(SectionCodec):
     """
 
     code: ClassVar[Code]
+    top: ClassVar[int]  # no code means more scales than that
     sides: ClassVar[int] = 1  # numbers per scale
     per_byte: ClassVar[int] = 1
     has_kernels = True
@@ -58,6 +58,17 @@ class _FixedCodec(SectionCodec):
         self._grain = {"k": k, "v": v}
         self._group = group
         self._scratch = Scratch()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return self._scratch.nbytes
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise `ConfigError` where groups do not divide the heads."""
+        kinds: tuple[Kind, ...] = ("k", "v") if geometry.kvs == 2 else (geometry.layout.kind,)
+        for kind in kinds:
+            self._length(geometry.dim, kind)
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
         """Scales and codes; None for values that are not finite floats."""
@@ -91,19 +102,34 @@ class _FixedCodec(SectionCodec):
                 f"a section of {len(payload)} bytes; {at // 2} scales and {out_THD.numel()} codes "
                 f"take {at + size}"
             )
+        sides = self._sides(payload, groups)
+        codes = np.frombuffer(payload, np.uint8, size, at)
+        self._check_codes(codes)
         if runs_kernels(out_THD):
-            self._unpack_there(payload, groups, out_THD, section)
+            self._unpack_there(codes, sides, out_THD, section)
             return
         f = self._scratch.get("f", tuple(out_THD.shape), torch.float32)
-        self._values(np.frombuffer(payload, np.uint8, size, at), f)
-        at = 0
-        for values, axis in self._cut(f, section):
+        self._values(codes, f)
+        reach = 0.0
+        for (values, axis), bits in zip(self._cut(f, section), sides, strict=False):
             shape = [self.sides, *values.shape]
             shape[axis + 1] = 1
-            bits = np.frombuffer(payload, "<u2", math.prod(shape), at).astype("<u4") << 16
-            self._unscale(values, torch.from_numpy(bits.view("<f4")).view(shape))
-            at += 2 * len(bits)
-        out_THD.copy_(f)
+            side = (bits.astype("<u4") << 16).view("<f4")
+            reach = max(reach, self.top * float(side[0].max()) + float(np.abs(side[-1]).max()))
+            self._unscale(values, torch.from_numpy(side).view(shape))
+        out_THD.copy_(narrowed(f, out_THD.dtype, reach))
+
+    def _sides(self, payload: memoryview, groups: Sequence[int]) -> list[NDArray[np.uint16]]:
+        """The bits of each cut's scales, [sides, groups]; only such as are written."""
+        numbers = np.frombuffer(payload, "<u2", self.sides * sum(groups))
+        cuts = np.split(numbers, np.cumsum(groups)[:-1] * self.sides)
+        sides = [cut.reshape(self.sides, -1) for cut in cuts]
+        if any((s[0] - 0x80 >= 0x7F00).any() or (s & 0x7F80 == 0x7F80).any() for s in sides):
+            raise IntegrityError("a section with scales that are not finite or not positive")
+        return sides
+
+    def _check_codes(self, codes: Bytes) -> None:
+        """Raise `IntegrityError` for codes that stand for no number."""
 
     def _pack_there(self, x_THD: Tensor, section: Section) -> bytes | None:
         """As `pack`, by kernels."""
@@ -122,7 +148,7 @@ class _FixedCodec(SectionCodec):
         return b"".join([*parts, codes])
 
     def _unpack_there(
-        self, payload: memoryview, groups: Sequence[int], out_THD: Tensor, section: Section
+        self, codes: Bytes, sides: list[NDArray[np.uint16]], out_THD: Tensor, section: Section
     ) -> None:
         """As `unpack`, by kernels."""
         import torch
@@ -130,17 +156,14 @@ class _FixedCodec(SectionCodec):
         from . import _triton_fixed
 
         # copies: torch takes no memory that it must not write
-        numbers = np.frombuffer(payload, "<i2", self.sides * sum(groups)).copy()
-        codes = np.frombuffer(payload, np.uint8, offset=numbers.nbytes).copy()
-        cuts = [c.reshape(self.sides, -1) for c in np.split(numbers, [self.sides * groups[0]])]
-        joined = torch.from_numpy(np.concatenate(cuts, 1)).to(out_THD.device)
+        joined = torch.from_numpy(np.concatenate(sides, 1).view(np.int16)).to(out_THD.device)
         table = torch.from_numpy(fp8_values()).to(out_THD.device)
         out = out_THD.new_empty(out_THD.shape, dtype=_triton_fixed.written(out_THD.dtype))
         _triton_fixed.decode(
-            torch.from_numpy(codes).to(out.device), joined[0], joined[-1], table, out.flatten(1),
-            self.code, self._length(out.shape[2], section.kind),
+            torch.from_numpy(codes.copy()).to(out.device), joined[0], joined[-1], table,
+            out.flatten(1), self.code, self._length(out.shape[2], section.kind),
         )  # fmt: skip
-        out_THD.copy_(out)
+        out_THD.copy_(narrowed(out, out_THD.dtype))
 
     def _length(self, dim: int, kind: Kind) -> int | None:
         """Consecutive values that share a scale; None where those of a channel do."""
@@ -193,6 +216,7 @@ class Fp8Codec(_FixedCodec):
     """float8_e4m3 in units of the largest value's 448th part."""
 
     code = "fp8"
+    top = 448
 
     def _scale(self, values: Tensor, axis: int) -> Tensor:
         return _divide(values, axis, 448.0)
@@ -201,6 +225,10 @@ class Fp8Codec(_FixedCodec):
         import torch
 
         return f_THD.to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes()
+
+    def _check_codes(self, codes: Bytes) -> None:
+        if len(codes) and (codes & 0x7F).max() == 0x7F:
+            raise IntegrityError("a section with codes of fp8 that stand for no number")
 
     def _values(self, codes: Bytes, f_THD: Tensor) -> None:
         # torch converts one by one; 256 values are a table
@@ -211,6 +239,7 @@ class Int8Codec(_FixedCodec):
     """Integers to 127 in units of the largest value's 127th part."""
 
     code = "int8"
+    top = 128
 
     def _scale(self, values: Tensor, axis: int) -> Tensor:
         return _divide(values, axis, 127.0)
@@ -228,6 +257,7 @@ class Int4Codec(_FixedCodec):
     """Sixteen levels between the smallest and the largest value."""
 
     code = "int4"
+    top = 15
     sides = 2
     per_byte = 2
 

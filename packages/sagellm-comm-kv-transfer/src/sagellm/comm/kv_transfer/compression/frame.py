@@ -71,6 +71,11 @@ class Coding(msgspec.Struct, frozen=True):
     name: str
     options: dict[str, Option] = {}
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Hashable; tells `1`, `1.0` and `True` apart, which compare equal."""
+        return (self.name, *sorted((k, type(v).__name__, v) for k, v in self.options.items()))
+
 
 class _Rope(msgspec.Struct, frozen=True):
     inv_freq: tuple[float, ...]

@@ -50,6 +50,11 @@ class LosslessCodec(KVCodec, SectionCodec):
     def __init__(self) -> None:
         self._held: dict[str, Bytes] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return sum(held.nbytes for held in self._held.values())
+
     def encode(self, block: memoryview, *, dtype: str) -> bytes:
         """A block of values of which only the type is known."""
         values = np.frombuffer(block, np.uint8)
@@ -204,8 +209,8 @@ class LosslessCodec(KVCodec, SectionCodec):
         if found * _MOST_FAR > count or at + 5 * found > len(data):
             raise IntegrityError(f"{found} escapes in a plane of {count} values")
         places = np.frombuffer(data, "<u4", found, at)
-        if found and int(places.max()) >= count:
-            raise IntegrityError(f"an escape lies beyond the {count} values of its plane")
+        if found and (int(places[-1]) >= count or (places[1:] <= places[:-1]).any()):
+            raise IntegrityError(f"escapes out of order or beyond the {count} values of a plane")
         strays = np.frombuffer(data, np.uint8, found, at + 4 * found)
         half = (count + 1) // 2
         both = inflate(data[at + 5 * found :], half, self._room("pairs", half))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError
 
 from ._devices import runs_kernels
-from .codec import Scratch, SectionCodec
+from .codec import Scratch, SectionCodec, narrowed
 from .entropy import deflate, inflate
 from .frame import Payload
 from .generic import importable
@@ -32,7 +32,12 @@ from .rope import RopeSpec, pairs_of, rotate
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["QUANT", "QuantCodec"]
+__all__ = ["BOUND", "QUANT", "QuantCodec"]
+
+BOUND = 0.5375
+"""Steps by which a value moves at most with `per_channel`, before K is rotated again and all is
+rounded to its dtype, in units of its channel's standard deviation over 256 tokens: half a step,
+4.5 % for a deviation's exponent, 1.6 % for `_CALM` and 1 % for the arithmetic."""
 
 _HEAD = struct.Struct("<BBHI")  # flags, 0, 0, escapes
 _ROTATED, _PAIRED = 1, 2
@@ -41,6 +46,7 @@ _POWERS = np.exp2(np.arange(256, dtype=np.uint8).view(np.int8) / 8)
 _LARGEST = float(2**15 - 1)
 _WILD = 2.0**30  # of a variance; its eighths of octaves fit a byte
 _CALM = np.float32(2.0**-30)
+_FAINT = np.float32(2.0**-25)  # of a variance; `_CALM` makes steps of smaller ones too coarse
 _TILE_VALUES = 1 << 18  # smaller ones stay in a core's second-level cache and cost more calls
 _SECTION_VALUES = MAX_SECTION_BYTES // 2  # a GPU takes them at once
 _FAR = np.float32(2.0**12)  # a mean's square in variances, beyond which float32 sums cancel
@@ -103,10 +109,12 @@ class _Tile:
         """Rotate `z` again and write it to its place."""
         view = self._view(out_THD)
         if self.rope is None:
+            narrowed(self.flat, view.dtype)
             view.copy_(self._shaped[0])
             return
         z, turned = self._shaped
         rotate(z, turned, None, self.rope, position + self.start, undo=False)
+        narrowed(self.spare, view.dtype)
         if view.dtype == turned.dtype or view.device.type != "cpu":
             view.copy_(turned)
             return
@@ -136,9 +144,7 @@ def _tiles(
     if first < dim:
         parts.append((slice(first, dim), None))
     values = _TILE_VALUES if device == "cpu" else _SECTION_VALUES
-    most = max(values, CHUNK_TOKENS * max(dims.stop - dims.start for dims, _ in parts))
-    rooms = [scratch.get(name, (most,), torch.float32, device) for name in ("z", "spare")]
-    tiles = []
+    cuts = []
     for dims, turned in parts:
         width = dims.stop - dims.start
         some = max(1, min(heads, values // (CHUNK_TOKENS * width)))
@@ -152,8 +158,14 @@ def _tiles(
         for chunks, length, start in spans:
             for h in range(0, heads, some):
                 part = slice(h, min(h + some, heads))
-                tiles.append(_Tile(chunks, length, start, part, dims, turned, rooms))
-    return tiles
+                cuts.append((chunks, length, start, part, dims, turned))
+    # no more than there is: of wide rows a section has few
+    most = max(
+        (chunks * length * (part.stop - part.start) * (dims.stop - dims.start)
+         for chunks, length, _, part, dims, _ in cuts), default=0,
+    )  # fmt: skip
+    rooms = [scratch.get(name, (most,), torch.float32, device) for name in ("z", "spare")]
+    return [_Tile(*cut, rooms) for cut in cuts]
 
 
 class QuantCodec(SectionCodec):
@@ -168,22 +180,31 @@ class QuantCodec(SectionCodec):
         step: From 1/32 (near-lossless) to 2.
         k: Step of K in units of `step` and of a channel's standard deviation.
         v: Step of V in units of `step` and of a head's standard deviation.
+        per_channel: Have V's steps follow channels, too, and keep the bound that `BOUND` states:
+            sections where that cannot be are lossless.
 
     """
 
     undoes_rope = True
     has_kernels = True
 
-    def __init__(self, step: float = 0.25, k: float = 0.7, v: float = 1.4) -> None:
+    def __init__(
+        self, step: float = 0.25, k: float = 0.7, v: float = 1.4, per_channel: bool = False
+    ) -> None:
         if not all(1 / 256 <= s * step <= 16 for s in (k, v)):
             raise ConfigError(f"steps {k * step:g} of K, {v * step:g} of V are not in 1/256..16")
         self._steps = {"k": k * step, "v": v * step}
+        self._bounded = per_channel
         # by the byte of an exponent: computed once, for many small calls cost more than large ones
         self._scales = {kind: (_POWERS * s).astype(np.float32) for kind, s in self._steps.items()}
         self._inverse = {kind: 1 / table for kind, table in self._scales.items()}
-        self._most_k = 1.1 / self._steps["k"]  # a deviation's exponent is at most half of 1/8 off
         self._scratch = Scratch()
         self._plans: dict[tuple[object, ...], list[_Tile]] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it keeps from call to call."""
+        return self._scratch.nbytes
 
     def _plan(self, x_THD: Tensor, rope: RopeSpec | None) -> list[_Tile]:
         """The tiles of sections of a shape; sections of a few shapes follow one another."""
@@ -191,16 +212,21 @@ class QuantCodec(SectionCodec):
         device = str(x_THD.device)
         key = (tokens, heads, dim, rope, device)
         if key not in self._plans:
-            if len(self._plans) >= 4:
-                self._plans.clear()
-            self._plans[key] = _tiles(tokens, heads, dim, rope, self._scratch, device)
+            before = self._scratch.nbytes
+            tiles = _tiles(tokens, heads, dim, rope, self._scratch, device)
+            if len(self._plans) >= 4 or self._scratch.nbytes != before:
+                self._plans.clear()  # those of smaller rooms would keep these
+            self._plans[key] = tiles
         return self._plans[key]
 
     def pack(self, x_THD: Tensor, section: Section) -> Payload | None:
-        """Means, scales, escapes and codes; None for values that are not finite floats."""
+        """Means, scales, escapes and codes; None for values that are not finite floats.
+
+        None also for float64, which float32 would not tell apart.
+        """
         import torch
 
-        if not x_THD.is_floating_point():
+        if not x_THD.is_floating_point() or x_THD.dtype == torch.float64:
             return None
         paired = self._paired(section.kind, x_THD.numel())
         offset = 8 if paired else 128
@@ -250,7 +276,7 @@ class QuantCodec(SectionCodec):
 
         tokens, heads, dim = out_THD.shape
         count = out_THD.numel()
-        spread = 1 if section.kind == "k" else dim  # channels per exponent
+        spread = self._spread(section.kind, dim)
         sides = -(-tokens // CHUNK_TOKENS) * heads * dim
         at = _HEAD.size + 2 * sides + sides // spread
         if len(payload) < at:
@@ -304,6 +330,10 @@ class QuantCodec(SectionCodec):
         torch.bitwise_right_shift(both, 4, out=codes[count // 2 :])
         return codes
 
+    def _spread(self, kind: Kind, dim: int) -> int:
+        """Channels per exponent."""
+        return 1 if kind == "k" or self._bounded else dim
+
     def _paired(self, kind: Kind, count: int) -> bool:
         """Whether codes are so small that two share a byte, which Huffman's whole bits need."""
         return self._steps[kind] > 0.6 and count % 2 == 0
@@ -317,7 +347,7 @@ class QuantCodec(SectionCodec):
         Returns:
             What no code's distance from `offset` exceeds, for none of n values lies beyond
             sqrt(n) deviations; factors and summands. None for values that are not finite or
-            too wild.
+            too wild, or whose deviation float32 or an exponent cannot tell.
 
         """
         import torch
@@ -334,26 +364,31 @@ class QuantCodec(SectionCodec):
         if not (energy * _FAR >= square).all():  # also when they are not numbers
             z.sub_(torch.from_numpy(mean).unsqueeze(1).to(z.device))
             mean = np.zeros_like(mean)
+            total = z.sum(1).cpu().numpy()
             energy = torch.mul(z, z, out=tile.spare).sum(1).cpu().numpy()
         if not float(energy.max()) < _WILD * tokens:
             return None
-        power, count = energy, tokens
-        if kind == "v":
-            power, count = np.add.reduce(energy.reshape(-1, dim), 1), tokens * dim
+        stray = total - tokens * mean  # how far means were rounded is no deviation
+        power, about = energy - stray * stray * np.float32(1 / tokens), energy
+        count, spread = tokens, self._spread(kind, dim)
+        if spread > 1:
+            power, about = (np.add.reduce(p.reshape(-1, dim), 1) for p in (power, energy))
+            count = tokens * dim
+        told = (power > _FAINT * count) & (power * 64 > about)
+        if not (told | (about == 0)).all():
+            return None
         eighths = power * np.float32(1 / count)
         eighths += _CALM
         np.log2(eighths, out=eighths)
         eighths *= 4
         exponent = np.rint(eighths, out=eighths).astype(np.int8)
         inverse = self._inverse[kind].take(exponent.view(np.uint8))
-        if kind == "v":
+        if spread > 1:
             inverse = np.repeat(inverse, dim).reshape(mean.shape)
         shift = np.float32(offset + 0.5) - mean * inverse
         by, add = (torch.from_numpy(s).unsqueeze(1).to(z.device) for s in (inverse, shift))
         sides[0].append((bits >> 16).astype(np.uint16).tobytes())
         sides[1].append(exponent.tobytes())
-        if kind == "k":
-            return math.sqrt(tokens) * self._most_k, by, add
         energy *= inverse
         energy *= inverse
         return math.sqrt(float(energy.max())) * 1.01, by, add

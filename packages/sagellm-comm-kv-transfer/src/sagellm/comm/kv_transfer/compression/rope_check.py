@@ -24,12 +24,15 @@ _FEWEST = 64  # tokens from which a spread can be told
 _CLEARLY = 0.03  # bits per value; a wrong convention costs 0.05 to 0.2, and noise 0.01
 
 
-def check_rope(geometry: Geometry, view: Tensor) -> None:
+def check_rope(geometry: Geometry, view: Tensor) -> bool:
     """Compare the layout's convention with the other pairing and with no RoPE at all.
 
     Args:
         geometry: Of the tensor.
         view: Its canonical view.
+
+    Returns:
+        Whether there were keys enough, and finite ones, to tell by.
 
     Raises:
         ConfigError: Another convention clearly fits the keys better.
@@ -37,7 +40,7 @@ def check_rope(geometry: Geometry, view: Tensor) -> None:
     """
     rope = geometry.layout.rope
     if rope is None or not geometry.sections:
-        return
+        return False
     step = max(1, geometry.layers // _LAYERS)
     found = (_sample(geometry, view, layer) for layer in range(0, geometry.layers, step))
     keys = [x for x in found if x is not None]
@@ -57,7 +60,7 @@ def check_rope(geometry: Geometry, view: Tensor) -> None:
             f"{geometry.layout.axes} seem to be in the wrong order"
         )
     if not keys or geometry.tokens < _FEWEST:
-        return
+        return False
     other = RopeSpec(rope.inv_freq, not rope.interleaved)
     costs = {"as the layout says": bits(rope), _name(other): bits(other), "none": bits(None)}
     if min(costs.values()) < costs["as the layout says"] - _CLEARLY:
@@ -66,6 +69,7 @@ def check_rope(geometry: Geometry, view: Tensor) -> None:
             f"keys contradict the layout's RoPE ({_name(rope)}): bits of spread per value are "
             f"{listed}; check the layout's axes and give RopeSpec the engine's convention, or None"
         )
+    return True
 
 
 def _name(rope: RopeSpec) -> str:

@@ -16,7 +16,7 @@ from sagellm.core.protocols import CodecSpec, ConfigError, IntegrityError
 
 from .basis import LIMIT, Part
 from .basis_store import BASES
-from .codec import SectionCodec
+from .codec import SectionCodec, narrowed
 from .frame import Coding, Payload
 from .generic import importable
 from .layout import Geometry, Section
@@ -91,7 +91,7 @@ class TransformCodec(SectionCodec):
         x = z_TC.div_(part.weight).add_(part.mean).view(out_THD.shape)
         if section.rope:
             turn_keys(x, section.rope, section.position, undo=False)
-        out_THD.copy_(x)
+        out_THD.copy_(narrowed(x, out_THD.dtype))
 
     def _components(
         self, codes: NDArray[np.int16], ratio: NDArray[np.float32], part: Part

@@ -262,13 +262,20 @@ def test_the_choice_follows_the_rate_of_the_link(coding):
     assert seen == ["quant", "quant", "none", "none", "quant"]
     assert "link 125 MB/s" in link.explain()
     assert "assumed" in link.explain()
+    assert "int8" in link.explain()
+    ask(link, "lossless")
+    assert "int8" not in link.explain()
 
 
 def test_memory_that_is_read_in_place_is_never_coded(coding):
-    link = coding(1.0)
+    table = Table()
+    link = coding(1.0, table=table)
     link.in_place = True
 
     assert ask(link).coding is None
+    assert "in place" in link.explain()
+    assert not table.by_name  # nor does it cost the measuring of a codec
+    assert not link.codecs._asked
 
 
 def test_what_the_peer_lacks_is_not_considered(coding):

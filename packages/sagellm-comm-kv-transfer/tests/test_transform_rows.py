@@ -42,6 +42,28 @@ def test_a_missing_model_leaves_columns_empty_with_the_reason(no_model):
         assert set(found.values()) == {Missing("no model here")}
 
 
+def test_bases_that_are_kept_need_no_model(monkeypatch, tmp_path):
+    held = {n: torch.randn(2, 1024, 3, 8) for n in "qkv"}
+    monkeypatch.setattr(_transform_data, "calibration", lambda _: held)
+    monkeypatch.setenv("SAGELLM_BENCH_BASES", str(tmp_path / "bases"))
+    monkeypatch.setattr(_transform_data, "evaluation", lambda _: held)
+    case = next(c for c in _transform_rows.cases(quick=True) if c["figure"] == _transform_rows.SIZE)
+    fitted = {name: call() for name, call in _run_apart(case).items()}
+
+    def missing(_):
+        raise ConfigError("no model here")
+
+    monkeypatch.setattr(_transform_data, "calibration", missing)
+    assert {name: call() for name, call in _run_apart(case).items()} == fitted
+    assert len(list((tmp_path / "bases").iterdir())) == 2
+
+
+def _run_apart(case):
+    """Contenders as another process would have them."""
+    _transform_rows._basis.cache_clear()
+    return _transform_rows.contenders(case)
+
+
 def test_attention_errors_and_interpolation():
     held = {n: torch.randn(2, 1024, 3, 8, dtype=torch.float64) for n in "qkv"}
 

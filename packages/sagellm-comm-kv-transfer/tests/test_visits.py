@@ -1,24 +1,36 @@
 """Callers who wait for something small read it themselves, and leave the lane as it was."""
 
+import contextlib
+import linecache
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from sagellm.comm.kv_transfer import _visit
+from sagellm.comm.kv_transfer import _flows, _reader, _turn, _visit
 from sagellm.comm.kv_transfer._arrivals import Arrivals
 from sagellm.comm.kv_transfer._flows import Inflow
+from sagellm.comm.kv_transfer._loop import EventLoop
 from sagellm.comm.kv_transfer._meters import Meters, Traffic
 from sagellm.comm.kv_transfer._reader import DataReader
 from sagellm.comm.kv_transfer._turn import Gate, ReadTurn
 from sagellm.comm.kv_transfer.frames import HEADER_BYTES, Header, block_sum
 from sagellm.comm.kv_transfer.memory import TensorExtent, bytes_of
 from sagellm.comm.kv_transfer.transfer import TransferHandle
+from sagellm.comm.kv_transfer.transports._shm_link import ShmConnection
 from sagellm.comm.kv_transfer.transports._socket import SocketConnection
-from sagellm.core.protocols import DistributedRuntimeError, IntegrityError, TransferKey
+from sagellm.core.protocols import (
+    CommTimeoutError,
+    DistributedRuntimeError,
+    IntegrityError,
+    PeerLostError,
+    TransferKey,
+)
 
 pytestmark = pytest.mark.skipif(not ReadTurn.possible(), reason="this system has no eventfd")
 LIMIT_S = 20.0
@@ -40,6 +52,9 @@ class Rig:
         )
         self.thread = threading.Thread(target=self._run, name="lane")
         self.thread.start()
+        end = time.monotonic() + LIMIT_S
+        while self.reader._seat is None and time.monotonic() < end:
+            time.sleep(0.001)
 
     def _run(self):
         try:
@@ -243,3 +258,136 @@ def test_a_pushed_block_lands_on_the_thread_that_waits_for_it(pair, monkeypatch)
         timer.join()
 
     assert threading.get_ident() in landed_on  # and handles wait, whoever reads
+
+
+def test_a_turn_that_comes_too_late_is_no_landing():
+    here, there = socket.socketpair()
+    turn = ReadTurn(here.fileno(), lambda: False)
+    thread = threading.Thread(target=lambda: turn.settle() and turn.settle())
+    thread.start()
+    lane = _visit.Lane(None, turn)
+    handle = TransferHandle(TransferKey("never"), "receive", LIMIT_S, lambda _: False)
+    leave, end = turn.leave, time.monotonic() + LIMIT_S
+
+    def late(gate):  # the turn is lent after the visitor's time, before he leaves
+        while turn._guest is gate and not turn.has(gate) and time.monotonic() < end:
+            time.sleep(0.001)
+        leave(gate)
+
+    turn.leave = late
+    handle.seat = SimpleNamespace(
+        read=lambda gate, over, timeout_s: lane.visit(gate, over, timeout_s, {}, b"", None)
+    )
+
+    with pytest.raises(CommTimeoutError):
+        handle.wait(0.0)
+
+    assert not handle._gates
+    there.close()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    here.close()
+
+
+def test_what_a_visitor_lands_for_others_rouses_the_event_loop_at_once(rig):
+    roused = threading.Event()
+    rig.reader._rouse = rig.reader._seat.rouse = roused.set
+    landed = rig.reader._on_landed
+    rig.reader._on_landed = lambda *args: landed(*args) or True
+    (first, _), (second, _) = rig.frame(1, 4096), rig.frame(2, 4096)
+    visitor = rig.visit(1)
+
+    rig.sock.sendall(second)
+
+    assert roused.wait(LIMIT_S / 2)
+    assert visitor.is_alive()
+    rig.sock.sendall(first)
+    visitor.join(LIMIT_S)
+
+
+def test_a_call_wakes_the_event_loop_also_when_something_was_posted_before():
+    loop, ran = EventLoop("test"), threading.Event()
+    loop.start()
+    try:
+        loop.run(lambda: None)
+        time.sleep(0.05)  # asleep
+        loop.post(lambda: None)
+        loop.call(ran.set)
+
+        assert ran.wait(LIMIT_S)
+    finally:
+        loop.stop()
+
+
+def _interrupted_at(rig, tid, n):
+    """Have the n-th line of a visit interrupted; where that was, None when there are fewer."""
+    files, hit, count = {m.__file__ for m in (_visit, _turn, _reader, _flows)}, [], 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        if frame.f_code.co_filename not in files or frame.f_code.co_name == "__init__":
+            return None
+        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        # at the end of `with` no real interrupt comes before the lock is free, as this one would
+        if event == "line" and not hit and not source.startswith("with "):
+            count += 1
+            if count == n:
+                hit.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+                raise KeyboardInterrupt
+        return trace
+
+    def body():
+        flow = rig.flows[tid]
+        sys.settrace(trace)
+        try:
+            rig.reader.read(flow.gate, flow.over.is_set, LIMIT_S)
+        except KeyboardInterrupt:
+            sys.settrace(None)
+        finally:
+            sys.settrace(None)
+            flow.gate.rise()  # as `wait` does
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    return thread, hit
+
+
+def test_an_interrupt_at_any_line_of_a_visit_leaves_the_lane_alive_or_ends_it(eventually):
+    n, hit = 0, [None]
+    while hit:
+        n += 1
+        rig = Rig()
+        frame, _ = rig.frame(1, 4096)
+        visitor, hit = _interrupted_at(rig, 1, n)
+        rig.sock.sendall(frame)
+        visitor.join(LIMIT_S)
+        second, _ = rig.frame(2, 64)
+        with contextlib.suppress(OSError):
+            rig.sock.sendall(second)
+        try:
+            eventually(lambda r=rig: r.flows[2].over.is_set() or r.ended, LIMIT_S / 2)
+            eventually(lambda r=rig: not r.flows[1].busy, LIMIT_S / 2)
+        except AssertionError as e:
+            e.add_note(f"line {n}: {hit}")
+            raise
+        rig.close()
+        assert n < 1000
+    assert n > 20
+
+
+def test_a_peer_that_dies_with_unread_bytes_is_lost_and_no_bug():
+    ours, theirs = socket.socketpair()
+    meeting = SimpleNamespace(
+        readable=False,
+        theirs=SimpleNamespace(memory=np.zeros(64, np.uint8), close=lambda: None),
+        board=SimpleNamespace(close=lambda: None),
+        peek=None,
+    )
+    conn = ShmConnection(ours, "peer", meeting, 1 << 16)
+    ours.send(b"unread")
+    theirs.close()
+
+    with pytest.raises(PeerLostError, match="broke"):
+        conn.take([memoryview(bytearray(10))])
+
+    conn.close()

@@ -140,11 +140,11 @@ def test_differences_cover_devices_links_domains_and_pairs():
 
 
 def test_doctor_lists_detectors_and_says_what_to_do(hgx_root, capsys):
-    assert main(["doctor", "--root", str(hgx_root)]) == 0
+    assert main(["doctor", "--from", str(hgx_root)]) == 0
     out = capsys.readouterr().out
     assert "sysfs-pci" in out
     assert "sagellm-comm-topology[nvidia]" in out
-    assert main(["doctor", "--json", "--root", str(hgx_root)]) == 0
+    assert main(["doctor", "--json", "--from", str(hgx_root)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {d["detector"] for d in document["detectors"]} >= {"sysfs-pci", "sysfs-numa"}
     assert all(d["elapsed_s"] >= 0 for d in document["detectors"])
@@ -193,7 +193,7 @@ def test_nics_are_listed_as_people_count(capsys):
     ids=" ".join,
 )
 def test_every_command_speaks_json(words, hgx_root, topo, capsys):
-    source = {"import": [], "diff": [], "plan": [], "doctor": ["--root", str(hgx_root)]}
+    source = {"import": [], "diff": [], "plan": [], "doctor": ["--from", str(hgx_root)]}
     place = source.get(words[0], ["--from", str(hgx_root)])
 
     code = main([str(topo) if w == "FILE" else w for w in words] + [*place, "--json"])

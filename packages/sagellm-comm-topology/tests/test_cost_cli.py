@@ -11,6 +11,7 @@ import pytest
 from sagellm.comm.topology.__main__ import main
 from sagellm.comm.topology.cost_model import CostModel
 from sagellm.comm.topology.live import OPS, calibrate_live, library_of, sweep_live
+from sagellm.comm.topology.manager import TopologyManager
 from sagellm.core.protocols import (
     BackendUnavailableError,
     CommTimeoutError,
@@ -65,6 +66,24 @@ def test_predict_says_when_nothing_was_measured(tmp_path, capsys, hgx_root):
     assert "run `calibrate`" in shown
     assert shown.count("prior") >= 5
     assert "(chosen)" in shown
+
+
+def test_predict_marks_what_is_fastest_in_its_own_table(tmp_path, capsys, hgx_root):
+    source = ["--from", str(hgx_root), "--folder", str(tmp_path)]
+    model = CostModel(TopologyManager(root=hgx_root, environ={}).detect())
+    gpus = [d.id for d in model._topology.accelerators]
+    model.observe([
+        {"op": "all_reduce", "algorithm": "ring", "group_size": 4, "nbytes": n,
+         "time_us": 500 + n * 1e-3, "members": gpus[:4]}
+        for n in (1 << 12, 1 << 20, 1 << 26) for _ in range(5)
+    ])  # fmt: skip
+    model.save(library_of("gloo"), tmp_path)
+
+    for group in ("GPU0,GPU1,GPU2,GPU3", "GPU1,GPU4,GPU6", "5", "24"):
+        assert main(["predict", *source, "--bytes", "1M", "--group", group, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        fastest = min(said["estimates"].items(), key=lambda x: (x[1]["time_us"], x[0]))
+        assert (said["chosen"], fastest[1]["basis"]) == (fastest[0], "scaled")
 
 
 def test_predict_refuses_unknown_names(tmp_path, capsys, hgx_root):
@@ -241,6 +260,12 @@ def test_a_deadline_ends_the_processes():
         (lambda: calibrate_live("gloo", 2, ops=["p2p"]), "known: all_reduce"),
         (lambda: calibrate_live("gloo", 2, repeats=4), "at least 5"),
         (lambda: calibrate_live("gloo", 2, timeout_s=0), "timeout_s"),
+        (lambda: calibrate_live("gloo", 2, knots=0), "by 0 sizes"),
+        (
+            lambda: calibrate_live("gloo", 2, smallest=1 << 20, largest=1 << 10),
+            "smallest < largest",
+        ),
+        (lambda: calibrate_live("gloo", 2, smallest=0), "from 0 "),
         (lambda: sweep_live("gloo", 2, []), "at least 1 byte"),
         (lambda: sweep_live("nonesuch", 2, [8]), "nonesuch"),
     ],

@@ -156,3 +156,31 @@ def test_the_frozen_table_keeps_the_width_of_repeats():
     _, chosen = model.select(model.freeze(), "all_reduce", 1 << 19, 4)
 
     assert chosen == model.predict("all_reduce", 1 << 19, 4, "native")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("noise", [calm, noisy, spiky])
+@pytest.mark.parametrize("truth", [line, switch, knee])
+def test_a_size_that_was_measured_is_known_no_worse_than_one_beside_it(truth, noise, count):
+    chance = random.Random(f"{truth.__name__} {noise.__name__} {count}")
+    for _ in range(20):
+        sizes = sorted(chance.sample(range(4096, 64 << 20, 64), count))
+        repeated = {x: 5 if chance.random() < 0.3 else 1 for x in sizes}
+        curve = Curve.of_repeats(
+            {x: [truth(x) * noise(chance, x) for _ in range(repeated[x])] for x in sizes}
+        )
+
+        for x in sizes:
+            at, below, above = (curve.read(n) for n in (x, x - 1, x + 1))
+
+            assert at[2] / at[1] <= 1.001 * max(below[2] / below[1], above[2] / above[1])
+
+
+def test_three_sizes_measured_once_bound_the_middle_one_by_less_than_a_factor_of_thousands():
+    curve = Curve([(4096, 10.0), (1 << 20, 60.0), (64 << 20, 3000.0)])
+
+    time, low, high, basis = curve.read(1 << 20)
+    beside = curve.read((1 << 20) + 8)
+
+    assert (time, basis) == (60.0, "calibrated")
+    assert beside[1] <= 1.001 * low < high <= 1.001 * beside[2]

@@ -54,6 +54,11 @@ BAD = {
     "bytes beyond print": (row(10**5000), "thousands of digits"),
     "no ranks": (row(group_size=0), "group_size .* not 0"),
     "a yes for ranks": (row(group_size=True), "group_size .* not True"),
+    "a group of one": (row(group_size=1), "from 2 .* not 1"),
+    "a number for members": (row(members=5), "members are a list of device ids, not 5"),
+    "no number of members": (row(members=0), "members are a list of device ids, not 0"),
+    "an empty text for members": (row(members=""), "members|list of device ids"),
+    "an op that cannot be looked up": (row() | {"op": ["x"]}, "op \\['x'\\]"),
 }
 
 
@@ -67,6 +72,28 @@ def test_a_bad_row_at_the_end_teaches_nothing(case):
         model.observe([*line(algorithm="tree"), bad])
 
     assert (kept(model), model.freeze()) == before
+
+
+@pytest.mark.parametrize("samples", [None, 5, 1.5, True])
+def test_what_are_no_rows_is_refused_in_words(samples):
+    model = model_of(line())
+
+    with pytest.raises(ConfigError, match="list of rows"):
+        model.observe(samples)
+    with pytest.raises(ConfigError, match="list of rows"):
+        model.drift(samples)
+
+
+@pytest.mark.parametrize("library", ["", " ", None, 5, b"nccl", "nccl\0", "nccl \ud800"])
+def test_a_library_without_a_name_keeps_nothing(library, tmp_path):
+    model = model_of(line())
+
+    with pytest.raises(ConfigError, match="library must be a name and version"):
+        model.save(library, tmp_path)
+    with pytest.raises(ConfigError, match="library must be a name and version"):
+        model.load(library, tmp_path)
+
+    assert not list(tmp_path.iterdir())
 
 
 def test_repeats_sizes_and_curves_are_bounded():
@@ -248,6 +275,8 @@ def test_rows_come_in_while_others_ask(monkeypatch):
 
 ASKED = {
     "an unknown op": (("all_reduse", 8, 4), "all_reduse"),
+    "an op that cannot be looked up": ((["x"], 8, 4), "x"),
+    "no op": ((None, 8, 4), "None"),
     "negative bytes": (("all_reduce", -8, 4), "-8"),
     "bytes that are none": (("all_reduce", math.nan, 4), "nan"),
     "endless bytes": (("all_reduce", math.inf, 4), "inf"),

@@ -35,6 +35,25 @@ def test_a_wrong_fact_would_be_noticed(tmp_path):
     assert [key for key, told in found.items() if not told] == []
 
 
+@pytest.mark.skipif(not CASES, reason="recorded machines are not beside this checkout")
+def test_links_of_an_input_that_states_none_would_be_noticed(tmp_path):
+    import json
+
+    (tmp_path / "expected").mkdir()
+    found = {}
+    for case_file in CASES:
+        case = json.loads(case_file.read_text())
+        if len(case["link_matrix"] or []) < 2:
+            continue
+        (tmp_path / "samples").unlink(missing_ok=True)
+        (tmp_path / "samples").symlink_to(case_file.parent.parent / "samples")
+        (tmp_path / "expected/case.json").write_text(json.dumps({**case, "link_matrix": None}))
+        found[case_file.stem] = mismatches(tmp_path / "expected/case.json")
+
+    assert len(found) > 10
+    assert [stem for stem, told in found.items() if not told] == []
+
+
 def spoiled(value):
     """The same kind of value with something wrong in it."""
     if isinstance(value, dict):

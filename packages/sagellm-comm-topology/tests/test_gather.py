@@ -8,10 +8,11 @@ import pytest
 from sagellm.comm.topology import TopologyGraph, TopologyManager
 from sagellm.comm.topology._join import join_hosts
 from sagellm.comm.topology._wire import decode_info, encode_info
-from sagellm.comm.topology.benchmarks.fake_machine import draw_hgx
+from sagellm.comm.topology.benchmarks.fake_machine import StubNvml, draw_hgx
 from sagellm.comm.topology.file_store import FileStore
 from sagellm.comm.topology.placement import ring
 from sagellm.core.protocols import (
+    CollectiveMismatchError,
     CommTimeoutError,
     ConfigError,
     Device,
@@ -335,3 +336,68 @@ def test_a_rank_that_dies_with_the_description_leaves_it_to_others(tmp_path, loo
 
     assert [r.num_nodes for r in results] == [1 + other] * 3
     assert [r.missing_nodes for r in results] == [(3,)] * 3
+
+
+def test_ranks_of_one_host_that_see_different_gpus_are_put_together(tmp_path, look, store):
+    roots = [draw_hgx(tmp_path / f"view{i}", functions=60).root for i in range(3)]
+    for i, root in enumerate(roots):
+        boot = root / "proc/sys/kernel/random"
+        boot.mkdir(parents=True)
+        (boot / "boot_id").write_text("one-host")
+        functions = root / "sys/bus/pci/devices"
+        gpus = [f for f in sorted(functions.iterdir()) if (f / "class").read_text()[:6] == "0x0302"]
+        for hidden in gpus[:4] if i == 0 else gpus[4:]:  # ranks 1 and 2 see the same
+            hidden.unlink()
+    managers = [look(root, rank=i, world_size=3) for i, root in enumerate(roots)]
+
+    results = together(managers, store)
+
+    assert [r.num_devices for r in results] == [8] * 3
+    assert results[0] == results[1] == results[2]
+    assert (results[0].num_nodes, results[0].missing_nodes) == (1, ())
+    assert any(w.startswith("ranks 0, 1 of one host do not") for w in results[0].warnings)
+    ids = [d.id for d in results[0].accelerators]
+    assert managers[0].path(ids[0], ids[-1]).kind is not None
+
+
+def test_gpus_that_each_rank_alone_may_ask_the_driver_about_are_all_known(
+    hgx_root, hgx_gpus, look, store
+):
+    halves = [
+        StubNvml(half, peers={g: ["switch"] * 18 for g in half})
+        for half in (hgx_gpus[:4], hgx_gpus[4:])
+    ]
+    managers = [look(hgx_root, nvml=n, rank=i, world_size=2) for i, n in enumerate(halves)]
+
+    agreed = together(managers, store)[0]
+
+    assert agreed.num_nodes == 1
+    assert [d.model for d in agreed.accelerators] == ["NVIDIA Fake 80GB"] * 8
+    assert len(agreed.domains[0].members) == 8
+
+
+def test_a_description_that_cannot_be_is_refused():
+    twice = TopologyInfo((Device("g", "gpu"), Device("g", "gpu")))
+
+    with pytest.raises(IntegrityError, match="two devices are called 'g'"):
+        decode_info(encode_info(twice).encode())
+
+
+def test_a_rank_that_is_out_of_step_is_told_and_takes_no_old_answer(hosts, store):
+    managers = hosts(2)
+    together(managers, store)
+    managers[0].gather(store, timeout_s=0.4)  # as after a restart of rank 0 alone
+    managers[0].gather(store, timeout_s=0.4)
+
+    with pytest.raises(
+        CollectiveMismatchError, match="rank 1 is at its gather 2, rank 0 at its gather 3"
+    ):
+        managers[1].gather(store, timeout_s=2.0)
+
+
+def test_a_rank_that_is_merely_late_takes_what_was_agreed_without_it(hosts, store):
+    managers = hosts(2)
+    agreed = managers[0].gather(store, timeout_s=0.4)
+
+    assert managers[1].gather(store, timeout_s=2.0) == agreed
+    assert agreed.missing_nodes == (1,)

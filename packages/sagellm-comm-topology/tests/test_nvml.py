@@ -1,5 +1,7 @@
 """What the driver's library adds, asked through a stand-in; unverified on hardware."""
 
+import threading
+
 import pytest
 
 from sagellm.comm.topology._nvml import NvmlDetector
@@ -36,6 +38,21 @@ def test_lanes_to_one_peer_are_one_link_of_their_sum(gpus, look):
     assert (path.kind, path.links[0].count, path.links[0].confidence) == ("LINK", 4, "stated")
     assert path.bottleneck_bytes_per_s == pytest.approx(100e9)
     assert look(gpus, nvml=stub).path(A, C).kind == "PHB"
+
+
+@pytest.mark.parametrize(
+    ("links", "count", "bandwidth"),
+    [([45_000] * 10, 10, 450e9), ([45_000] * 4 + [None], 4, 180e9), ([], 1, None), ([0], 1, None)],
+)
+def test_coherent_links_have_their_count_and_bandwidth(gpus, look, links, count, bandwidth):
+    gpus.numa(0, "0-3", (10,))
+    stub = StubNvml([A, B], numa={A: 0, B: 0}, c2c={A: links})
+
+    info = look(gpus, nvml=stub).detect()
+
+    (link,) = [x for x in info.links if x.kind == "c2c"]
+    assert (link.a, link.b, link.count) == (A, "numa:0", count)
+    assert link.bandwidth_bytes_per_s == bandwidth
 
 
 def test_lanes_to_a_switch_make_a_domain(gpus, look):
@@ -190,3 +207,19 @@ def test_visibility_variables_number_the_devices(gpus, look, variables, seen):
     assert [d.id for d in sorted(visible, key=lambda d: d.visible_index)] == seen
     assert manager.detect().num_devices == 3
     assert [manager.device(i).id for i in range(len(seen))] == seen
+
+
+def test_a_gpu_that_hangs_costs_only_itself_and_those_after_it(gpus, look):
+    stub, release = StubNvml([A, B, C], peers={A: [B], B: [A]}), threading.Event()
+    answer = stub.nvmlDeviceGetName
+    stub.nvmlDeviceGetName = lambda handle: (handle == C and release.wait(20)) or answer(handle)
+
+    try:
+        info = look(gpus, nvml=stub).detect(deadline_s=0.6)
+    finally:
+        release.set()
+
+    assert [d.uuid for d in info.accelerators] == ["GPU-00000000-fake", "GPU-00000001-fake", None]
+    words = " ".join(info.warnings)
+    assert "nvml did not answer before the deadline; 2 devices it had read are kept" in words
+    assert "2 of 3 GPUs answered" in words

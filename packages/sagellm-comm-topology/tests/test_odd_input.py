@@ -372,7 +372,7 @@ def test_what_this_shell_hides_is_not_hidden_in_a_recorded_tree(machine, monkeyp
 
     assert from_json(capsys.readouterr().out).accelerators[0].visible_index == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "77")
-    main(["doctor", "--root", str(machine.root)])
+    main(["doctor", "--from", str(machine.root)])
     assert "CUDA_VISIBLE_DEVICES names" not in capsys.readouterr().out
 
 

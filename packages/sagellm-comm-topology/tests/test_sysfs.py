@@ -2,6 +2,8 @@
 
 import pytest
 
+from sagellm.comm.topology.export import to_nccl_xml
+
 GPU, NIC, BRIDGE = 0x030200, 0x020000, 0x060400
 X16 = {"speed": "32.0 GT/s PCIe", "width": 16}
 
@@ -278,3 +280,31 @@ def test_virtual_interface_counts_only_where_there_is_no_other(machine, look):
 
     assert alone == ["net:eth0"]
     assert beside == ["0000:01:00.0"]
+
+
+@pytest.mark.parametrize("order", [("up", "down"), ("down", "up"), ("unknown", "up")])
+def test_a_card_with_a_port_that_is_up_is_up_at_the_rate_of_that_port(machine, look, order):
+    machine.pci("0000:01:00.0", "pci0000:00", NIC, vendor=0x15B3)
+    for i, state in enumerate(order):
+        speed = 10_000 if state == "up" else 1_000
+        machine.net(f"eth{i}", "0000:01:00.0", speed=speed, state=state)
+
+    attrs = look(machine).detect().find("0000:01:00.0").attrs
+
+    assert (attrs["operstate"], attrs["netdev"]) == ("up", "eth0,eth1")
+    assert attrs["port_bytes_per_s"] == str(10_000 * 125_000)
+    if "down" in order:  # a cable that is not there takes no share of the card's rate
+        assert attrs["netdev_down"] == f"eth{order.index('down')}"
+        written = to_nccl_xml(look(machine).detect())
+        assert f'<net name="eth{order.index("up")}" speed="10000"/>' in written
+        assert f'"eth{order.index("down")}"' not in written
+
+
+@pytest.mark.parametrize(
+    ("link_type", "layer"), [(1, "Ethernet"), (32, "InfiniBand"), (65534, None)]
+)
+def test_the_link_layer_of_an_interface_is_what_its_type_says(machine, look, link_type, layer):
+    machine.pci("0000:01:00.0", "pci0000:00", NIC, vendor=0x15B3)
+    machine.net("net0", "0000:01:00.0", link_type=link_type)
+
+    assert look(machine).detect().find("0000:01:00.0").attrs.get("link_layer") == layer

@@ -11,6 +11,7 @@ import xxhash
 
 from sagellm.core.protocols import (
     CommError,
+    CommTimeoutError,
     DistributedRuntimeError,
     IntegrityError,
     KVConnection,
@@ -18,7 +19,7 @@ from sagellm.core.protocols import (
 )
 
 from ._coded_request import CodecRequest
-from ._coded_threads import CodecThreads
+from ._coded_threads import CodecThreads, Credits
 from ._coded_view import MAX_PIECE_BYTES, CodedUnits, codable, is_whole
 from ._flows import Inflow
 from ._meters import Traffic
@@ -35,6 +36,7 @@ OnLanded = Callable[[Inflow, Header, list[int], list[int]], None]
 
 _SLACK_BYTES = 1 << 17
 """What a frame may take beyond its values: a description of 64 KiB, and a table."""
+_STEP_BYTES = 1 << 18
 _ANY = CodecRequest("none")
 
 
@@ -42,7 +44,8 @@ class CodedReader:
     """Takes coded frames off a link's lanes. Every lane's thread calls `receive`.
 
     At most the channel's limit of bytes is held, coded and decoded together: a lane waits for
-    room before it takes a frame off the wire, so that the peer waits, too.
+    room before it takes a frame off the wire, so that the peer waits, too. One link holds half of
+    it at most; where none becomes free the transfer fails, and the link goes on.
 
     Args:
         threads: Of the channel.
@@ -64,6 +67,7 @@ class CodedReader:
     ) -> None:
         self.checksum = True
         self._threads = threads
+        self._share = Credits(max(1, threads.decoding.limit // 2))
         self._on_landed = on_landed
         self._on_bug = on_bug
         self._io_timeout_s = io_timeout_s
@@ -74,7 +78,7 @@ class CodedReader:
 
         Raises:
             IntegrityError: Its sizes cannot be: the peer breaks the rules.
-            CommTimeoutError: It does not come, or there is no room.
+            CommTimeoutError: It does not come.
 
         """
         try:
@@ -86,16 +90,56 @@ class CodedReader:
         finally:
             flow.leave()  # nobody is at the blocks until it is decoded
         held, handed = head.payload_bytes + raw, False
-        self._threads.decoding.take(held, self._io_timeout_s)
         try:
-            data = memoryview(bytearray(head.payload_bytes))
-            calls = conn.receive([data], self._io_timeout_s)
-            handed = self._threads.submit(
-                lambda: self._finish(flow, head, table, data, raw, held, calls)
-            )
+            self._take(held)
+        except CommTimeoutError as e:  # nobody's link is lost because others use the room
+            if flow.broken is not None:
+                flow.broken(e)
+            _skip(conn, head.payload_bytes, self._io_timeout_s)
+            return
+        try:
+            data, at, calls = self._arrive(conn, flow, head.payload_bytes)
+            if at == head.payload_bytes:
+                handed = self._threads.submit(
+                    lambda: self._finish(flow, head, table, data, raw, held, calls)
+                )
         finally:
             if not handed:
-                self._threads.decoding.give(held)
+                self._give(held)
+        _skip(conn, head.payload_bytes - at, self._io_timeout_s)
+
+    def _take(self, held: int) -> None:
+        """Wait for room, for less time than the peer waits for us.
+
+        Raises:
+            CommTimeoutError: There is none.
+            PeerLostError: The channel is closed.
+
+        """
+        self._share.take(held, self._io_timeout_s / 2)
+        try:
+            self._threads.decoding.take(held, self._io_timeout_s / 4)
+        except BaseException:
+            self._share.give(held)
+            raise
+
+    def _give(self, held: int) -> None:
+        self._threads.decoding.give(held)
+        self._share.give(held)
+
+    def _arrive(self, conn: KVConnection, flow: Inflow, size: int) -> tuple[memoryview, int, int]:
+        """A payload, how much of it has come before nobody waited for it, and the calls."""
+        if not flow.enter():
+            return memoryview(b""), 0, 0
+        try:  # within the flow, so that its fence breaks off what does not come
+            data, at, calls = memoryview(bytearray(size)), 0, 0
+            while at < size and not flow.stopped:
+                piece = data[at : at + _STEP_BYTES]
+                calls += conn.receive([piece], self._io_timeout_s)
+                at += len(piece)
+            return data, at, calls
+        finally:
+            flow.leave()
 
     def _finish(
         self,
@@ -130,7 +174,7 @@ class CodedReader:
                 )
                 outcome = flow.landed(head, bad)
             finally:
-                self._threads.decoding.give(held)
+                self._give(held)
                 if entered:
                     flow.leave()
             self._on_landed(flow, head, *outcome)
@@ -178,6 +222,15 @@ class CodedReader:
         views = units.extent.unit_views(units.layer, units.first, units.count)
         found = block_sums(views, units.layer, units.first)
         return bool((np.array(found, dtype="<u8") != sums).any())
+
+
+def _skip(conn: KVConnection, size: int, timeout_s: float) -> None:
+    """Take bytes that nobody waits for off the wire."""
+    scratch = memoryview(bytearray(min(size, _STEP_BYTES)))
+    while size:
+        piece = scratch[:size]
+        conn.receive([piece], timeout_s)
+        size -= len(piece)
 
 
 def _check_front(frame: FrameHeader, data: memoryview, table: memoryview) -> None:

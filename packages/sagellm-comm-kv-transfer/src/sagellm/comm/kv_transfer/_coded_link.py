@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -16,8 +15,8 @@ from ._coded_request import AUTO, CodecRequest
 from ._coded_threads import CodecThreads
 from ._link_rate import LinkRate
 from .compression import Compressor
-from .compression._registry import FRAME, coded_versions
-from .compression.auto import Speed, choose, label
+from .compression._registry import BASIS, FRAME, coded_versions, section_codec_spec
+from .compression.auto import UNBOUNDED, Speed, choose, label
 from .compression.frame import Coding
 from .compression.speeds import CodecSpeeds
 
@@ -50,6 +49,9 @@ class Choice(NamedTuple):
 
     coding: Coding | None
     why: str
+
+
+_IN_PLACE = Choice(None, "none: the peer reads memory in place")
 
 
 class Codecs:
@@ -154,6 +156,12 @@ class LinkCoding:
         self.rate = LinkRate(assumed_bytes_per_s)
         self.in_place = False
         """Whether the peer reads our memory, which no codec makes faster."""
+        self.takes_bases = theirs.get(BASIS) == 1
+        """Whether the peer takes bases that it does not have."""
+        self.given: set[str] = set()
+        """Bases that the peer has."""
+        self.refused: dict[str, str] = {}
+        """Bases that it did not take, and why."""
         self._peer = peer
         self._theirs = theirs
         self._lock = threading.Lock()
@@ -168,7 +176,7 @@ class LinkCoding:
             if ours != theirs:
                 what = "coded frames" if name == FRAME else f"codec {name!r}"
                 has = "does not have it" if theirs is None else f"has version {theirs}"
-                known = sorted(n for n in self._theirs if n != FRAME)
+                known = sorted(n for n in self._theirs if n not in (FRAME, BASIS))
                 return (
                     f"node {self._peer} cannot decode {what} version {ours}: it {has}; it has "
                     f"{', '.join(known) or 'none'}; use one of these or codec='auto'"
@@ -187,6 +195,9 @@ class LinkCoding:
         """What is to be used now."""
         if request.codec != AUTO:
             return self._named(request, allowed[0])
+        if self.in_place:
+            self._last = _IN_PLACE.why
+            return _IN_PLACE
         key = (*map(label, allowed), dtype, nbytes.bit_length())
         now = time.monotonic()
         with self._lock:
@@ -205,8 +216,10 @@ class LinkCoding:
         if request.required:
             return Choice(coding, f"{label(coding)}, as asked")
         if self.in_place:
-            return Choice(None, "none: the peer reads memory in place")
+            return _IN_PLACE
         if (why := self.missing(coding)) is not None:
+            return Choice(None, f"none: {why}")
+        if (why := self.refused.get(str(coding.options.get("basis")))) is not None:
             return Choice(None, f"none: {why}")
         return Choice(coding, f"{label(coding)}, as the channel's settings say")
 
@@ -225,9 +238,11 @@ class LinkCoding:
                 seen = self._ratios.get((label(coding), dtype), speed.ratio)
                 e, d = speed.encode_bytes_per_s * slower, speed.decode_bytes_per_s * slower
                 speeds.append((coding, Speed(seen, e, d)))
+        if not all(section_codec_spec(c.name).lossless for c in allowed):
+            notes.append(UNBOUNDED)
         best, why = choose(
             nbytes,
-            math.inf if self.in_place else self.rate.bytes_per_s,
+            self.rate.bytes_per_s,
             speeds,
             workers=self.codecs.free_workers(),
             piece_bytes=PIECE_BYTES,

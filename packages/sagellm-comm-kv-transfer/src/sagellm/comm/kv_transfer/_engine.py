@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from sagellm.core.protocols import (
     CommError,
@@ -22,6 +23,7 @@ from sagellm.core.protocols import (
 from . import wire
 from ._arguments import MAX_ID_CHARACTERS
 from ._coded_link import Codecs
+from ._handover import Handover
 from ._inspect import Inquiries
 from ._link import Link
 from ._links import Links
@@ -31,7 +33,14 @@ from ._paths import Paths
 from ._push import Offered, Push
 from ._receive import Receive
 from ._receiving import Receiving
-from ._records import CANCELLED, MAX_MESSAGE, CompletionQueue, error_of, key_failure
+from ._records import (
+    ABANDONED,
+    CANCELLED,
+    MAX_MESSAGE,
+    CompletionQueue,
+    error_of,
+    key_failure,
+)
 from ._room import Pressed, Room
 from ._sending import Sending
 from .discovery import Discovery
@@ -42,6 +51,8 @@ from .transfer import TransferHandle
 from .transports.tcp import listen
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -83,6 +94,7 @@ class Engine:
         self.receiving = Receiving(self)
         self.sending = Sending(self)
         self.inquiries = Inquiries(self)
+        self.handover = Handover(self)
         self.meters = Meters()
         self.codecs = Codecs(
             f"kv-{self.node_id}-codec", settings.codec_workers, settings.max_codec_bytes
@@ -134,6 +146,7 @@ class Engine:
     def link_lost(self, link: Link, error: CommError, *, was_up: bool) -> None:
         """Fail what a lost link carried."""
         self.inquiries.link_lost(link, error)
+        self.handover.link_lost(link)
         self.sending.link_lost(link, error)
         self.receiving.link_lost(link, error, was_up=was_up)
 
@@ -188,6 +201,14 @@ class Engine:
                 self.inquiries.on_ask(link, message)
             case wire.Answer():
                 self.inquiries.on_answer(link, message)
+            case wire.BasisOffer():
+                self.handover.on_offer(link, message)
+            case wire.BasisWanted():
+                self.handover.on_wanted(link, message)
+            case wire.BasisPiece():
+                self.handover.on_piece(link, message)
+            case wire.BasisRefused():
+                self.handover.on_refused(link, message)
             case wire.Unknown():
                 self.ignore("unknown")
             case wire.Bye():
@@ -252,6 +273,19 @@ class Engine:
                 self._causes[error.cause] += 1
         self._ends[status] += 1
         self.meters.ended(handle, status, "" if error is None else error.cause)
+
+    def begin(self, owner: Receive | Offered, function: Callable[[], T]) -> T:
+        """Begin a transfer on the loop; it ends when its caller is stopped before he has it."""
+        try:
+            return self.loop.run(function)
+        except BaseException:
+            self.loop.call(lambda: self._abandon(owner))  # behind what may have begun
+            raise
+
+    def _abandon(self, owner: Receive | Offered) -> None:
+        offers = self.sending.offering.offers.values()
+        if owner in self.receiving.arrivals.live or owner in offers:
+            self.end(owner, KVTransferError(ABANDONED, cause=CANCELLED))
 
     def end(self, owner: object, error: CommError) -> None:
         """Give a transfer up."""

@@ -67,17 +67,18 @@ class Flow:
         self.handle = handle
         self.tid = tid
         self.lock = threading.Lock()
+        self._guests: set[object] = set()
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at the blocks now."""
-        return self._pieces > 0
+        return self._pieces > 0 or bool(self._guests)
 
     def stop(self) -> bool:
         """Let no further piece begin; True when none is under way."""
         with self.lock:
             self.stopped = True
-            return not self._pieces
+            return not self.busy
 
     def enter(self) -> bool:
         """Begin a piece; False when no further one may."""
@@ -87,11 +88,20 @@ class Flow:
             self._pieces += 1
             return True
 
-    def leave(self) -> None:
-        """End a piece; tells whoever waits behind the fence."""
+    def leave(self, guest: object = None) -> None:
+        """End a piece; tells whoever waits behind the fence.
+
+        Args:
+            guest: By which name it was claimed, if by one: then this is idempotent, for who may
+                have been interrupted.
+
+        """
         with self.lock:
-            self._pieces -= 1
-            idle = self.idle if self.stopped and not self._pieces else None
+            if guest is None:
+                self._pieces -= 1
+            else:
+                self._guests.discard(guest)
+            idle = self.idle if self.stopped and not self.busy else None
         if idle is not None:
             idle()
 
@@ -249,8 +259,12 @@ class Inflow(Flow):
         """Whether all of a layer is in place and verified."""
         return not self._left[layer]
 
-    def claim(self, head: Header) -> bool:
+    def claim(self, head: Header, guest: object = None) -> bool:
         """Whether a frame may be written now; False when the transfer has ended meanwhile.
+
+        Args:
+            head: What comes.
+            guest: A name by which `leave` may be called more than once.
 
         Raises:
             IntegrityError: It was never granted, or has landed before: the peer breaks the rules.
@@ -269,7 +283,10 @@ class Inflow(Flow):
             if units.count(_MISSING, head.first, stop) != head.count:
                 raise IntegrityError(f"the peer sent landed blocks of layer {head.layer} again")
             units[head.first : stop] = bytes((_COMING,)) * head.count
-            self._pieces += 1
+            if guest is None:
+                self._pieces += 1
+            else:
+                self._guests.add(guest)
             self.begun = True
             return True
 

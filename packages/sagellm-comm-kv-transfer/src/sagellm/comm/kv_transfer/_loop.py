@@ -58,7 +58,7 @@ class EventLoop:
         self._last: list[Callable[[], None]] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._ids = itertools.count()
-        self._stopping = False
+        self._stopping = self._roused = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -71,8 +71,8 @@ class EventLoop:
         with self._lock:
             if self._stopping:
                 return False
-            first = not self._calls
             self._calls.append(callback)
+            first, self._roused = not self._roused, True
         if first and threading.get_ident() != self._thread.ident:
             self._wake()
         return True
@@ -85,7 +85,10 @@ class EventLoop:
 
     def rouse(self) -> None:
         """Have the loop look at what was posted."""
-        self._wake()
+        with self._lock:
+            first, self._roused = not self._roused, True
+        if first:
+            self._wake()
 
     def run(self, function: Callable[[], T], timeout_s: float = 10.0) -> T:
         """Run it on the loop and give its result; from another thread.
@@ -193,6 +196,8 @@ class EventLoop:
             self._guard(callback)
 
     def _run_calls(self) -> None:
+        with self._lock:
+            self._roused = False  # who comes from now on may find it asleep
         for _ in range(len(self._calls)):  # not those that these make: sockets have their turn
             self._guard(self._calls.popleft())
 

@@ -11,6 +11,7 @@ import xxhash
 
 from sagellm.core.protocols import (
     CommError,
+    DistributedRuntimeError,
     IntegrityError,
     KVConnection,
     MemoryRuns,
@@ -97,7 +98,7 @@ class DataReader:
 
     def run(self, conn: KVConnection) -> None:
         """Receive until the connection ends, by raising what it raises."""
-        lane = open_lane(conn)
+        lane = open_lane(conn, self._rouse)
         self._seat = self._seat or lane
         for_ever = float("inf")
         try:
@@ -175,8 +176,7 @@ class DataReader:
             arrived = self._check(flow.extent, head, coming.table, coming.views, coming.calls)
             outcome = self._account(flow, head, arrived)
         finally:
-            lane.coming = None
-            flow.leave()
+            lane.leave()
         # not here: the event loop would take the GIL from a caller who has what he waits for
         lane.posted |= self._on_landed(flow, head, *outcome)
 
@@ -186,15 +186,16 @@ class DataReader:
         if lane.posted:
             lane.posted = False
             self._rouse()
+        if lane.receiving and lane.error is None:
+            lane.error = DistributedRuntimeError("whoever read a frame was interrupted")
         if lane.error is not None:
-            if coming is not None:
-                coming.flow.leave()
+            lane.leave()
             raise lane.error
         if coming is not None:
             try:
                 coming.calls += lane.conn.receive(coming.left, self._io_timeout_s)
             except BaseException:
-                coming.flow.leave()
+                lane.leave()
                 raise
             self._finish(lane, coming)
             self._rouse()

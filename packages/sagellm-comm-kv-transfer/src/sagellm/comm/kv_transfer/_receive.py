@@ -166,6 +166,7 @@ class Receive:
             self.wanted = {}
         self.open_groups = self._gaps(rest)
         self.sources = rest
+        self.handle.seat = None
         self.expect()
 
     def _gaps(self, sources: Sequence[Source]) -> set[str]:

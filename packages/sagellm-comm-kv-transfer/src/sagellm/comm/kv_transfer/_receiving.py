@@ -24,9 +24,10 @@ from ._arrivals import Arrivals
 from ._backlog import Backlog
 from ._flows import Inflow
 from ._granting import Granter
+from ._heard import Heard
 from ._link import Link
 from ._receive import End, Receive, Source
-from ._records import Memory, ending, failure
+from ._records import ending, failure
 from .state import RULES, Event
 from .transfer import TransferHandle
 
@@ -50,7 +51,7 @@ class Receiving:
         self.parked: Backlog[wire.Offer] = Backlog(
             limits.max_in_flight, limits.max_backlog_bytes, engine.waiting
         )
-        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(limits.max_remembered)
+        self._heard = Heard(limits.max_remembered)
         self._granter = Granter(lambda: engine.pool, limits.max_bounce_bytes)
         self._starved: list[tuple[Receive, Link, wire.Offer]] = []
         self.arrivals = Arrivals(engine, self._granter, self._dismiss, self._feed)

@@ -24,6 +24,7 @@ from .state import Event
 from .transfer import Witness
 
 __all__ = [
+    "ABANDONED",
     "CANCELLED",
     "LEASE_EXPIRED",
     "MAX_MESSAGE",
@@ -33,10 +34,12 @@ __all__ = [
     "code_of",
     "ending",
     "error_of",
+    "error_of_code",
     "failure",
     "key_failure",
 ]
 
+ABANDONED = "whoever began it was stopped before he had its handle"
 CANCELLED = "cancelled"
 LEASE_EXPIRED = "lease_expired"
 MAX_MESSAGE = 2048
@@ -85,11 +88,15 @@ def _told(error: CommError) -> tuple[str, str, str]:
 
 def error_of(message: wire.Fail | wire.KeyFail) -> CommError:
     """The error that a peer named, seen from here: its layout is theirs."""
-    code, text = message.code, message.message[:MAX_MESSAGE]
+    ours, theirs = message.theirs[:MAX_MESSAGE], message.ours[:MAX_MESSAGE]
+    return error_of_code(message.code, message.message[:MAX_MESSAGE], ours, theirs)
+
+
+def error_of_code(code: str, text: str, ours: str, theirs: str) -> CommError:
+    """The error of a code, as `code_of` names it; the layouts are for one that has them."""
     if code in (CANCELLED, LEASE_EXPIRED, KVTransferError.code):
         return KVTransferError(text, cause=code)
     if code == LayoutMismatchError.code:
-        ours, theirs = message.theirs[:MAX_MESSAGE], message.ours[:MAX_MESSAGE]
         return LayoutMismatchError(text, ours=ours, theirs=theirs)
     return error_from_code(code, text)
 

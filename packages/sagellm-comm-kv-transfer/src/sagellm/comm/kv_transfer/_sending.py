@@ -15,6 +15,7 @@ from sagellm.core.protocols import (
     ConfigError,
     DistributedRuntimeError,
     IntegrityError,
+    KVTransferError,
     PeerLostError,
     ResourceError,
     TransferKey,
@@ -24,11 +25,12 @@ from . import wire
 from ._coded_out import CodedOutflow
 from ._device_extent import extent_of
 from ._flows import Span
+from ._heard import Heard
 from ._limits import Watch
 from ._link import Link
 from ._offering import Offering
 from ._push import Push
-from ._records import Memory, bare, ending, failure, key_failure
+from ._records import ABANDONED, CANCELLED, Memory, bare, ending, failure, key_failure
 from .frames import SEALED
 from .memory import TensorExtent
 from .plan import check_parts
@@ -61,9 +63,7 @@ class Sending:
         self._by_tid: dict[tuple[Link, int], Push] = {}
         self._landed: Memory[tuple[int, TransferKey], bool] = Memory(engine.settings.max_remembered)
         self._failed: Memory[TransferKey, CommError] = Memory(engine.settings.max_remembered)
-        self._heard: Memory[tuple[int, TransferKey], CommError] = Memory(
-            engine.settings.max_remembered
-        )
+        self._heard = Heard(engine.settings.max_remembered)
         """What peers say has failed, each of its own part and never over what we know."""
 
     def in_flight(self) -> list[TransferHandle]:
@@ -84,27 +84,27 @@ class Sending:
         """
         self.engine.completions.check_room()
         name, limit = (p.target, p.key), self.engine.settings.max_in_flight
-        with self._lock:
-            if (same := self._active.get(name)) is not None:
-                if not same.sends_what(p):
-                    raise ConfigError(
-                        f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way "
-                        "already, with other blocks or destinations; another try needs another "
-                        "attempt number"
-                    )
-                return same
-            known = self._landed.get(name) or self._failed.get(p.key) or self._heard.get(name)
-            if not known:
-                if len(self._active) >= limit:
-                    raise ResourceError(
-                        f"{len(self._active)} transfers are in flight already; max_in_flight is "
-                        f"{limit}"
-                    )
-                self._active[name] = p
-        if known:
-            self.engine.loop.run(lambda: self._repeat(p))
-            return p
         try:
+            with self._lock:
+                if (same := self._active.get(name)) is not None:
+                    if not same.sends_what(p):
+                        raise ConfigError(
+                            f"transfer {p.key.id}/{p.key.attempt} to node {p.target} is under way "
+                            "already, with other blocks or destinations; another try needs "
+                            "another attempt number"
+                        )
+                    return same
+                known = self._landed.get(name) or self._failed.get(p.key) or self._heard.get(name)
+                if not known:
+                    if len(self._active) >= limit:
+                        raise ResourceError(
+                            f"{len(self._active)} transfers are in flight already; max_in_flight "
+                            f"is {limit}"
+                        )
+                    self._active[name] = p
+            if known:
+                self.engine.loop.run(lambda: self._repeat(p))
+                return p
             if p.pool is not None:
                 p.pool.lease(p, f"{p.key.id}/{p.key.attempt}", read=p.blocks)
             link = self.engine.links.ready(p.target)
@@ -116,12 +116,28 @@ class Sending:
                 self.engine.loop.run(
                     lambda: self._begin(p, self.engine.links.to(p.target, p.handle.deadline))
                 )
-        except BaseException:
-            self._forget(p)
-            if p.pool is not None:
-                p.pool.release(p)
+        except BaseException as e:
+            refused = isinstance(e, CommError) and not isinstance(e, CommTimeoutError)
+            begun = p.link is not None or not refused  # perhaps, and the loop knows
+            if not begun or not self.engine.loop.call(lambda: self._abandon(p)):
+                self._let_go(p)
             raise
         return p
+
+    def _abandon(self, p: Push) -> None:
+        """End a push whose caller was stopped before he had its handle."""
+        if p.link is None and p not in self.live:
+            self._let_go(p)
+            return
+        if p not in self.live and RULES[p.handle.phase].moves:
+            self._watch(p)
+        self.fail(p, KVTransferError(ABANDONED, cause=CANCELLED))
+
+    def _let_go(self, p: Push) -> None:
+        """Forget a push that has not begun."""
+        self._forget(p)
+        if p.pool is not None:
+            p.pool.release(p)
 
     def _repeat(self, p: Push) -> None:
         """End a push as its key has ended before."""
@@ -144,6 +160,8 @@ class Sending:
             return False
         if p.codec is not None and link.coding is not None and link.coding.lacks(p.codec):
             return False  # `_start` says so
+        if self.engine.handover.needed(p, link) is not None:
+            return False  # `go` gives it
         if not self._take_invitation(p, link):
             return False
         size = self._prepare(p, link)
@@ -189,7 +207,7 @@ class Sending:
         """Send what a peer has fetched; it is ready for it."""
         self._by_tid[link, p.tid] = p
         self._watch(p)
-        self._go(p, link)
+        self.go(p, link)
 
     def seal(self, p: Push, num_tokens: int) -> None:
         """Say that a stream is complete."""
@@ -213,7 +231,7 @@ class Sending:
             assert p.pool is not None, "blocks belong to a pool"
             check_parts(p.pool.layout, grant.parts, link.peer)
             p.flow.extent = extent_of(p.pool, p.blocks, grant.parts)
-        self._go(p, link)
+        self.go(p, link)
 
     def on_invite(self, link: Link, invite: wire.Invite) -> None:
         """A receiver is ready before we have begun."""
@@ -338,7 +356,7 @@ class Sending:
             why = link.mismatch if p.tensors is None else None
             self.fail(p, why or ConfigError(lacking))
         elif p.pool is self.engine.pool and self._take_invitation(p, link):
-            self._go(p, link)
+            self.go(p, link)
         else:
             self._offer(p, link)
 
@@ -361,7 +379,17 @@ class Sending:
             )
         )
 
-    def _go(self, p: Push, link: Link) -> None:
+    def go(self, p: Push, link: Link) -> None:
+        """Send what is granted, once the peer has what it needs to decode it."""
+        if (basis := self.engine.handover.needed(p, link)) is not None:
+            self.engine.handover.give(p, link, basis)
+        else:
+            self.move(p, link)
+
+    def move(self, p: Push, link: Link) -> None:
+        """Send what is granted; nothing when that is under way, or has ended."""
+        if not p.handle.awaits(Event.ACCEPT):
+            return
         self._prepare(p, link)
         link.confirmed_before(p.flow.tid)
         link.writer.add(p.flow)

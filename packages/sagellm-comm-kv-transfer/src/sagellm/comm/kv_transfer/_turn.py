@@ -7,17 +7,29 @@ thread for its turn, reads what has come until his own is there, and gives the t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
+from sagellm.core.protocols import PeerLostError
+
 __all__ = ["Gate", "ReadTurn", "Seat"]
+
+_TICK_S = 1.0
+"""How often the lane's thread looks whether it must not wait for its turn any longer."""
+_PATIENCE_S = 5.0
+"""How long a visitor may take to leave a connection that was broken."""
 
 
 class Gate:
-    """What one caller waits at; whoever opens it may do so twice."""
+    """What one caller waits at; whoever opens it may do so twice.
+
+    That it was opened is a hint to look, and says nothing about why.
+    """
 
     __slots__ = ("_lock", "_turn")
 
@@ -44,9 +56,14 @@ class Gate:
         """Wait until it is opened, and close it again; False when it was not."""
         return self._lock.acquire(timeout=timeout_s)
 
-    def sit(self, turn: ReadTurn | None) -> None:
+    def sit(self, turn: ReadTurn) -> None:
         """Note that the caller may be reading."""
         self._turn = turn
+
+    def rise(self) -> None:
+        """Give back what the caller may have been lent, also by an interrupt. Idempotent."""
+        if self._turn is not None:
+            self._turn.leave(self)
 
 
 class ReadTurn:
@@ -55,17 +72,22 @@ class ReadTurn:
     Args:
         fd: What becomes readable when something comes.
         buffered: Whether something has been received that nobody has looked at.
+        aborted: Whether the connection was broken.
 
     """
 
-    def __init__(self, fd: int, buffered: Callable[[], bool]) -> None:
+    def __init__(
+        self, fd: int, buffered: Callable[[], bool], aborted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._aborted = aborted
         self._buffered = buffered
         self._lock = threading.Lock()
         self._back = threading.Lock()
         self._back.acquire()
-        self._guest: Gate | None = None
+        self._guest: Gate | None = None  # the truth about who asks for the turn or has it
+        self._lent: Gate | None = None  # whom it was lent to last: his while he is the guest, too
         self._reader = 0
-        self._lent = self._sleeps = self._closed = False
+        self._sleeps = self._closed = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
@@ -82,17 +104,21 @@ class ReadTurn:
         """Wait until something has come, and lend the turn meanwhile to whoever asks for it.
 
         Returns True when somebody has had it, who may have left something to be finished.
+
+        Raises:
+            PeerLostError: The connection was broken, and whoever has the turn keeps it.
+
         """
         while True:
             if self._buffered():
                 return False
             with self._lock:
                 guest = self._guest
-                self._lent = guest is not None
+                self._lent = guest
                 self._sleeps = guest is None
             if guest is not None:
                 guest.step_up()
-                self._back.acquire()
+                self._await_return(guest)
                 return True
             came = self._come(None)
             with self._lock:
@@ -113,15 +139,16 @@ class ReadTurn:
         with self._lock:
             if self._closed or self._guest is not None:
                 return False
-            self._guest, self._reader = gate, threading.get_ident()
             gate.sit(self)
+            self._reader = threading.get_ident()
+            self._guest = gate
             if self._sleeps:
                 os.eventfd_write(self._wake, 1)
             return True
 
     def has(self, gate: Gate) -> bool:
         """Whether it is the caller's turn."""
-        return self._lent and self._guest is gate
+        return self._lent is gate and self._guest is gate
 
     def come(self, timeout_s: float) -> bool:
         """Wait for something to read; False when there is nothing, or somebody has poked."""
@@ -132,7 +159,7 @@ class ReadTurn:
         if self._reader == threading.get_ident():
             return
         with self._lock:
-            if self._guest is gate and self._lent and not self._closed:
+            if self.has(gate) and not self._closed:
                 os.eventfd_write(self._wake, 1)
 
     def leave(self, gate: Gate) -> None:
@@ -140,11 +167,19 @@ class ReadTurn:
         with self._lock:
             if self._guest is not gate:
                 return
-            self._guest, self._reader = None, 0
-            gate.sit(None)
-            lent, self._lent = self._lent, False
-        if lent:
+            self._reader = 0
+            self._guest = None  # what follows is a hint, which an interrupt may take away
+        with contextlib.suppress(RuntimeError):
             self._back.release()
+
+    def _await_return(self, guest: Gate) -> None:
+        broken_at = None
+        while self._guest is guest:
+            if self._back.acquire(timeout=_TICK_S) or not self._aborted():
+                continue
+            broken_at = broken_at or time.monotonic()
+            if time.monotonic() - broken_at > _PATIENCE_S:
+                raise PeerLostError("the connection was broken, and its reader does not leave it")
 
     def _come(self, timeout_s: float | None) -> bool:
         ready = self._poll.poll(None if timeout_s is None else 1000.0 * timeout_s)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from sagellm.core.protocols import DistributedRuntimeError, IntegrityError, KVConnection
+from sagellm.core.protocols import IntegrityError, KVConnection
 
 from ._device_extent import DeviceExtent
 from ._flows import Inflow
@@ -48,7 +48,10 @@ class Lane:
         coming: A frame that a visitor has not received in full.
         error: Why nobody can go on.
         posted: Whether the event loop has to be roused.
-        receiving: Whether a visitor is in the middle of something.
+        rouse: Does that.
+        receiving: Whether a visitor is in the middle of something; after a visit, that he was
+            interrupted there.
+        at: Whose blocks a visitor may have claimed, as a guest by the name of this lane.
         calm: Whether what came last was small, so that its thread need not hurry.
 
     """
@@ -61,6 +64,8 @@ class Lane:
     coming: Coming | None = None
     error: Exception | None = None
     posted: bool = False
+    rouse: Callable[[], None] = lambda: None
+    at: Inflow | None = None
     receiving: bool = False
     calm: bool = True
 
@@ -85,10 +90,12 @@ class Lane:
 
         """
         turn = self.turn
-        if turn is None or not turn.ask(gate):
+        if turn is None:
             return
         end = time.monotonic() + timeout_s
         try:
+            if not turn.ask(gate):
+                return
             gate.wait(timeout_s)
             while not over() and turn.has(gate):
                 left = end - time.monotonic()
@@ -101,16 +108,15 @@ class Lane:
                     if coming is not None and not coming.left:
                         finish(self, coming)
                     self.receiving = False
+                    if self.posted and not over():  # others wait for what has come
+                        self.rouse()
+                        self.posted = False
                     if self.head is not None:
                         return
                 elif begun:
                     return
         except Exception as e:  # which its thread meets
             self.error = e
-        except BaseException:
-            if self.receiving:
-                self.error = DistributedRuntimeError("whoever read a frame was interrupted")
-            raise
         finally:
             turn.leave(gate)
 
@@ -131,7 +137,7 @@ class Lane:
                 or head.payload_bytes > SMALL_BYTES
                 or head.flags & (REF | SECTIONS)
                 or isinstance(flow.extent, DeviceExtent)
-                or not flow.claim(head)
+                or not self._claim(flow, head)
             ):
                 self.head = head
                 return None
@@ -149,9 +155,23 @@ class Lane:
             coming.calls += 1
         return coming
 
+    def leave(self) -> None:
+        """Leave the blocks that a visitor has claimed, if he has. Idempotent."""
+        self.coming = None
+        if self.at is not None:
+            self.at.leave(self)
+            self.at = None
 
-def open_lane(conn: KVConnection) -> Lane:
+    def _claim(self, flow: Inflow, head: Header) -> bool:
+        self.at = flow  # before: an interrupt may come as soon as it is claimed
+        if not flow.claim(head, self):
+            self.at = None
+        return self.at is not None
+
+
+def open_lane(conn: KVConnection, rouse: Callable[[], None]) -> Lane:
     """A lane, which callers may read where connection and system allow it."""
     if isinstance(conn, SocketConnection) and ReadTurn.possible():
-        return Lane(conn, ReadTurn(conn.fileno(), conn.buffered))
+        turn = ReadTurn(conn.fileno(), conn.buffered, lambda: conn.aborted)
+        return Lane(conn, turn, rouse=rouse)
     return Lane(conn)

@@ -124,38 +124,54 @@ class DataWriter:
                 is idle and nothing else waits. It may block as long as the connection lets it.
 
         """
-        lane: _Lane | None = None
-        chunk = None
-        with self._lock:
-            if here and not self._flows and not self._stopped:
-                for lane in self._lanes:
-                    if lane.asleep and not lane.busy:
-                        break
-                else:
-                    lane = None
-            if lane is not None:
-                chunk = flow.claim(lane.first_bytes, lane.first_bytes)
-                lane.busy = chunk is not None
-            if chunk is None or flow.waiting:
-                if flow not in self._flows:
-                    self._flows.append(flow)
-                self._wake_one()
-            else:
-                self._rate.begin()
-        if lane is None or chunk is None:
-            return
-        sent = 0
+        lane = chunk = None
+        sent, stopped = 0, True
         try:
-            sent = self._send(lane, flow, chunk)
-        except CommError as e:
-            lane.error = e  # the lane's own thread ends the link
-        except BaseException as e:  # perhaps in the middle of a frame
-            lane.error = DistributedRuntimeError(f"whoever sent was stopped by {e!r}")
-            raise
-        finally:
-            flow.leave()
-            self._sent(sent)
             with self._lock:
+                if here and not self._flows and not self._stopped:
+                    lane = self._idle_lane()
+                if lane is not None:
+                    lane.busy = True
+                    chunk = flow.claim(lane.first_bytes, lane.first_bytes)
+                if chunk is not None:
+                    self._rate.begin()
+                if chunk is None or flow.waiting:
+                    if flow not in self._flows:
+                        self._flows.append(flow)
+                    self._wake_one()
+            if lane is not None and chunk is not None:
+                sent = self._send(lane, flow, chunk)
+            stopped = False
+        except CommError as e:
+            if lane is None:
+                raise
+            lane.error, stopped = e, False  # the lane's own thread ends the link
+        finally:
+            if lane is not None:
+                if stopped:  # perhaps in the middle of a frame
+                    lane.error = DistributedRuntimeError("whoever sent was stopped")
+                self._hand_back(lane, flow, chunk, sent)
+
+    def _idle_lane(self) -> _Lane | None:
+        for lane in self._lanes:
+            if lane.asleep and not lane.busy:
+                return lane
+        return None
+
+    def _hand_back(self, lane: _Lane, flow: Outflow, chunk: Chunk | None, sent: int) -> None:
+        """Leave a lane to its own thread, whatever stops us meanwhile."""
+        stopped = True
+        try:
+            if chunk is not None:
+                try:
+                    flow.leave()
+                finally:
+                    self._sent(sent)
+            stopped = False
+        finally:
+            with self._lock:
+                if stopped and lane.error is None:
+                    lane.error = DistributedRuntimeError("whoever sent was stopped")
                 lane.busy = False
                 if lane.error is not None or self._flows or self._stopped or lane.ended:
                     lane.rouse()
@@ -186,7 +202,7 @@ class DataWriter:
                 lane.ended = True
                 if lane.busy:  # whoever sends for us must be gone before the connection is
                     conn.abort()
-                lane.wake.wait_for(lambda: not lane.busy)
+                lane.wake.wait_for(lambda: not lane.busy, self._io_timeout_s)
 
     def _rouse(self, lane: _Lane) -> None:
         with self._lock:
@@ -225,9 +241,11 @@ class DataWriter:
         """Let go of what will not be sent."""
         ahead, lane.ahead = lane.ahead, None
         if ahead is not None:
-            flow, _, gathered = ahead
+            flow, chunk, gathered = ahead
             if gathered is not None:
                 gathered.close()
+            if (piece := flow.coded(chunk)) is not None:
+                piece.done()
             flow.leave()
             self._sent(0)
 

@@ -314,7 +314,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
             pool.follow()
         r = Receive(handle, table, senders, pool=leased, named=key is not None, adopts=adopt)
         handle.owner = r
-        return self._engine.loop.run(lambda: self._engine.receiving.receive(r))
+        return self._engine.begin(r, lambda: self._engine.receiving.receive(r))
 
     # -- pull -------------------------------------------------------------------------------
 
@@ -346,7 +346,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         pool.check_codec(None if wanted is None else wanted.codec)
         offered = Offered(handle, pool, table, num_tokens, after or pool.mark(), wanted)
         handle.owner = offered
-        self._engine.loop.run(lambda: self._engine.sending.offering.offer(offered))
+        self._engine.begin(offered, lambda: self._engine.sending.offering.offer(offered))
         return handle
 
     def fetch(
@@ -383,7 +383,7 @@ class KVTransferChannel(KVTransferChannelProtocol):
         if not peers:
             raise ConfigError("no node to fetch from: give the nodes that offer the blocks")
         engine.links.look_up(*peers)
-        engine.loop.run(lambda: fetch(engine, r, peers, src_blocks=wanted, layers=layers))
+        engine.begin(r, lambda: fetch(engine, r, peers, src_blocks=wanted, layers=layers))
         return handle
 
     # -- ends -------------------------------------------------------------------------------

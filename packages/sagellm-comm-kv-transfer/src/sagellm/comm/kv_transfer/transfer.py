@@ -280,21 +280,22 @@ class TransferHandle:
             if self._over or layer in self._layers:
                 return
             self._gates.append(entry)
-        opened = False
         try:
             if layer is None and (seat := self.seat) is not None:
                 seat.read(gate, self.done, wait_s)
-            opened = self._over or gate.wait(max(0.0, end - time.monotonic()))
-            while not opened and timeout_s is None and self.left_s:  # renewed meanwhile
-                opened = gate.wait(self.left_s + _GRACE_S)
+            while entry in self._gates:  # that alone says whether it is over
+                if gate.wait(max(0.0, end - time.monotonic())):
+                    continue
+                if timeout_s is not None or not self.left_s:
+                    break
+                end = time.monotonic() + self.left_s + _GRACE_S  # renewed meanwhile
         finally:
-            if not opened:
-                with self._lock:
-                    if entry in self._gates:
-                        self._gates.remove(entry)
-                    else:  # at the last moment
-                        opened = True
-        if opened:
+            gate.rise()
+            with self._lock:
+                over = entry not in self._gates
+                if not over:
+                    self._gates.remove(entry)
+        if over:
             return
         raise CommTimeoutError(
             f"transfer {self._key.id}/{self._key.attempt}: {what} after {wait_s:.3g} s; "
@@ -358,17 +359,21 @@ class TransferHandle:
             if self._over or not RULES[step.to].safe:
                 self._phase = step.to
                 return step
-            if first is not None:
-                first()
-            self._phase = step.to
-            self._error, self._blocks = error, tuple(blocks)
-            if self._landed:
-                self._layers.update(range(self._totals[2]))
-            self._over = True
-            self.seat = None
-            self.owner = None  # which holds this handle, and its blocks with it
-            callbacks, self._callbacks = self._callbacks, []
-            gates, self._gates = self._gates, []
+            try:
+                if first is not None:
+                    first()
+            finally:  # a waiter who lands it may be interrupted: it must not end twice
+                self._phase = step.to
+                self._error, self._blocks = error, tuple(blocks)
+                if self._landed:
+                    self._layers.update(range(self._totals[2]))
+                self._over = True
+                self.seat = None
+                self.owner = None  # which holds this handle, and its blocks with it
+                callbacks, self._callbacks = self._callbacks, []
+                gates, self._gates = self._gates, []
+                for _, gate in gates:
+                    gate.step_up()
         for _, gate in gates:
             gate.open()
         for callback in callbacks:

@@ -30,6 +30,10 @@ __all__ = [
     "MAX_HANDSHAKE_BYTES",
     "PROTOCOL",
     "VERSIONS",
+    "BasisOffer",
+    "BasisPiece",
+    "BasisRefused",
+    "BasisWanted",
     "Bye",
     "Challenge",
     "Done",
@@ -114,7 +118,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     checksum: bool
     address: str
     codecs: dict[str, int] = {}
-    """Codecs that coded frames may use, with versions; `frame` stands for the frames' own."""
+    """Codecs that coded frames may use, with versions; `frame` stands for the frames' own,
+    and `basis` for the messages by which bases are handed over."""
 
 
 class Ready(_Message, frozen=True, tag="ready"):
@@ -283,6 +288,41 @@ class Answer(_Message, frozen=True, tag="answer"):
     text: str
 
 
+class BasisOffer(_Message, frozen=True, tag="basis_offer"):
+    """S → R: I am about to code with this basis, which has so many bytes.
+
+    Only to peers whose `codecs` have `basis`, as the three that follow.
+    """
+
+    basis: str
+    nbytes: int
+
+
+class BasisWanted(_Message, frozen=True, tag="basis_wanted"):
+    """R → S: send it from this byte on; from its end on once it is checked and kept."""
+
+    basis: str
+    offset: int
+    piece_bytes: int = 0
+    """Longest piece that is taken."""
+
+
+class BasisPiece(_Message, frozen=True, tag="basis_piece"):
+    """S → R: bytes of a basis, in order."""
+
+    basis: str
+    offset: int
+    data: bytes
+
+
+class BasisRefused(_Message, frozen=True, tag="basis_refused"):
+    """R → S: I do not take it, and why."""
+
+    basis: str
+    code: str
+    message: str
+
+
 class Bye(_Message, frozen=True, tag="bye"):
     """Either way: this link ends, and why; the last message."""
 
@@ -311,6 +351,10 @@ Session = (
     | MoreLanes
     | Ask
     | Answer
+    | BasisOffer
+    | BasisWanted
+    | BasisPiece
+    | BasisRefused
     | Bye
     | Unknown
 )

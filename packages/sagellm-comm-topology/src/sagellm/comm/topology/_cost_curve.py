@@ -25,7 +25,10 @@ Reading = tuple[float, float, float, Basis]
 _FLOOR = 0.01  # even medians of one machine and size differ by about this much
 _SPARSE = 0.5  # of a curve without inner knots nothing tells how it bends
 _WIDEN_PER_OCTAVE = 0.15
-_ONCE = 2.0  # noise alone would ask for 2.4 median misses; but they are of gaps twice as wide
+# Median misses that a knot measured once stands for. In the middle of a gap noise alone would ask
+# for 2.4, but misses are of gaps twice as wide; at a knot there is no gap, and one time, not two.
+_ONCE_BETWEEN = 2.0
+_ONCE_AT = 2.8
 
 
 class Curve:
@@ -54,7 +57,7 @@ class Curve:
         inner = [abs(r) for r in residuals]
         outer = median(inner) if inner else _SPARSE
         self._miss = [outer, *inner, outer][: len(self._x)]
-        self._typical = _ONCE * outer if inner else _SPARSE
+        self._typical = (_ONCE_BETWEEN * outer, _ONCE_AT * outer) if inner else (_SPARSE, _SPARSE)
         self._guess = _cost_noise.of_residuals(residuals)
 
     @classmethod
@@ -73,11 +76,13 @@ class Curve:
             return self._beyond(x)
         right = bisect_left(self._x, x)
         if self._x[right] == x:
-            known = self.noise[right]
-            time, width = self._t[right], self._floor + (self._guess if known is None else known)
+            time, known = self._t[right], self.noise[right]
+            width = self._once(right) if known is None else self._floor + known
         else:
             time = _between(x, self._x, self._t, right)
-            width = max(self._width(right - 1), self._width(right))
+            share = math.log(x / self._x[right - 1]) / math.log(self._x[right] / self._x[right - 1])
+            near = abs(2 * share - 1)
+            width = max(self._width(right - 1, near), self._width(right, near))
         return time, time * math.exp(-width), time * math.exp(width), "calibrated"
 
     def doubt(self, nbytes: int) -> float:
@@ -92,9 +97,21 @@ class Curve:
         straight, bent = _both(float(nbytes), self._x, self._t, right)
         return max(abs(math.log(straight / bent)), self._miss[right - 1], self._miss[right])
 
-    def _width(self, i: int) -> float:
-        known = self.noise[i]
-        return self._floor + max(self._miss[i], self._typical if known is None else known)
+    def _once(self, i: int) -> float:
+        """At a knot measured once: what its neighbours' line leaves, but no more than beside it.
+
+        Three knots leave one degree of freedom, of which Student's t makes factors of thousands.
+        The wider side counts: by the narrower one too few fresh measurements are inside.
+        """
+        beside = max(self._width(j) for j in (i - 1, i, i + 1) if 0 <= j < len(self._x))
+        return min(self._floor + self._guess, beside)
+
+    def _width(self, i: int, near: float = 1.0) -> float:
+        """What knot i tells of times around it; near is 1 at a knot, 0 in the middle of a gap."""
+        noise = self.noise[i]
+        if noise is None:
+            noise = self._typical[0] + near * (self._typical[1] - self._typical[0])
+        return self._floor + max(self._miss[i], noise)
 
     def _left_out(self, i: int) -> float:
         """How far the line between knot i's neighbours misses it; a real gap is half as wide."""

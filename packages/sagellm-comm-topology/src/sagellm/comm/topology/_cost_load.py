@@ -13,10 +13,15 @@ from itertools import pairwise
 from ._cost_prior import LinkCost, link_cost
 from .graph import TopologyGraph
 
-__all__ = ["MOST_RANKS", "line"]
+__all__ = ["MOST_RANKS", "Way", "Ways", "line", "way"]
 
 MOST_RANKS = 64
 """Groups beyond it are priced by formula: the messages of a step grow with their square."""
+
+Way = tuple[LinkCost, list[tuple[tuple[int, str], float]]]
+"""A pair's own cost, and the directed links of known bandwidth on its way."""
+
+Ways = Callable[[str, str], Way]
 
 _Pairs = list[tuple[int, int]]
 _Step = tuple[int, float, _Pairs, bool]
@@ -24,12 +29,13 @@ _Step = tuple[int, float, _Pairs, bool]
 
 
 def line(
-    graph: TopologyGraph, members: Sequence[str], op: str, algorithm: str
+    graph: TopologyGraph, ways: Ways, members: Sequence[str], op: str, algorithm: str
 ) -> tuple[float, float]:
     """Microseconds of an empty payload, and microseconds per byte.
 
     Args:
         graph: Whose links are loaded.
+        ways: `way` in it, which may remember: algorithms and groups ask for the same pairs.
         members: Device of each rank, at least two.
         op: Operation that has a formula.
         algorithm: One of its algorithms.
@@ -39,15 +45,15 @@ def line(
     for rank, name in enumerate(members):
         hosts.setdefault(graph.device(name).node, []).append(rank)
     fixed = per_byte = 0.0
-    ways: dict[tuple[int, int], tuple[LinkCost, list[tuple[tuple[int, str], float]]]] = {}
+    found: dict[tuple[int, int], Way] = {}
     for repeats, share, pairs, reduces in _STEPS[op, algorithm](len(members), list(hosts.values())):
         alpha = slowest = 0.0
         load: dict[tuple[int, str], float] = {}
         incoming: dict[int, float] = {}
         for pair in pairs:
-            if pair not in ways:
-                ways[pair] = _way(graph, members[pair[0]], members[pair[1]])
-            cost, links = ways[pair]
+            if pair not in found:
+                found[pair] = ways(members[pair[0]], members[pair[1]])
+            cost, links = found[pair]
             alpha = max(alpha, cost.alpha_us)
             slowest = max(slowest, share / cost.bytes_per_s)
             for link, bytes_per_s in links:
@@ -62,10 +68,8 @@ def line(
     return fixed, per_byte
 
 
-def _way(
-    graph: TopologyGraph, a: str, b: str
-) -> tuple[LinkCost, list[tuple[tuple[int, str], float]]]:
-    """A pair's own cost, and the directed links of known bandwidth on its way."""
+def way(graph: TopologyGraph, a: str, b: str) -> Way:
+    """How messages go from one device to another."""
     path = graph.path(a, b)
     links = [
         ((id(link), here), link.bandwidth_bytes_per_s)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sagellm.core.protocols import ConfigError, CostTable, Estimate
+from sagellm.core.protocols import Basis, ConfigError, CostTable, Estimate
 from sagellm.core.protocols.bandwidth import busbw_factor
 
 from ._cost_curve import Curve, Reading
@@ -24,8 +24,8 @@ __all__ = [
     "Formula",
     "Knowledge",
     "estimate",
+    "on_line",
     "pick",
-    "prior",
     "table_names",
 ]
 
@@ -81,10 +81,10 @@ class Knowledge:
         def formula(op: str, algorithm: str, nbytes: int, size: int, shape: str) -> float:
             for key in (CurveKey(op, algorithm, size, shape), CurveKey(op, algorithm, size)):
                 if key in lines:
-                    return _on_line(lines[key], nbytes)
+                    return on_line(lines[key], nbytes)
             sizes = {k.group_size for k in lines if k.algorithm == algorithm and not k.shape}
             near = CurveKey(op, algorithm, _nearest(sizes, size)) if sizes else None
-            return _on_line(lines[near], nbytes) if near else 0.0
+            return on_line(lines[near], nbytes) if near else 0.0
 
         return cls(curves, formula, frozenset(k.group_size for k in lines if not k.shape))
 
@@ -103,9 +103,7 @@ class Knowledge:
         own = self.exact(op, algorithm, size, shape)
         if own is not None:
             return own.read(nbytes)
-        lenders = [
-            k for k in self.curves if k.op == op and k.algorithm == algorithm and k.group_size > 1
-        ]
+        lenders = [k for k in self.curves if k.op == op and k.algorithm == algorithm]
         if not lenders:
             return None
         near = _nearest({k.group_size for k in lenders}, size)
@@ -117,7 +115,33 @@ class Knowledge:
         guess = time * grown if algorithm in ALGORITHMS.get(op, ()) else time
         return guess, low * min(1.0, grown) / wide, high * max(1.0, grown) * wide, "scaled"
 
-    def doubt(self, size: int) -> float:
+    def readings(
+        self, names: Sequence[str], op: str, nbytes: int, size: int, shape: str
+    ) -> dict[str, Reading]:
+        """What is known of algorithms, each of which has a measurement or a formula.
+
+        Formulas of those never measured are scaled to what was measured of the others; where none
+        of these has a formula they are `prior`.
+        """
+        found: dict[str, Reading] = {}
+        lines: dict[str, float] = {}
+        for name in names:
+            measured = self.reading(op, name, nbytes, size, shape)
+            if measured is not None:
+                found[name] = measured
+            line = self.formula(op, name, nbytes, size, shape)
+            if line > 0:
+                lines[name] = line
+        ratios = [math.log(found[a][0] / lines[a]) for a in names if a in found and a in lines]
+        basis: Basis = "scaled" if ratios else "prior"
+        ratio = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+        spread = (_SCALED_SPREAD if ratios else _PRIOR_SPREAD) + self._doubt(size)
+        for name in lines.keys() - found.keys():
+            time = lines[name] * ratio
+            found[name] = (time, time * math.exp(-spread), time * math.exp(spread), basis)
+        return found
+
+    def _doubt(self, size: int) -> float:
         """How much wider a formula's interval is, in logarithms, for lack of its own line."""
         if not self.priced or size in self.priced:
             return 0.0
@@ -138,31 +162,12 @@ def pick(
 ) -> tuple[str, Reading]:
     """The fastest of some algorithms; ties go to the first name.
 
-    Formulas of those never measured are first scaled to what was measured of the others.
+    Mere formulas take part only where nothing was measured that they could be compared with.
     """
-    readings: dict[str, Reading] = {}
-    lines: dict[str, float] = {}
-    for name in names:
-        found = known.reading(op, name, nbytes, size, shape)
-        if found is not None:
-            readings[name] = found
-        line = known.formula(op, name, nbytes, size, shape)
-        if line > 0:
-            lines[name] = line
-    ratios = [readings[a][0] / lines[a] for a in readings if a in lines]
-    if ratios or not readings:  # else what was measured has no formula to compare others by
-        ratio = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
-        spread = (_SCALED_SPREAD if ratios else _PRIOR_SPREAD) + known.doubt(size)
-        for name, line in lines.items():
-            scaled = _wide(line * ratio, spread)
-            readings.setdefault(name, (*scaled, "scaled" if ratios else "prior"))
-    best = min(readings, key=lambda a: (readings[a][0], a))
-    return best, readings[best]
-
-
-def prior(time_us: float) -> Reading:
-    """The reading of a formula alone."""
-    return (*_wide(time_us, _PRIOR_SPREAD), "prior")
+    readings = known.readings(names, op, nbytes, size, shape)
+    compared = {a: r for a, r in readings.items() if r[3] != "prior"} or readings
+    best = min(compared, key=lambda a: (compared[a][0], a))
+    return best, compared[best]
 
 
 def estimate(op: str, nbytes: int, size: int, reading: Reading) -> Estimate:
@@ -189,14 +194,11 @@ def table_names(table: CostTable, op: str) -> list[str]:
     return names
 
 
-def _wide(time: float, spread: float) -> tuple[float, float, float]:
-    return time, time * math.exp(-spread), time * math.exp(spread)
-
-
 def _nearest(sizes: Iterable[int], size: int) -> int:
     return min(sizes, key=lambda n: (abs(math.log(n / size)), n))
 
 
-def _on_line(points: Sequence[tuple[int, float]], nbytes: int) -> float:
+def on_line(points: Sequence[tuple[int, float]], nbytes: int) -> float:
+    """Time by a formula, of which two payloads are enough."""
     (x0, t0), (x1, t1) = points[0], points[-1]
     return t0 + (t1 - t0) / (x1 - x0) * (nbytes - x0) if x1 != x0 else t0

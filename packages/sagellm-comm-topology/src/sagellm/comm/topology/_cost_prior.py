@@ -18,6 +18,7 @@ __all__ = [
     "Coefficients",
     "LinkCost",
     "check",
+    "check_op",
     "link_cost",
     "prior_us",
 ]
@@ -144,11 +145,7 @@ def prior_us(
         link: Slowest link of the group.
         local: Ranks per host and their slowest link, for `hierarchical`.
 
-    Raises:
-        ConfigError: No such operation or algorithm; the message lists the known ones.
-
     """
-    check(op, algorithm)
     if size == 1:
         return 0.0
     if algorithm != "hierarchical":
@@ -176,15 +173,23 @@ def _cost(c: Coefficients, nbytes: float, link: LinkCost) -> float:
     return c.steps * link.alpha_us + 1e6 * seconds
 
 
-def check(op: str, algorithm: str, measured: Collection[str] = ()) -> None:
+def check_op(op: object) -> None:
+    """Refuse an unknown op.
+
+    Raises:
+        ConfigError: The message lists the known ones.
+
+    """
+    if not isinstance(op, str) or op not in ALGORITHMS:
+        raise ConfigError(f"unknown op {op!r}; known: {', '.join(ALGORITHMS)}")
+
+
+def check(op: str, algorithm: str, known: Collection[str]) -> None:
     """Refuse what has neither a formula nor a measurement.
 
     Raises:
         ConfigError: The message lists the known names.
 
     """
-    if op not in ALGORITHMS:
-        raise ConfigError(f"unknown op {op!r}; known: {', '.join(ALGORITHMS)}")
-    known = sorted({*ALGORITHMS[op], *measured})
     if algorithm not in known:
         raise ConfigError(f"{op} has no algorithm {algorithm!r}; known: {', '.join(known)}")

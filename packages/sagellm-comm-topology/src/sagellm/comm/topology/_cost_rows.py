@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, SupportsFloat
 
 from sagellm.core.protocols import ConfigError
 
-from ._cost_prior import check
+from ._cost_prior import check_op
 
 __all__ = [
     "MOST_BYTES",
@@ -18,6 +18,7 @@ __all__ = [
     "CurveKey",
     "Sample",
     "group_of",
+    "library_name",
     "payload",
     "sample_of",
 ]
@@ -57,7 +58,7 @@ def sample_of(index: int, row: Mapping[str, Any]) -> Sample:  # Any: JSON-like
     try:
         op, algorithm = row["op"], row["algorithm"]
         nbytes, size, time = row["nbytes"], row["group_size"], row["time_us"]
-        members = row.get("members") or ()
+        members = row.get("members")
     except (KeyError, TypeError, AttributeError) as e:
         raise ConfigError(
             f"sample {index} needs op, nbytes, group_size, algorithm and time_us: {e!r}"
@@ -68,13 +69,35 @@ def sample_of(index: int, row: Mapping[str, Any]) -> Sample:  # Any: JSON-like
             raise ConfigError(
                 f"{what}{name} {_short(value)} is no name of up to {MOST_NAME} letters"
             )
-    check(op, algorithm, (algorithm,))
+    check_op(op)
     count = _whole(f"{what}nbytes", nbytes, 1, MOST_BYTES)
-    ranks = _whole(f"{what}group_size", size, 1, MOST_RANKS)
-    names = group_of(members)[1] if members else ()
+    ranks = _whole(f"{what}group_size", size, 2, MOST_RANKS)
+    names = _members(what, members)
     if names and len(names) != ranks:
         raise ConfigError(f"{what}{len(names)} members, but group_size {ranks}")
     return Sample(CurveKey(op, algorithm, ranks), count, _microseconds(what, time), names)
+
+
+def _members(what: str, members: object) -> tuple[str, ...]:
+    if members is None or (isinstance(members, (list, tuple)) and not members):
+        return ()
+    if not isinstance(members, Sequence):
+        raise ConfigError(f"{what}members are a list of device ids, not {_short(members)}")
+    return group_of(members)[1]
+
+
+def library_name(library: object) -> str:
+    """What measurements are kept under.
+
+    Raises:
+        ConfigError: It is no text that says anything.
+
+    """
+    if not isinstance(library, str) or not library.strip() or not library.isprintable():
+        raise ConfigError(
+            f"library must be a name and version such as 'nccl 2.27.3', not {_short(library)}"
+        )
+    return library
 
 
 def payload(nbytes: object) -> int:

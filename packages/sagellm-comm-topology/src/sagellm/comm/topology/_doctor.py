@@ -9,6 +9,7 @@ from typing import Literal
 
 from sagellm.core.protocols import Device, TopologyFragment, TopologyInfo
 
+from ._words import some
 from .detector import Detection
 from .graph import TopologyGraph
 
@@ -75,7 +76,7 @@ def _accelerators(info: TopologyInfo) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"the NVIDIA driver did not speak of {_some(silent)}: NVLinks are unknown",
+                f"the NVIDIA driver did not speak of {some(silent)}: NVLinks are unknown",
                 "pip install 'sagellm-comm-topology[nvidia]', and check that nvidia-smi works",
             )
         )
@@ -85,13 +86,13 @@ def _accelerators(info: TopologyInfo) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"the NUMA node of {_some(homeless)} is unknown",
+                f"the NUMA node of {some(homeless)} is unknown",
                 "in a virtual machine name the host's tree: NCCL_TOPO_FILE=FILE",
             )
         )
     hidden = [d.id for d in info.accelerators if d.visible_index is None]
     if hidden:
-        found.append(Finding("note", f"hidden from this process: {_some(hidden)}"))
+        found.append(Finding("note", f"hidden from this process: {some(hidden)}"))
     return found
 
 
@@ -107,7 +108,7 @@ def _paths(info: TopologyInfo) -> list[Finding]:
     return [
         Finding(
             "error",
-            f"nothing says how these are joined: {_some(unknown)}",
+            f"nothing says how these are joined: {some(unknown)}",
             "run `show --tools`, or import what the vendor's tool prints",
         )
     ]
@@ -122,7 +123,7 @@ def _peers(info: TopologyInfo) -> list[Finding]:
     return [
         Finding(
             "note",
-            f"no peer access ({word}): {_some(pairs)}; copies go through the host",
+            f"no peer access ({word}): {some(pairs)}; copies go through the host",
             "IOMMU and ACS settings decide on most machines (TNS, CNS); GNS is the GPU's own",
         )
         for word, pairs in sorted(refused.items())
@@ -136,7 +137,7 @@ def _networks(info: TopologyInfo) -> list[Finding]:
         if d.kind == "nic"
         and (d.attrs.get("ib_state", "ACTIVE") != "ACTIVE" or d.attrs.get("operstate") == "down")
     ]
-    return [Finding("note", f"ports that are down: {_some(down)}")] if down else []
+    return [Finding("note", f"ports that are down: {some(down)}")] if down else []
 
 
 def _slow(detection: Detection) -> list[Finding]:
@@ -153,7 +154,3 @@ def _slow(detection: Detection) -> list[Finding]:
 
 def _pairs(devices: Sequence[Device]) -> list[tuple[Device, Device]]:
     return list(combinations(devices[:_MOST_PAIRS], 2))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

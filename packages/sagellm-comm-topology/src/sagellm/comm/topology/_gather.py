@@ -2,7 +2,8 @@
 
 Every rank publishes the hash of its host's description; only the first rank of each hash publishes
 the description itself, so 512 equal hosts cost one. Rank 0 joins what arrives, names who is
-missing, and publishes the result, which every rank takes, rank 0 included.
+missing, and publishes the result, which every rank takes, rank 0 included. Ranks of one host that
+see different devices are taken together.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from pathlib import Path
 import msgspec
 
 from sagellm.core.protocols import (
+    CollectiveMismatchError,
     CommTimeoutError,
     ConfigError,
     IntegrityError,
     Store,
+    TopologyFragment,
     TopologyInfo,
 )
 
 from ._join import LABELS, join_hosts
 from ._sysfs import Tree
 from ._wire import decode_info, encode_info
+from .merge import merge
 
 __all__ = ["gather"]
 
 _PREFIX = "sagellm/topology"
+_LATEST = f"{_PREFIX}/latest"  # the call that rank 0 is at
 _MAX_RECORD_BYTES = 4096
 _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.05
@@ -67,6 +72,8 @@ def gather(
     # Each call has keys of its own: every rank counts its calls, and all make the same ones.
     call = store.add(f"{_PREFIX}/calls/{rank}", 1)
     prefix = f"{_PREFIX}/{call}"
+    if rank == 0:
+        store.set(_LATEST, str(call))
     plain = _portable(info)
     text = encode_info(plain)
     body = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -89,7 +96,22 @@ def gather(
             f"rank 0 of {world_size} published no topology within {timeout_s} s; "
             f"is it alive, and does it call gather too?"
         )
-    return decode_info(store.get(f"{prefix}/agreed"))
+    agreed = decode_info(store.get(f"{prefix}/agreed"))
+    if rank in agreed.missing_nodes:
+        _check_in_step(store, rank, call)
+    return agreed
+
+
+def _check_in_step(store: Store, rank: int, call: int) -> None:
+    """Refuse an answer that was agreed without this rank while rank 0 is at another call."""
+    if not store.check([_LATEST]):
+        return
+    latest = store.get(_LATEST).decode("ascii", "replace")
+    if latest != str(call):
+        raise CollectiveMismatchError(
+            f"rank {rank} is at its gather {call}, rank 0 at its gather {latest[:20]}: one of "
+            "them was restarted or called alone; start all ranks again with a fresh store"
+        )
 
 
 def _portable(info: TopologyInfo) -> TopologyInfo:
@@ -140,7 +162,7 @@ def _collect(
     world_size: int,
     deadline_s: float,
 ) -> TopologyInfo:
-    hosts: dict[str, TopologyInfo] = {}
+    views: dict[str, dict[str, int]] = {}  # of each host: bodies, and who first gave each
     places: list[Mapping[str, str]] = []
     missing: list[int] = []
     warnings: list[str] = []
@@ -151,15 +173,16 @@ def _collect(
             continue
         try:
             record = _record(store.get(key))
-            if record.host in hosts:
+            if record.body in views.get(record.host, ()):
                 continue
             if record.body not in bodies:
                 if not _wait(store, f"{prefix}/body/{record.body}", deadline_s):
                     missing.append(rank)
                     continue
                 bodies[record.body] = decode_info(store.get(f"{prefix}/body/{record.body}"))
-            hosts[record.host] = bodies[record.body]
-            places.append(record.labels)
+            if record.host not in views:
+                places.append(record.labels)
+            views.setdefault(record.host, {})[record.body] = rank
         except IntegrityError as e:
             warnings.append(f"rank {rank}: {e}")
             missing.append(rank)
@@ -168,9 +191,34 @@ def _collect(
             f"no description from rank{'s' if len(missing) > 1 else ''} "
             f"{', '.join(map(str, missing))}: the topology is partial"
         )
-    return join_hosts(
-        list(hosts.values()) or [mine], missing=missing, warnings=warnings, labels=places
+    hosts = [
+        _together({rank: bodies[body] for body, rank in seen.items()}, warnings)
+        for seen in views.values()
+    ]
+    return join_hosts(hosts or [mine], missing=missing, warnings=warnings, labels=places)
+
+
+def _together(views: Mapping[int, TopologyInfo], warnings: list[str]) -> TopologyInfo:
+    """One host out of what its ranks see: containers may hide different devices from them."""
+    # Not by fingerprint: that of a host of which one GPU is shown is equal, whichever it is.
+    different: dict[bytes, int] = {}
+    for rank, v in views.items():
+        seen = msgspec.msgpack.encode((v.devices, v.links, v.domains, v.pairs))
+        different.setdefault(seen, rank)
+    if len(different) < 2:
+        return next(iter(views.values()))
+    ranks = tuple(different.values())
+    warnings.append(
+        f"ranks {', '.join(map(str, ranks[:8]))}{' and more' if len(ranks) > 8 else ''} of one "
+        "host do not see the same devices and links: the host is all that any of them sees"
     )
+    return merge(
+        [
+            (-rank, TopologyFragment(f"rank {rank}", v.devices, v.links, v.domains, v.warnings,
+                                     pairs=v.pairs))
+            for rank, v in views.items() if rank in ranks
+        ]
+    )  # fmt: skip
 
 
 def _record(text: bytes) -> _Record:

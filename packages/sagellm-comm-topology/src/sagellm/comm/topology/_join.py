@@ -11,7 +11,7 @@ from sagellm.core.protocols import Device, Link, LinkKind, Pair, SwitchDomain, T
 from ._fingerprint import fingerprint
 from ._numbers import number
 
-__all__ = ["LABELS", "join_hosts"]
+__all__ = ["LABELS", "join_hosts", "network_of"]
 
 LABELS = ("rack", "spine")
 """Labels of a host that say where in the network it is, nearest first."""
@@ -50,10 +50,15 @@ def join_hosts(
         devices += [
             replace(d, id=names[d.id], node=node, attrs={**d.attrs, **where}) for d in host.devices
         ]
-        links += [replace(x, a=names[x.a], b=names[x.b]) for x in host.links]
-        pairs += [replace(p, a=names[p.a], b=names[p.b]) for p in host.pairs]
+        ends = names.keys()  # what ends nowhere joins nothing
+        links += [replace(x, a=names[x.a], b=names[x.b]) for x in host.links if {x.a, x.b} <= ends]
+        pairs += [replace(p, a=names[p.a], b=names[p.b]) for p in host.pairs if {p.a, p.b} <= ends]
         domains += [
-            replace(d, id=f"n{node}/{d.id}", members=tuple(names[m] for m in d.members))
+            replace(
+                d,
+                id=f"n{node}/{d.id}",
+                members=tuple(names[m] for m in d.members if m in names),
+            )
             for d in host.domains
         ]
         notes += [f"n{node}: {w}" for w in host.warnings]
@@ -94,20 +99,34 @@ def _with_rails(devices: Sequence[Device], hosts: int) -> list[Device]:
     ]
 
 
+def network_of(device: Device) -> LinkKind | None:
+    """The kind of network that a port leads into; None if it is down, or no port.
+
+    Files tell names and classes but no link layer: an RDMA name is InfiniBand unless the card is
+    of the Ethernet class, and a name of a net interface is Ethernet.
+    """
+    attrs = device.attrs
+    down = attrs.get("operstate") == "down" or attrs.get("ib_state", "ACTIVE") != "ACTIVE"
+    if device.kind != "nic" or down:
+        return None
+    rdma, layer = "ib" in attrs, attrs.get("link_layer")
+    if layer is None:
+        family = attrs.get("pci_class", "")[:6]
+        if family not in ("0x0200", "0x0207") and not (rdma or "netdev" in attrs):
+            return None
+        ethernet = family == "0x0200" or (family != "0x0207" and not rdma)
+        layer = "Ethernet" if ethernet else "InfiniBand"
+    if layer == "InfiniBand":
+        return "infiniband"
+    return "roce" if rdma else "ethernet"
+
+
 def _join_networks(devices: list[Device], links: list[Link]) -> None:
     networks: dict[str, Device] = {}
     for nic in [d for d in devices if d.kind == "nic"]:
-        layer = nic.attrs.get("link_layer")
-        down = (
-            nic.attrs.get("operstate") == "down" or nic.attrs.get("ib_state", "ACTIVE") != "ACTIVE"
-        )
-        if layer is None or down:
+        kind = network_of(nic)
+        if kind is None:
             continue
-        kind: LinkKind = "ethernet"
-        if layer == "InfiniBand":
-            kind = "infiniband"
-        elif "ib" in nic.attrs:
-            kind = "roce"
         subnet = nic.attrs.get("subnet_prefix", "") if kind == "infiniband" else ""
         network = f"net:{kind}" + (f":{subnet}" if subnet else "")
         steps = [f"{network}/{x}={nic.attrs[x]}" for x in LABELS if x in nic.attrs]

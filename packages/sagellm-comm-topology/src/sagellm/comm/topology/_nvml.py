@@ -29,6 +29,7 @@ from ._sysfs import normal_bdf
 __all__ = ["NvmlDetector"]
 
 _SWITCHED = "nvlink-switch"
+_MOST_C2C = 64  # no GPU has as many
 _NODE_MASK_WORDS = 16  # 1024 NUMA nodes
 
 _CAPABILITIES = {"read": 0, "write": 1, "atomics": 3}
@@ -43,7 +44,9 @@ _Answer = Any
 
 
 class NvmlDetector:
-    """Asks the driver about every GPU; one sick GPU costs only what it would have said.
+    """Asks the driver about every GPU; one that fails costs only what it would have said.
+
+    A GPU that hangs ends the pass; `so_far` gives what the GPUs before it said.
 
     Args:
         load: Gives the pynvml module; None imports it. A recorded machine (a root other than
@@ -53,9 +56,11 @@ class NvmlDetector:
 
     def __init__(self, load: Callable[[], _Library] | None = None) -> None:
         self._load = load
+        self._session: _Session | None = None
 
     def detect(self, ctx: DetectionContext) -> TopologyFragment:
         """What the driver says, never raising; see `Detector`."""
+        self._session = None
         if self._load is None and ctx.root != Path("/"):
             return TopologyFragment("nvml")
         try:
@@ -70,10 +75,16 @@ class NvmlDetector:
         except Exception as e:  # the library's errors are made at run time; see NVMLError
             return _nothing(f"the driver's library does not start: {e}")
         try:
-            return _Session(library, ctx).read()
+            self._session = _Session(library, ctx)
+            return self._session.read()
         finally:
             with contextlib.suppress(Exception):  # what it said before still counts
                 library.nvmlShutdown()
+
+    def so_far(self) -> TopologyFragment:
+        """The GPUs that a pass which still runs has heard of; from any thread."""
+        session = self._session
+        return _nothing("the driver has answered nothing") if session is None else session.so_far()
 
 
 def _nothing(warning: str) -> TopologyFragment:
@@ -87,6 +98,8 @@ class _Session:
         self._nvml = library
         self._ctx = ctx
         self._warnings: list[str] = []
+        self._devices: dict[str, Device] = {}
+        self._count = 0
         self._links: list[Link] = []
         self._switch_members: dict[str, bool] = {}  # bdf -> stated by the driver
         self._cliques: set[str] = set()
@@ -94,8 +107,8 @@ class _Session:
 
     def read(self) -> TopologyFragment:
         handles: dict[str, Any] = {}
-        devices: dict[str, Device] = {}
-        count = self._ask("nvmlDeviceGetCount") or 0
+        devices = self._devices
+        count = self._count = self._ask("nvmlDeviceGetCount") or 0
         for index in range(count):
             if self._is_late(f"GPUs {index} to {count - 1}"):
                 break
@@ -124,6 +137,14 @@ class _Session:
             tuple(dict.fromkeys(self._warnings)),
             pairs=pairs,
         )
+
+    def so_far(self) -> TopologyFragment:
+        """The GPUs that were read whole, without their NVLinks, while `read` still runs."""
+        devices = tuple(d for d in list(self._devices.values()) if d.kind == "gpu")
+        told = (
+            f"{len(devices)} of {self._count} GPUs answered, and NVLinks were not read to the end"
+        )
+        return TopologyFragment("nvml", devices, warnings=(*list(self._warnings), told))
 
     def _ask(self, name: str, *args: object) -> _Answer:
         """Result of one call; None when this driver or device has no answer.
@@ -173,10 +194,12 @@ class _Session:
         c2c = self._ask("nvmlDeviceGetC2cModeInfoV", handle)
         if c2c is not None and c2c.isC2cEnabled:
             attrs["c2c"] = "enabled"
+            count, bandwidth = self._c2c(handle)
             self._links += [
-                Link(bdf, f"numa:{n}", "c2c", source="nvml", confidence="inferred")
+                Link(bdf, f"numa:{n}", "c2c", count, bandwidth, source="nvml",
+                     confidence="inferred")
                 for n in numa_nodes[:1]
-            ]
+            ]  # fmt: skip
         own = self._ask("nvmlDeviceGetNumaNodeId", handle)
         if own is not None:
             attrs["memory_numa"] = str(own)  # memory alone: nothing may be pinned there
@@ -197,6 +220,22 @@ class _Session:
             attrs=attrs,
         )
         return device, handle
+
+    def _c2c(self, handle: object) -> tuple[int, float | None]:
+        """Coherent links to the processor that are up, and bytes per second of all together."""
+        count = self._field(handle, "NVML_FI_DEV_C2C_LINK_COUNT", 170)
+        limit = min(int(count or 0), _MOST_C2C)
+        up = [
+            i
+            for i in range(limit)
+            if self._field(handle, "NVML_FI_DEV_C2C_LINK_GET_STATUS", 171, scope=i) == 1
+        ]
+        megabytes = [
+            self._field(handle, "NVML_FI_DEV_C2C_LINK_GET_MAX_BW", 172, scope=i) for i in up
+        ]
+        known = [m for m in megabytes if m]
+        bandwidth = sum(known) * 1e6 if known and len(known) == len(up) else None
+        return len(up) or 1, bandwidth
 
     def _partitions(self, handle: object) -> dict[str, str]:
         mode = self._ask("nvmlDeviceGetMigMode", handle)
@@ -296,11 +335,13 @@ class _Session:
             )
         )
 
-    def _field(self, handle: object, name: str, default_id: int) -> float | None:
-        """One field value; None when the driver does not know it."""
-        values = self._ask(
-            "nvmlDeviceGetFieldValues", handle, [getattr(self._nvml, name, default_id)]
-        )
+    def _field(
+        self, handle: object, name: str, default_id: int, *, scope: int | None = None
+    ) -> float | None:
+        """One field value, of one link if a scope is given; None when it is not known."""
+        field = getattr(self._nvml, name, default_id)
+        asked = [field if scope is None else (field, scope)]
+        values = self._ask("nvmlDeviceGetFieldValues", handle, asked)
         if not values or values[0].nvmlReturn != 0:
             return None
         # An unsigned number of 4 or 8 bytes, little-endian, in the first bytes of a zeroed union.

@@ -31,7 +31,7 @@ def width_of(words: str, size: float, *, bold: bool = False) -> float:
     """Width of one line in pixels.
 
     >>> width_of("GPU 12", 10), width_of("GPU 12", 10, bold=True)
-    (37.1, 41.5)
+    (37.0, 41.1)
     """
     table = _WIDTHS[bold]
     return round(sum(table.get(c, _OTHER) for c in words) * size / 100, 1)
@@ -41,7 +41,7 @@ def clip(words: str, width: float, size: float = 11, *, bold: bool = False) -> s
     """As much of the words as fits into a width, with an ellipsis where some is missing.
 
     >>> clip("NVIDIA H100", 40, 10)
-    'NVID…'
+    'NVIDI…'
     """
     if width_of(words, size, bold=bold) <= width:
         return words

@@ -29,6 +29,7 @@ from ._svg_text import clip, width_of
 
 __all__ = ["card_width", "draw_tree", "groups", "lowest", "measure", "place"]
 
+_DEEPEST = 64  # devices below each other in one tree; a deeper chain is drawn in pieces
 _MARGIN = 8  # between the words of a card and its edges
 
 
@@ -47,12 +48,17 @@ def groups(
             home.setdefault(root, numa)
     used: set[str] = set()
 
-    def grow(device: Device, link: Link | None) -> Node:
+    def grow(device: Device, link: Link | None, deep: int = 0) -> Node:
         used.add(device.id)
         node = Node(device, link)
         for other, edge in sorted(pci.get(device.id, ()), key=lambda e: e[0]):
-            if other not in used:
-                node.children.append(grow(devices[other], edge))
+            if other in used:
+                continue
+            if deep == _DEEPEST:
+                told = {"chain": f"goes on to {other}, drawn apart"}
+                node.device = replace(device, attrs={**device.attrs, **told})
+                break
+            node.children.append(grow(devices[other], edge, deep + 1))
         stack(node)
         return node
 

@@ -18,6 +18,7 @@ _NET = "/sys/class/net"
 _IB = "/sys/class/infiniband"
 _RATE = re.compile(r"\s*([0-9.]+)\s*Gb/sec")
 _ETHERNET = "1"  # ARPHRD_ETHER; loopback, tunnels and the like have other types
+_LAYERS = {_ETHERNET: "Ethernet", "32": "InfiniBand"}  # 32: ARPHRD_INFINIBAND, of IPoIB
 
 
 class NetDetector:
@@ -61,10 +62,22 @@ SPEC = DetectorSpec("sysfs-net", 60, NetDetector)
 
 
 def _add(found: dict[str, dict[str, str]], key: str, attrs: dict[str, str]) -> None:
-    """Join what several interfaces of one function say; a port's RDMA rate wins."""
+    """Join what several interfaces of one function say; a port's RDMA rate wins.
+
+    A function is up if any of its interfaces is, and only those that are up tell its rate: a
+    second port without a cable and the representors of a switch in the card say nothing of it.
+    """
     mine = found.setdefault(key, {})
-    for name, value in attrs.items():
-        if name in ("netdev", "ib") and name in mine:
+    rest = dict(attrs)
+    if "operstate" in attrs and "operstate" in mine:
+        if mine["operstate"] != "down" and attrs["operstate"] == "down":
+            rest = {k: attrs[k] for k in ("netdev", "netdev_down")}
+        elif mine["operstate"] == "down" and attrs["operstate"] != "down":
+            mine.pop("port_bytes_per_s", None)
+        elif mine["operstate"] == "up":
+            del rest["operstate"]
+    for name, value in rest.items():
+        if name in ("netdev", "netdev_down", "ib") and name in mine:
             mine[name] += f",{value}"
         elif name == "port_bytes_per_s" and name in mine:
             mine[name] = str(max(int(mine[name]), int(value)))
@@ -83,10 +96,15 @@ def _is_up(tree: Tree, name: str) -> bool:
 
 
 def _interface(tree: Tree, name: str) -> dict[str, str]:
-    attrs = {"netdev": name, "link_layer": "Ethernet"}
+    attrs = {"netdev": name}
+    layer = _LAYERS.get(tree.read(f"{_NET}/{name}/type") or "")
+    if layer:
+        attrs["link_layer"] = layer
     state = tree.read(f"{_NET}/{name}/operstate")
     if state:
         attrs["operstate"] = state
+    if state == "down":
+        attrs["netdev_down"] = name
     # Mbit/s; -1 or unreadable when down or virtual
     speed = whole_number(tree.read(f"{_NET}/{name}/speed"), most=1 << 32)
     if speed:

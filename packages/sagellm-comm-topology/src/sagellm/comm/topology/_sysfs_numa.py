@@ -15,6 +15,7 @@ from sagellm.core.protocols import (
 
 from ._numbers import whole_number
 from ._sysfs import Tree
+from ._vendors import CPU_VENDORS
 
 __all__ = ["SPEC", "NumaDetector", "cpu_count", "cpu_numbers"]
 
@@ -113,5 +114,4 @@ def _processor(tree: Tree) -> tuple[str | None, str | None]:
         if colon
     )
     maker = fields.get("vendor_id")
-    vendors = {"GenuineIntel": "intel", "AuthenticAMD": "amd", "HygonGenuine": "hygon"}
-    return (vendors.get(maker, maker.lower()) if maker else None), fields.get("model name")
+    return (CPU_VENDORS.get(maker, maker.lower()) if maker else None), fields.get("model name")

@@ -20,6 +20,7 @@ from ._numbers import whole_number
 from ._pcitree import vertices_above
 from ._sysfs import Tree, normal_bdf, pcie_bytes_per_s
 from ._vendors import VENDORS, role
+from ._words import some
 
 __all__ = ["SPEC", "PciDetector"]
 
@@ -58,16 +59,16 @@ class PciDetector:
         functions = {f.bdf: f for f in (_read(tree, name) for name in names) if f is not None}
         unread = sorted(f.bdf for f in functions.values() if f.class_code is None)
         if unread:
-            warnings.append(f"PCI class unreadable, left out: {_some(unread)}")
+            warnings.append(f"PCI class unreadable, left out: {some(unread)}")
         nameless = [f.bdf for f in functions.values() if f.vendor is None and _may_compute(f)]
         if nameless:
-            warnings.append(f"maker unreadable, perhaps an accelerator: {_some(nameless)}")
+            warnings.append(f"maker unreadable, perhaps an accelerator: {some(nameless)}")
         builder = _Builder(tree, functions)
         late = builder.add_endpoints(ctx)
         if late:
             warnings.append(f"deadline reached with {late} PCI functions unread")
         if builder.rootless:
-            warnings.append(f"no place in the PCI tree, paths unknown: {_some(builder.rootless)}")
+            warnings.append(f"no place in the PCI tree, paths unknown: {some(builder.rootless)}")
         builder.add_roots()
         return TopologyFragment(
             "sysfs-pci",
@@ -270,7 +271,3 @@ def _hex(text: str | None) -> int | None:
         return int(text or "", 16)
     except ValueError:
         return None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

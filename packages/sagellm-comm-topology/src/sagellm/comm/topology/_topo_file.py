@@ -27,6 +27,8 @@ class TopoFileDetector:
         """What the file says, never raising; see `Detector`."""
         named = ctx.environ.get("NCCL_TOPO_FILE", "")
         path = os.fspath(ctx.root).rstrip("/") + "/" + (named or _DEFAULT).lstrip("/")
+        if named and os.fspath(ctx.root) == "/":
+            path = os.path.abspath(named)  # as NCCL opens it: from where the process is
         try:
             data = read_regular(path)
         except OSError as e:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagellm.core.protocols import DeviceKind
 
-__all__ = ["VENDORS", "VISIBLE_VARIABLES", "role"]
+__all__ = ["CPU_VENDORS", "VENDORS", "VISIBLE_VARIABLES", "role"]
 
 VENDORS = {
     "0x10de": "nvidia",
@@ -29,6 +29,9 @@ VENDORS = {
 }
 """PCI vendor id to the lower-case name used in `Device.vendor`."""
 
+CPU_VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd", "HygonGenuine": "hygon"}
+"""A processor's own word for its maker to the name used in `Device.vendor`."""
+
 VISIBLE_VARIABLES: dict[str, tuple[str, ...]] = {
     "nvidia": ("CUDA_VISIBLE_DEVICES",),
     "amd": ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
@@ -42,6 +45,15 @@ VISIBLE_VARIABLES: dict[str, tuple[str, ...]] = {
     "enflame": ("TOPS_VISIBLE_DEVICES",),
 }
 """Vendor to the variables that choose its devices; the first one that is set decides."""
+
+UNHEARD_VARIABLES: dict[str, tuple[str, ...]] = {
+    "amd": ("GPU_DEVICE_ORDINAL",),
+    "hygon": ("CUDA_VISIBLE_DEVICES",),
+    "huawei": ("ASCEND_VISIBLE_DEVICES",),
+    "intel": ("ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR"),
+    "habana": ("HABANA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES"),
+}
+"""Vendor to variables that may hide its devices and are not read here; one that is set is told."""
 
 # Sold as "gpu" by their makers; the other accelerator vendors call theirs NPU, MLU, DCU, GCU, …
 _GPU_VENDORS = frozenset({"nvidia", "amd", "intel", "mthreads", "metax", "iluvatar", "biren"})

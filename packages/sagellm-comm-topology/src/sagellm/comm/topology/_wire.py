@@ -10,6 +10,8 @@ import msgspec
 
 from sagellm.core.protocols import IntegrityError, ResourceError, TopologyInfo
 
+from ._fragment_check import check_info
+
 __all__ = ["MAX_ENCODED_BYTES", "MAX_PLAIN_BYTES", "decode_info", "encode_info"]
 
 MAX_ENCODED_BYTES = 16 << 20
@@ -36,7 +38,7 @@ def decode_info(text: bytes) -> TopologyInfo:
     """The topology in what `encode_info` gave; unknown fields are ignored.
 
     Raises:
-        IntegrityError: It is no such text, or larger than allowed.
+        IntegrityError: It is no such text, larger than allowed, or says what cannot be.
 
     """
     if len(text) > MAX_ENCODED_BYTES:
@@ -46,6 +48,8 @@ def decode_info(text: bytes) -> TopologyInfo:
         body = unpack.decompress(base64.b85decode(text), MAX_PLAIN_BYTES)
         if unpack.unconsumed_tail or not unpack.eof:
             raise IntegrityError(f"topology unpacks to more than {MAX_PLAIN_BYTES} bytes or is cut")
-        return msgspec.msgpack.decode(body, type=TopologyInfo)
+        info = msgspec.msgpack.decode(body, type=TopologyInfo)
     except (ValueError, zlib.error, binascii.Error, msgspec.MsgspecError) as e:
         raise IntegrityError(f"not a topology: {e}") from e
+    check_info(info)
+    return info

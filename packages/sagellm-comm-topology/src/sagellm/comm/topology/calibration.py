@@ -19,7 +19,7 @@ from sagellm.core.protocols import ConfigError
 from ._cost_curve import Curve
 from ._cost_rows import MOST_US
 
-__all__ = ["Switch", "calibrate", "find_switches"]
+__all__ = ["Switch", "calibrate", "check_range", "find_switches"]
 
 _FIRST_KNOTS = 4
 _LEAST_JUMP = math.log(1.1)
@@ -77,11 +77,7 @@ def calibrate(
             nothing, NaN or a time that is not above 0.
 
     """
-    if not 0 < smallest < largest or knots < 2 or multiple < 1:
-        raise ConfigError(
-            f"calibration from {smallest} to {largest} bytes by {knots} sizes that are multiples "
-            f"of {multiple}: needs 0 < smallest < largest, 2 sizes and a multiple of 1"
-        )
+    check_range(smallest, largest, knots, multiple)
     times: dict[int, list[float]] = {}
 
     def take(nbytes: int) -> None:
@@ -104,6 +100,20 @@ def calibrate(
         for n in sorted(times)
         for t in times[n]
     ]
+
+
+def check_range(smallest: int, largest: int, knots: int, multiple: int = 1) -> None:
+    """Refuse sizes that nothing can be calibrated by.
+
+    Raises:
+        ConfigError: As of `calibrate`.
+
+    """
+    if not 0 < smallest < largest or knots < 2 or multiple < 1:
+        raise ConfigError(
+            f"calibration from {smallest} to {largest} bytes by {knots} sizes that are multiples "
+            f"of {multiple}: needs 0 < smallest < largest, 2 sizes and a multiple of 1"
+        )
 
 
 def find_switches(rows: Sequence[Mapping[str, Any]]) -> tuple[Switch, ...]:  # Any: as above

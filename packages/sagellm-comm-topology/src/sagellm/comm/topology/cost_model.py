@@ -9,7 +9,7 @@ size and its shape (how its members are joined), not by their names.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,17 +34,18 @@ from ._cost_lookup import (
     Formula,
     Knowledge,
     estimate,
+    on_line,
     pick,
-    prior,
     table_names,
 )
-from ._cost_prior import ALGORITHMS, LinkCost, check, link_cost, prior_us
-from ._cost_rows import CurveKey, Sample, group_of, payload, sample_of
+from ._cost_prior import ALGORITHMS, LinkCost, check, check_op, link_cost, prior_us
+from ._cost_rows import CurveKey, Sample, group_of, library_name, payload, sample_of
 from ._cost_shape import shape_of
 from .graph import TopologyGraph
 
 __all__ = ["CostModel", "Drift"]
 
+_Line = tuple[tuple[int, float], ...]
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
@@ -53,6 +54,7 @@ _DRIFT_SAMPLES = 5
 _LINE = (1, 1 << 30)  # two payloads fix a formula's straight line
 _FROZEN_SIZES = (*range(2, 17), 32, 64, 128, 256, 512, 1024)
 _REMEMBERED = 1024  # answers of each kind
+_WAYS = _cost_load.MOST_RANKS**2  # those of one group at the least
 _UNTOLD = "?"  # shape of named devices in a table that tells no shapes
 
 
@@ -96,6 +98,7 @@ class CostModel(CostModelProtocol):
         self._lock = threading.Lock()
         self._kept = Kept()
         self._lines: _Memory[tuple[str, str, tuple[str, ...]], tuple[float, float]] = _Memory()
+        self._ways: _Memory[tuple[str, str], _cost_load.Way] = _Memory(_WAYS)
         self._links: _Memory[tuple[str, ...], tuple[LinkCost, tuple[int, LinkCost]]] = _Memory()
         self._shapes: _Memory[tuple[str, ...], str] = _Memory()
 
@@ -104,8 +107,9 @@ class CostModel(CostModelProtocol):
 
         Named devices are answered by what was measured of a group of their shape. A number is
         answered by what was measured without names; by formula it stands for the topology's first
-        accelerators, and where it is all of them, it stands for them. A group of one takes no
-        time, `prior`; no bytes take as long as a call does, without a bandwidth.
+        accelerators, and where it is all of them, it stands for them. The formula of an algorithm
+        never measured is scaled to what was measured of the op's others, as by `select`. A group
+        of one takes no time, `prior`; no bytes take as long as a call does, without a bandwidth.
 
         Args:
             op: `all_reduce`, `all_gather`, `reduce_scatter`, `broadcast`, `all_to_all`, `p2p`.
@@ -119,20 +123,19 @@ class CostModel(CostModelProtocol):
                 whole number, NaN, below 0, an empty group); the message lists the known ones.
 
         """
-        check(op, algorithm, self.algorithms(op))
+        curves, members = self._measured()
+        algorithms = _names(op, curves)
+        check(op, algorithm, algorithms)
         nbytes = payload(nbytes)
         size, names = self._group(group)
         if size == 1:
             return estimate(op, nbytes, 1, (0.0, 0.0, 0.0, "prior"))
-        curves, members = self._measured()
         shape = self.shape(names)
-        known = Knowledge(curves, self._formula({**members, shape: names}))
-        if not names and (op, algorithm, size, "") not in curves:
-            shape = self._whole(size, curves)
+        known = Knowledge(curves, self._formula({shape: names, **members}))
         found = known.reading(op, algorithm, nbytes, size, shape)
-        return estimate(
-            op, nbytes, size, found or prior(known.formula(op, algorithm, nbytes, size, shape))
-        )
+        if found is None:
+            found = known.readings(algorithms, op, nbytes, size, shape)[algorithm]
+        return estimate(op, nbytes, size, found)
 
     def shape(self, group: Sequence[str] | int) -> str:
         """How the members are joined, in words; equal for groups that share their measurements.
@@ -158,9 +161,7 @@ class CostModel(CostModelProtocol):
             ConfigError: Unknown op; the message lists the known ones.
 
         """
-        check(op, ALGORITHMS.get(op, ("",))[0])
-        own = (k.algorithm for k in self._kept.curves if k.op == op)
-        return tuple(sorted({*ALGORITHMS[op], *own}))
+        return _names(op, self._kept.curves)
 
     def observe(self, samples: Sequence[Mapping[str, Any]]) -> None:  # Any: JSON-like rows
         """Learn from measurements: rows of op, nbytes, group_size, algorithm, time_us, members.
@@ -172,7 +173,7 @@ class CostModel(CostModelProtocol):
 
         Raises:
             ConfigError: A row lacks a field or has an impossible value (NaN, below 1 byte, a
-                member that is no device); nothing was learned.
+                group of one, a member that is no device), or they are no rows; nothing was learned.
 
         """
         taken = self._taken(samples)
@@ -226,11 +227,13 @@ class CostModel(CostModelProtocol):
             folder: Where; None is the user's cache folder.
 
         Raises:
+            ConfigError: The library is no text that says anything.
             OSError: The folder cannot be written.
 
         """
         from ._cost_profile import default_folder, save_profile  # msgspec, at the first use only
 
+        library_name(library)
         with self._lock:
             curves, members = self._kept.items(), self._kept.members
         place = folder or default_folder()
@@ -243,47 +246,56 @@ class CostModel(CostModelProtocol):
         is not learned twice, and counts as later than what the file has.
 
         Raises:
-            ConfigError: The file is no profile; the message names it.
+            ConfigError: The file is no profile; the message names it. Or the library is no text
+                that says anything.
 
         """
         from ._cost_profile import default_folder, load_profile
 
+        library_name(library)
         found = load_profile(folder or default_folder(), self._topology.fingerprint, library)
         here = {s: m for s, m in found.members.items() if self._has_shape(m, s)}
         with self._lock:
             self._kept.merge(found.repeats, here)
         return found.rows
 
-    def freeze(self) -> CostTable:
+    def freeze(self, groups: Sequence[Sequence[str] | int] = ()) -> CostTable:
         """The model as data, to be broadcast from rank 0 before anybody chooses by it.
 
         Measured curves keep their op's name, followed by `@` and the shape of the group if it was
         told; `noise:<op>` are the half-widths of their intervals at the knots, in logarithms.
-        Formulas are in it as lines of two points under `prior:<op>`, for the group sizes of this
-        topology and the shapes that were measured.
+        Formulas are in it as lines of two points under `prior:<op>`, for usual numbers of ranks
+        and for the shapes that were measured.
+
+        Args:
+            groups: Further groups, as of `predict`, whose formulas the table shall have. Of others
+                `select` can only take the formula of the nearest number of ranks.
+
+        Raises:
+            ConfigError: A device is unknown, or a group cannot be.
+
         """
         curves, members = self._measured()
+        asked = [self._group(group) for group in groups]
+        members = {**{self.shape(names): names for _, names in asked if len(names) > 1}, **members}
         table: dict[tuple[str, str, int], tuple[tuple[int, float], ...]] = {}
         for key, curve in curves.items():
-            ops = [f"{key.op}{MARK_SHAPE}{key.shape}" if key.shape else key.op]
-            alone = key._replace(shape="") not in curves
-            if key.shape and alone and key.shape == self._whole(key.group_size, curves):
-                ops.append(key.op)
+            op = f"{key.op}{MARK_SHAPE}{key.shape}" if key.shape else key.op
+            table[op, key.algorithm, key.group_size] = curve.points
             noise = zip(curve.points, curve.noise, strict=True)
             known = tuple((n, wide) for (n, _), wide in noise if wide is not None)
-            for op in ops:
-                table[op, key.algorithm, key.group_size] = curve.points
-                if known:
-                    table[f"{MARK_NOISE}{op}", key.algorithm, key.group_size] = known
-        groups: list[tuple[str, int, Sequence[str] | int]] = [
-            (f"{MARK_SHAPE}{shape}", len(names), names) for shape, names in members.items()
+            if known:
+                table[f"{MARK_NOISE}{op}", key.algorithm, key.group_size] = known
+        priced: list[tuple[str, Sequence[str] | int]] = [
+            (f"{MARK_SHAPE}{shape}", names) for shape, names in members.items()
         ]
-        sizes = {*_FROZEN_SIZES, *(k.group_size for k in curves if k.group_size > 1)}
-        groups += [("", size, size) for size in sorted(sizes)]
-        for end, size, group in groups:
+        sizes = {*_FROZEN_SIZES, *(k.group_size for k in curves), *(size for size, _ in asked)}
+        priced += [("", size) for size in sorted(sizes) if size > 1]
+        for end, group in priced:
+            size = group if isinstance(group, int) else len(group)
             for op, algorithms in ALGORITHMS.items():
                 for algorithm in algorithms:
-                    line = tuple((x, self._prior(op, algorithm, x, group)) for x in _LINE)
+                    line = self._line(op, algorithm, group)
                     table[f"{MARK_PRIOR}{op}{end}", algorithm, size] = line
         return CostTable(self._topology.fingerprint, _VERSION, table)
 
@@ -294,7 +306,9 @@ class CostModel(CostModelProtocol):
 
         Formulas are first scaled to what was measured of the other algorithms, so that an
         optimistic formula does not beat a measurement; where only algorithms without a formula
-        were measured, no formula takes part. Ties go to the first name. A group of one has
+        were measured, no formula takes part. The estimate is that of `predict` where the table has
+        the formulas of the group: of a number of ranks or a shape that was measured or that
+        `freeze` was told, and of the usual numbers. Ties go to the first name. A group of one has
         nothing to choose: the op's first name, and no time. Which shape named devices have is
         looked up in this model's topology, which must be the table's.
 
@@ -315,7 +329,7 @@ class CostModel(CostModelProtocol):
         return best, estimate(op, nbytes, size, found)
 
     def _shape_in(self, table: CostTable, op: str, names: tuple[str, ...]) -> str:
-        if not any(k[0].startswith(f"{op}{MARK_SHAPE}") for k in table.curves):
+        if not any(MARK_SHAPE in name for name, _, _ in table.curves):
             return _UNTOLD
         if table.fingerprint != self._topology.fingerprint:
             raise ConfigError(
@@ -326,19 +340,22 @@ class CostModel(CostModelProtocol):
         return self.shape(names)
 
     def _taken(self, samples: Sequence[Mapping[str, Any]]) -> list[Sample]:
+        if not isinstance(samples, Iterable):
+            raise ConfigError(f"samples are a list of rows, not {samples!r:.60}")
         taken = [sample_of(i, row) for i, row in enumerate(samples)]
         return [s._replace(key=s.key._replace(shape=self.shape(s.members))) for s in taken]
 
     def _measured(self) -> tuple[Mapping[CurveKey, Curve], Mapping[str, tuple[str, ...]]]:
+        """Curves, those of all accelerators also as of their number, and groups by shape."""
         with self._lock:
-            return self._kept.curves, self._kept.members
-
-    def _whole(self, size: int, curves: Mapping[CurveKey, object]) -> str:
-        """The shape of all accelerators where they are so many and any shape was measured."""
+            curves, members = self._kept.curves, self._kept.members
         every = self._topology.accelerators
-        if size != len(every) or not any(k.shape and k.group_size == size for k in curves):
-            return ""
-        return self.shape([d.id for d in every])
+        named = [k for k in curves if k.shape and k.group_size == len(every)]
+        if not named:
+            return curves, members
+        whole = self.shape([d.id for d in every])
+        numbered = {k._replace(shape=""): curves[k] for k in named if k.shape == whole}
+        return {**numbered, **curves}, members
 
     def _has_shape(self, members: tuple[str, ...], shape: str) -> bool:
         try:
@@ -349,7 +366,8 @@ class CostModel(CostModelProtocol):
     def _formula(self, members: Mapping[str, tuple[str, ...]]) -> Formula:
         def formula(op: str, algorithm: str, nbytes: int, size: int, shape: str) -> float:
             names = members.get(shape, ())
-            return self._prior(op, algorithm, nbytes, names if len(names) == size else size)
+            group = names if len(names) == size else size
+            return on_line(self._line(op, algorithm, group), nbytes)
 
         return formula
 
@@ -358,19 +376,23 @@ class CostModel(CostModelProtocol):
         size, names = group_of(group)
         return size, tuple(self._graph.device(name).id for name in names)
 
-    def _prior(self, op: str, algorithm: str, nbytes: int, group: Sequence[str] | int) -> float:
+    def _line(self, op: str, algorithm: str, group: Sequence[str] | int) -> _Line:
+        """A formula at two payloads, as a table has it; 0 at both where there is none."""
         members = self._members(group)
         size = group if isinstance(group, int) else len(group)
         if algorithm not in ALGORITHMS[op]:
-            return 0.0
+            return tuple((x, 0.0) for x in _LINE)
         if 2 <= size == len(members) <= _cost_load.MOST_RANKS:
             key = (op, algorithm, members)
             fixed, per_byte = self._lines.of(
-                key, lambda: _cost_load.line(self._graph, members, op, algorithm)
+                key, lambda: _cost_load.line(self._graph, self._way, members, op, algorithm)
             )
-            return fixed + per_byte * nbytes
+            return tuple((x, fixed + per_byte * x) for x in _LINE)
         link, local = self._links.of(members, lambda: self._slowest(members))
-        return prior_us(op, algorithm, nbytes, size, link, local=local)
+        return tuple((x, prior_us(op, algorithm, x, size, link, local=local)) for x in _LINE)
+
+    def _way(self, a: str, b: str) -> _cost_load.Way:
+        return self._ways.of((a, b), lambda: _cost_load.way(self._graph, a, b))
 
     def _members(self, group: Sequence[str] | int) -> tuple[str, ...]:
         if isinstance(group, int):
@@ -397,10 +419,16 @@ class CostModel(CostModelProtocol):
         return max(costs, key=lambda c: (1 / c.bytes_per_s, c.alpha_us))
 
 
+def _names(op: str, curves: Iterable[CurveKey]) -> tuple[str, ...]:
+    check_op(op)
+    return tuple(sorted({*ALGORITHMS[op], *(k.algorithm for k in curves if k.op == op)}))
+
+
 class _Memory(Generic[_K, _V]):
     """Answers that are kept until there are too many, when the earliest go. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _REMEMBERED) -> None:
+        self._most = most
         self._lock = threading.Lock()
         self._answers: dict[_K, _V] = {}
 
@@ -410,7 +438,7 @@ class _Memory(Generic[_K, _V]):
                 return self._answers[key]
         found = make()
         with self._lock:
-            while len(self._answers) >= _REMEMBERED:
+            while len(self._answers) >= self._most:
                 del self._answers[next(iter(self._answers))]
             self._answers[key] = found
         return found

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from sagellm.core.protocols import (
     CommandResult,
     DetectionContext,
+    Detector,
     DetectorSpec,
     TopologyFragment,
 )
@@ -162,6 +163,7 @@ class _Run:
     done: threading.Event
     fragment: TopologyFragment | None = None
     failure: str | None = None
+    detector: Detector | None = None
     started: bool = False
     started_s: float | None = None
     ended_s: float | None = None
@@ -203,11 +205,16 @@ def _collect(runs: Sequence[_Run], ctx: DetectionContext) -> Detection:
     warnings: list[str] = []
     for run in runs:
         if not run.done.wait(max(0.0, ctx.deadline_s - ctx.clock())):
-            warnings.append(f"{run.spec.name} did not answer before the deadline; left out")
+            kept = _so_far(run, ctx)
+            warnings.append(
+                f"{run.spec.name} did not answer before the deadline; "
+                + (f"{len(kept.devices)} devices it had read are kept" if kept.devices
+                   else "left out")
+            )  # fmt: skip
             if run.started:
                 _left_behind[id(run.spec.load)] = run
             run.dropped = True
-            fragments.append((run.spec.precedence, _nothing(run, ctx)))
+            fragments.append((run.spec.precedence, kept))
         elif run.fragment is not None:
             fragments.append((run.spec.precedence, run.fragment))
         else:
@@ -221,6 +228,19 @@ def _nothing(run: _Run, ctx: DetectionContext) -> TopologyFragment:
     ended_s = ctx.clock() if run.ended_s is None else run.ended_s
     elapsed_s = 0.0 if run.started_s is None else ended_s - run.started_s
     return TopologyFragment(run.spec.name, elapsed_s=elapsed_s)
+
+
+def _so_far(run: _Run, ctx: DetectionContext) -> TopologyFragment:
+    """What a detector that still runs tells of by `so_far()`, where it has one."""
+    nothing = _nothing(run, ctx)
+    ask = getattr(run.detector, "so_far", None)
+    if ask is None:
+        return nothing
+    try:
+        found = ask()
+    except Exception:  # a plug-in's bug must not take the topology with it
+        return nothing
+    return nothing if fault(found) else replace(found, elapsed_s=nothing.elapsed_s)
 
 
 def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
@@ -239,7 +259,8 @@ def _work(pending: deque[_Run], ctx: DetectionContext) -> None:
 def _detect(run: _Run, ctx: DetectionContext) -> None:
     started_s = run.started_s = ctx.clock()
     try:
-        fragment = run.spec.load().detect(ctx)
+        run.detector = run.spec.load()
+        fragment = run.detector.detect(ctx)
         wrong = fault(fragment)
         if wrong is None:
             run.fragment = replace(fragment, elapsed_s=ctx.clock() - started_s)

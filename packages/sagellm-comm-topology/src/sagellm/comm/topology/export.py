@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from sagellm.core.protocols import Device, IntegrityError, TopologyInfo
 
+from ._fragment_check import checked
 from ._nccl_export import to_nccl_xml as to_nccl_xml
 from .graph import TopologyGraph
 
@@ -48,9 +51,15 @@ def from_json(text: str | bytes) -> TopologyInfo:
     """The topology that `to_json` wrote.
 
     Raises:
-        IntegrityError: It is no such JSON, of another schema, or larger than 256 MiB.
+        IntegrityError: It is no such JSON, of another schema, larger than 256 MiB, or says what
+            cannot be, such as two devices of one id. Links and members that end nowhere, and a
+            fingerprint that is not that of the content, are put right with a warning.
 
     """
+    if isinstance(text, bytes):
+        if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            text = text.decode("utf-16", "replace").encode()  # as PowerShell writes
+        text = text.removeprefix(b"\xef\xbb\xbf")
     if len(text) > _MAX_JSON_BYTES:
         raise IntegrityError(f"topology of {len(text)} bytes, more than {_MAX_JSON_BYTES}")
     try:
@@ -59,13 +68,14 @@ def from_json(text: str | bytes) -> TopologyInfo:
         raise IntegrityError(f"not a topology: {e}") from e
     if document.schema != SCHEMA:
         raise IntegrityError(f"topology of schema {document.schema!r}; this reads {SCHEMA}")
-    return document.topology
+    return checked(document.topology)
 
 
 def to_matrix(info: TopologyInfo) -> str:
     """Accelerators and NICs against each other, tab-separated, as `nvidia-smi topo -m` prints.
 
-    Unknown paths, CPUs and NUMA nodes are `?`.
+    Unknown paths, CPUs and NUMA nodes are `?`. Lines below name the makers, and the NICs by their
+    RDMA names, interfaces or addresses; `import_topology` reads them back.
     """
     graph = TopologyGraph(info)
     nics = [d for d in info.devices if d.kind == "nic"]
@@ -76,6 +86,7 @@ def to_matrix(info: TopologyInfo) -> str:
         cells = [pair_label(graph, device, other) for other in shown]
         numa = ",".join(map(str, device.numa_nodes)) or "?"
         lines.append("\t".join([labels[row], *cells, device.cpulist or "?", numa]))
+    lines += _vendor_lines(info.accelerators, labels)
     if nics:
         lines += ["", "NIC Legend:"]
         first = len(info.accelerators)
@@ -83,6 +94,17 @@ def to_matrix(info: TopologyInfo) -> str:
             name = nic.attrs.get("ib") or nic.attrs.get("netdev") or nic.id
             lines.append(f"  {labels[first + i]}: {name}")
     return "\n".join(lines) + "\n"
+
+
+def _vendor_lines(accelerators: Sequence[Device], labels: Sequence[str]) -> list[str]:
+    """What says whose the accelerators are: a reader must not guess it by the layout."""
+    vendors = {d.vendor for d in accelerators}
+    if not vendors:
+        return []
+    if len(vendors) == 1:
+        return ["", f"Vendor of accelerators: {vendors.pop() or '?'}"]
+    pairs = zip(accelerators, labels, strict=False)  # labels of NICs follow
+    return ["", *(f"Vendor of {label}: {d.vendor or '?'}" for d, label in pairs)]
 
 
 def column_labels(devices: list[Device]) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from sagellm.core.protocols import CommTimeoutError, ConfigError, IntegrityError
 
+from ._wire import MAX_ENCODED_BYTES
+
 __all__ = ["FileStore"]
 
-_MAX_BYTES = 16 << 20
 _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.05
 
@@ -48,8 +49,10 @@ class FileStore:
 
         """
         data = value.encode()
-        if len(data) > _MAX_BYTES:
-            raise ConfigError(f"value of {len(data)} bytes for {key!r}, more than {_MAX_BYTES}")
+        if len(data) > MAX_ENCODED_BYTES:
+            raise ConfigError(
+                f"value of {len(data)} bytes for {key!r}, more than {MAX_ENCODED_BYTES}"
+            )
         path = self._path(key)
         part = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
         try:
@@ -74,7 +77,7 @@ class FileStore:
         while True:
             try:
                 with open(self._path(key), "rb") as file:
-                    data = file.read(_MAX_BYTES + 1)
+                    data = file.read(MAX_ENCODED_BYTES + 1)
                 break
             except FileNotFoundError:
                 if time.monotonic() >= end_s:
@@ -83,8 +86,8 @@ class FileStore:
                     ) from None
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_POLL_S)
-        if len(data) > _MAX_BYTES:
-            raise IntegrityError(f"value of {key!r} has more than {_MAX_BYTES} bytes")
+        if len(data) > MAX_ENCODED_BYTES:
+            raise IntegrityError(f"value of {key!r} has more than {MAX_ENCODED_BYTES} bytes")
         return data
 
     def check(self, keys: list[str]) -> bool:

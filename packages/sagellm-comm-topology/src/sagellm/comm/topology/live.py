@@ -21,6 +21,8 @@ from sagellm.core.protocols import (
     DistributedRuntimeError,
 )
 
+from .calibration import check_range
+
 __all__ = [
     "NATIVE", "OPS", "TORCH_OWN", "calibrate_live", "check_backend", "check_devices", "library_of",
     "sweep_live",
@@ -133,12 +135,13 @@ def calibrate_live(
         timeout_s: For all of it.
 
     Raises:
-        ConfigError: An argument cannot be.
+        ConfigError: An argument cannot be; no process was started.
         BackendUnavailableError: torch, the backend or a GPU for each rank of NCCL is missing.
         CommTimeoutError: It took longer than `timeout_s`.
         DistributedRuntimeError: A rank failed; the message has its last words.
 
     """
+    check_range(smallest, largest, knots)
     plan = {"smallest": smallest, "largest": largest, "knots": knots, "repeats": repeats}
     return _run(backend, ranks, ops, {"calibrate": plan}, repeats, timeout_s)
 

@@ -120,12 +120,15 @@ class TopologyManager(TopologyManagerProtocol):
         """The topology of every rank's host. Collective: every rank of the store calls it.
 
         Ranks come from the constructor, else from `RANK` and `WORLD_SIZE`. Rank 0 waits for the
-        others for half of `timeout_s`, then publishes one topology that all ranks return.
+        others for half of `timeout_s`, then publishes one topology that all ranks return. What
+        ranks of one host see differently, as in containers of their own, is put together.
         Device ids get the prefix `n<node>/`; nodes are numbered by their lowest rank.
 
         Raises:
             CommTimeoutError: Rank 0's agreed result did not arrive. Ranks that are merely
                 missing do not raise: they are named in `missing_nodes` and in a warning.
+            CollectiveMismatchError: This rank was agreed to be missing, and rank 0 is at another
+                call by now: ranks were restarted, or did not call equally often.
             ConfigError: Rank and world size do not fit, or `timeout_s` is not above 0.
 
         """

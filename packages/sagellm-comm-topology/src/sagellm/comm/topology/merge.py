@@ -7,7 +7,7 @@ knows stays unknown, but for what a rule concludes; its links say "inferred".
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sagellm.core.protocols import (
@@ -53,6 +53,7 @@ def merge(
     for _, fragment in ordered:
         notes += [f"{fragment.source}: {w}" for w in fragment.warnings]
     devices, names = merge_devices(ordered, notes)
+    notes += _absent_nodes(devices)
     _place_by_cpus(devices)
     sources = [f for _, f in ordered]
     speakers = fabric_speakers(sources, devices, names)
@@ -84,6 +85,18 @@ def _order(device: Device) -> tuple[bool, bool, int, str]:
     if device.bdf is None:  # mlx5_2 before mlx5_10
         name = re.sub(r"\d+", lambda m: m[0].zfill(8), name)
     return not accelerator, index is None, index or 0, name
+
+
+def _absent_nodes(devices: Mapping[str, Device]) -> list[str]:
+    """Devices in NUMA nodes that the machine does not have, where its nodes are known."""
+    here = {n for d in devices.values() if d.kind == "numa" for n in d.numa_nodes}
+    found = [
+        f"NUMA node {node} of {d.id} is not on this machine"
+        for d in devices.values()
+        for node in d.numa_nodes
+        if here and node not in here
+    ]
+    return _few(found, "nodes")
 
 
 def _place_by_cpus(devices: dict[str, Device]) -> None:

@@ -47,7 +47,8 @@ class Plan:
         op: Operation.
         nbytes: Payload as nccl-tests count it.
         rows: By rising number of hosts, then algorithm.
-        assumed: Kinds of links whose bandwidth nobody stated; settings filled them in.
+        assumed: Kinds of links whose bandwidth nobody stated (settings filled them in), and what
+            `plan --from` had to add to the host.
 
     """
 

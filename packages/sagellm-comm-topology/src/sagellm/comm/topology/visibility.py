@@ -14,7 +14,7 @@ from dataclasses import replace
 from sagellm.core.protocols import Device, TopologyInfo
 
 from ._numbers import whole_number
-from ._vendors import VISIBLE_VARIABLES
+from ._vendors import UNHEARD_VARIABLES, VISIBLE_VARIABLES
 
 __all__ = ["apply_visibility", "visible_indices"]
 
@@ -82,6 +82,11 @@ def _visible(
     if vendor in ("amd", "hygon") and "ROCR_VISIBLE_DEVICES" in environ:
         left = _choose("ROCR_VISIBLE_DEVICES", environ, devices, notes)
         devices = [replace(d, index=i) for i, d in enumerate(left)]
+    notes += [
+        f"{name}={environ[name][:40]!r} is set, but its meaning for {vendor} devices is not known "
+        "here: they are numbered as if it were not"
+        for name in UNHEARD_VARIABLES.get(vendor, ()) if name in environ
+    ]  # fmt: skip
     name = next((v for v in VISIBLE_VARIABLES.get(vendor, ()) if v in environ), None)
     if name is None:
         return list(devices), notes

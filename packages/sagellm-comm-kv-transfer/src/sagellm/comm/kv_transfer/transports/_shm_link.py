@@ -241,8 +241,7 @@ class ShmConnection(SocketConnection, OneSidedConnection):
         if missing:
             self._ahead_at = self._ahead_end = 0
             with contextlib.suppress(BlockingIOError, InterruptedError):
-                if not self._read_some([memoryview(self._ahead)], socket.MSG_DONTWAIT):
-                    raise PeerLostError(f"{self._peer} closed the connection")
+                self._now(lambda: self._read_some([memoryview(self._ahead)], socket.MSG_DONTWAIT))
             self._from_ahead(rest)
         return rest
 

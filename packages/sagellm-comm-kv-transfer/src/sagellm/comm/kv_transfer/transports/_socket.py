@@ -55,6 +55,11 @@ class SocketConnection(KVConnection):
 
         return self._move(call, views, deadline_s)
 
+    @property
+    def aborted(self) -> bool:
+        """Whether `abort` was called."""
+        return self._aborted
+
     def fileno(self) -> int:
         """What becomes readable when something comes."""
         return self._sock.fileno()
@@ -67,14 +72,22 @@ class SocketConnection(KVConnection):
         """Fill views with what has come, without waiting; those that are left, or their rest."""
         batch = list(views[:IOV_MAX])
         try:
-            moved = self._sock.recvmsg_into(batch, 0, socket.MSG_DONTWAIT)[0]
+            moved = self._now(lambda: self._sock.recvmsg_into(batch, 0, socket.MSG_DONTWAIT)[0])
         except (BlockingIOError, InterruptedError):
             return list(views)
+        return _rest(batch, moved) + list(views[IOV_MAX:])
+
+    def _now(self, call: Callable[[], int]) -> int:
+        """Bytes that a call receives, at least one; BlockingIOError when there are none."""
+        try:
+            moved = call()
+        except (BlockingIOError, InterruptedError, IntegrityError):
+            raise
         except OSError as e:
             raise PeerLostError(f"the connection to {self._peer} broke: {e}") from e
         if not moved:
             raise PeerLostError(f"{self._peer} closed the connection")
-        return _rest(batch, moved) + list(views[IOV_MAX:])
+        return moved
 
     def _move(
         self,

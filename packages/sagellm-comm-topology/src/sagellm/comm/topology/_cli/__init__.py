@@ -2,7 +2,8 @@
 
 A module gives `add_commands(commands, source)`: it adds its parsers to `commands`, builds those
 that look at a topology on the parent `source`, and sets `run`, a function of the parsed arguments
-that returns the exit code. Errors of the package end the program with one line and exit code 2.
+that returns the exit code. Errors end the program with one line and exit code 2; `python -X dev`
+shows where one of ours arose.
 """
 
 from __future__ import annotations
@@ -35,4 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except (CommError, OSError) as e:
         print(f"{parser.prog}: {e}", file=sys.stderr)
+        return 2
+    except Exception as e:
+        if sys.flags.dev_mode:
+            raise
+        told = str(e).splitlines() or [""]
+        print(
+            f"{parser.prog}: {type(e).__name__}: {told[0]} (an error of ours: "
+            "`python -X dev -m sagellm.comm.topology` shows where)",
+            file=sys.stderr,
+        )
         return 2

@@ -15,11 +15,12 @@ from sagellm.comm.topology.detector import installed_detectors, make_context, ru
 from sagellm.comm.topology.export import column_labels
 from sagellm.comm.topology.manager import TopologyManager
 from sagellm.comm.topology.visibility import apply_visibility
-from sagellm.core.protocols import TopologyFragment, TopologyInfo
+from sagellm.core.protocols import ConfigError, TopologyFragment, TopologyInfo
 
 __all__ = [
     "Commands",
     "byte_count",
+    "check_tree",
     "count_up_to",
     "device_id",
     "named_topology",
@@ -51,6 +52,7 @@ def read_topology(args: argparse.Namespace) -> TopologyInfo:
     """The topology that the options of `source_parser` choose."""
     if args.source and not Path(args.source).is_dir():
         return read_files([args.source])
+    check_tree(args.source)
     # A recorded tree is another machine's: what this shell hides is not hidden there.
     environ: dict[str, str] | None = {} if args.source else None
     manager = TopologyManager(root=args.source or "/", environ=environ, allow_commands=args.tools)
@@ -58,11 +60,23 @@ def read_topology(args: argparse.Namespace) -> TopologyInfo:
     return manager.detect(deadline_s=deadline_s)
 
 
+def check_tree(name: str | None) -> None:
+    """Refuse a folder that is no root of a recorded tree; None is this machine.
+
+    Raises:
+        ConfigError: There is no `sys` in it.
+
+    """
+    if name is not None and not (Path(name) / "sys").is_dir():
+        raise ConfigError(f"{name} holds no `sys` folder: it is no root of a recorded machine")
+
+
 def named_topology(name: str) -> TopologyInfo:
     """The topology of a file, of the root of a recorded tree, or of this machine (`live`)."""
     if name == "live":
         return TopologyManager().detect(deadline_s=10.0)
     if Path(name).is_dir():
+        check_tree(name)
         return TopologyManager(root=name, environ={}).detect(deadline_s=10.0)
     return read_files([name])
 
@@ -85,7 +99,7 @@ def read_files(
     """
     # Importers are needed by few commands.
     from sagellm.comm.topology.importers import import_topology, read_fragment
-    from sagellm.comm.topology.importers.reader import USER_FILE, known_format
+    from sagellm.comm.topology.importers.reader import USER_FILE, is_json, known_format
     from sagellm.comm.topology.merge import merge
 
     fragments: list[tuple[int, TopologyFragment]] = []
@@ -93,7 +107,7 @@ def read_files(
         data = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" else read_regular(name)
         if len(names) == 1 and not live:
             info = import_topology(data, form=known_format(form), vendor=vendor)
-            written = info.num_nodes > 1 or data.lstrip()[:1] == b"{"
+            written = info.num_nodes > 1 or is_json(data, known_format(form))
             return info if written else apply_visibility(info, {})
         fragment = read_fragment(data, form=known_format(form), vendor=vendor)
         fragments.append((USER_FILE + len(names) - i, fragment))
@@ -112,7 +126,8 @@ def device_id(info: TopologyInfo, name: str) -> str:
     nics = [d for d in info.devices if d.kind == "nic"]
     shown = [*info.accelerators, *nics]
     for label, device in zip(column_labels(shown), shown, strict=True):
-        names = {label, *device.attrs.get("netdev", "").split(","), device.attrs.get("ib", "")}
+        facts = (device.attrs.get(k, "").split(",") for k in ("netdev", "ib"))
+        names = {label, *(name for fact in facts for name in fact)}
         if name in names - {""}:
             return device.id
     return name

@@ -10,13 +10,21 @@ from pathlib import Path
 
 from sagellm.comm.topology._diff import differences
 from sagellm.comm.topology._doctor import Finding, Visit, examine
-from sagellm.comm.topology.detector import installed_detectors, make_context, run_detectors
+from sagellm.comm.topology.detector import (
+    Detection,
+    installed_detectors,
+    make_context,
+    run_detectors,
+)
 from sagellm.comm.topology.merge import merge
 from sagellm.comm.topology.visibility import apply_visibility
+from sagellm.core.protocols import ConfigError, TopologyInfo
 
-from ._source import Commands, named_topology
+from ._source import Commands, check_tree, named_topology, read_files
 
 __all__ = ["add_commands"]
+
+_DIFF, _DOCTOR = "sagellm.topology.diff/1", "sagellm.topology.doctor/1"
 
 
 def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
@@ -32,11 +40,10 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
     diff.set_defaults(run=_diff)
     doctor = commands.add_parser(
         "doctor",
+        parents=[source],
         help="what could not be read here, why it matters, what to do",
         description="Exit code 1 when something that matters could not be read.",
     )
-    doctor.add_argument("--root", default="/", help="the root of a recorded tree")
-    doctor.add_argument("--tools", action="store_true", help="run vendors' tools too (slow)")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
 
@@ -46,7 +53,8 @@ def _diff(args: argparse.Namespace) -> int:
     found = differences(left, right)
     same = left.fingerprint == right.fingerprint
     if args.json:
-        document = {"same_structure": same, "differences": [asdict(d) for d in found]}
+        document = {"schema": _DIFF, "same_structure": same,
+                    "differences": [asdict(d) for d in found]}  # fmt: skip
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
         return int(bool(found))
     from rich import box
@@ -72,23 +80,36 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    # A recorded tree is another machine's: what this shell hides is not hidden there.
-    environ: dict[str, str] | None = None if args.root == "/" else {}
-    context = make_context(
-        root=args.root, environ=environ, deadline_s=20.0, allow_commands=args.tools
-    )
-    detection = run_detectors(installed_detectors(), context)
-    info = merge(detection.fragments, warnings=detection.warnings)
-    info = apply_visibility(info, context.environ)
+    info, detection = _examined(args)
     visits = [Visit.of(f) for _, f in detection.fragments]
     findings = examine(info, detection)
     if args.json:
-        document = {"detectors": [asdict(v) for v in visits],
+        document = {"schema": _DOCTOR, "detectors": [asdict(v) for v in visits],
                     "findings": [asdict(f) for f in findings]}  # fmt: skip
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
     else:
         _print(visits, findings)
     return int(any(f.severity == "error" for f in findings))
+
+
+def _examined(args: argparse.Namespace) -> tuple[TopologyInfo, Detection]:
+    """What is there, and who said it; a file has no detectors."""
+    if args.source and not Path(args.source).is_dir():
+        return read_files([args.source]), Detection((), ())
+    check_tree(args.source)
+    if args.deadline is not None and not args.deadline > 0:
+        raise ConfigError(f"--deadline must be above 0, not {args.deadline}")
+    # A recorded tree is another machine's: what this shell hides is not hidden there.
+    environ: dict[str, str] | None = {} if args.source else None
+    context = make_context(
+        root=args.source or "/",
+        environ=environ,
+        deadline_s=20.0 if args.deadline is None else args.deadline,
+        allow_commands=args.tools,
+    )
+    detection = run_detectors(installed_detectors(), context)
+    info = merge(detection.fragments, warnings=detection.warnings)
+    return apply_visibility(info, context.environ), detection
 
 
 def _print(visits: list[Visit], findings: list[Finding]) -> None:
@@ -105,7 +126,8 @@ def _print(visits: list[Visit], findings: list[Finding]) -> None:
         style = None if v.devices or v.links or v.pairs else "dim"
         counts = (str(v.devices), str(v.links), str(v.pairs), f"{v.elapsed_s * 1e3:.1f}")
         table.add_row(v.detector, *counts, style=style)
-    console.print(table)
+    if visits:
+        console.print(table)
     styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
     for f in findings:
         console.print(f"{f.severity}: ", style=styles[f.severity], end="")

@@ -152,7 +152,7 @@ def _predict(args: argparse.Namespace) -> int:
     group = _group(info, args.group)
     names = [args.algorithm] if args.algorithm else model.algorithms(args.op)
     found = {name: model.predict(args.op, args.bytes, group, name) for name in names}
-    table = model.freeze()
+    table = model.freeze([group])
     chosen = None if args.algorithm else model.select(table, args.op, args.bytes, group)[0]
     size = group if isinstance(group, int) else len(group)
     if args.json:

@@ -13,6 +13,8 @@ from ._source import Commands, device_id, read_topology
 
 __all__ = ["add_commands"]
 
+_SCHEMA = "sagellm.topology.explain/1"
+
 
 def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
     """Add `explain`."""
@@ -32,7 +34,7 @@ def _explain(args: argparse.Namespace) -> int:
     others = {k: p for k, p in others.items() if p.kind and p.devices != path.devices}
     if args.json:
         told = {**_as_json(path), **{k: _as_json(p) for k, p in others.items()}}
-        print(json.dumps(told, indent=1))
+        print(json.dumps({"schema": _SCHEMA, **told}, indent=1))
         return 0
     from rich.console import Console
 

@@ -60,6 +60,8 @@ def _import(args: argparse.Namespace) -> int:
     info = read_files(args.files, form=args.format, vendor=args.vendor, live=args.live)
     if args.output is not None:
         args.output.write_text(to_json(info), encoding="utf-8")
+        if args.json:
+            _tell("json", {"file": str(args.output)})
         return 0
     _print(info, as_json=args.json, matrix=args.matrix)
     return 0
@@ -87,10 +89,14 @@ def _export(args: argparse.Namespace) -> int:
         args.output.write_text(text, encoding="utf-8")
     if args.json:
         place = {"text": text} if args.output is None else {"file": str(args.output)}
-        print(json.dumps({"schema": _SCHEMA, "format": args.format, **place}, indent=1))
+        _tell(args.format, place)
     elif args.output is None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
     return 0
+
+
+def _tell(form: str, place: dict[str, str]) -> None:
+    print(json.dumps({"schema": _SCHEMA, "format": form, **place}, indent=1))
 
 
 def _exported(info: TopologyInfo, form: str, *, skeleton: bool) -> str:

@@ -67,19 +67,21 @@ def add_commands(commands: Commands, source: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     names = args.algorithms.split(",") if args.algorithms else None
     gc.disable()  # all objects live to the end, and looking at them costs a third
-    found = plan(_cluster(args), args.op, args.bytes, algorithms=names)
-    elapsed_s = time.perf_counter() - start_s
+    cluster, assumed = _cluster(args)
+    found = plan(cluster, args.op, args.bytes, algorithms=names)
+    found = dataclasses.replace(found, assumed=(*assumed, *found.assumed))
+    elapsed_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     if args.json:
         rows = [dataclasses.asdict(row) for row in found.rows]
         print(json.dumps({
             "schema": _SCHEMA, "op": found.op, "nbytes": found.nbytes, "assumed": found.assumed,
-            "elapsed_s": elapsed_s, "best": _best(found), "rows": rows,
+            "elapsed_s": elapsed_s, "cpu_s": cpu_s, "best": _best(found), "rows": rows,
         }, indent=1))  # fmt: skip
     else:
-        _show(found, elapsed_s)
+        _show(found, elapsed_s, cpu_s)
     return 0
 
 
@@ -99,13 +101,14 @@ def _best(found: Plan) -> list[dict[str, object]]:
     return told
 
 
-def _cluster(args: argparse.Namespace) -> TopologyInfo:
+def _cluster(args: argparse.Namespace) -> tuple[TopologyInfo, tuple[str, ...]]:
+    """What is simulated, and what of it was assumed."""
     if args.source:
-        from sagellm.comm.topology._join import join_hosts
+        from sagellm.comm.topology._copies import copies_of
 
         host = read_topology(args)
-        return host if host.num_nodes > 1 else join_hosts([host] * args.nodes)
-    return make_cluster(
+        return (host, ()) if host.num_nodes > 1 else copies_of(host, args.nodes)
+    drawn = make_cluster(
         ClusterShape(
             nodes=args.nodes,
             gpus=args.gpus,
@@ -117,9 +120,10 @@ def _cluster(args: argparse.Namespace) -> TopologyInfo:
             oversubscription=args.oversubscription,
         )
     )
+    return drawn, ()
 
 
-def _show(found: Plan, elapsed_s: float) -> None:
+def _show(found: Plan, elapsed_s: float, cpu_s: float) -> None:
     from rich.console import Console
 
     from sagellm.comm.topology._chart import chart
@@ -146,8 +150,9 @@ def _show(found: Plan, elapsed_s: float) -> None:
     for note in _left_out(found):
         console.print(note, style="yellow", highlight=False)
     if found.assumed:
-        console.print(f"bandwidth assumed, as nobody stated it: {', '.join(found.assumed)}")
-    console.print(f"simulated in {elapsed_s:.1f} s", style="dim", highlight=False)
+        console.print(f"assumed, as nobody stated it: {', '.join(found.assumed)}")
+    took = f"simulated in {elapsed_s:.1f} s ({cpu_s:.1f} s of CPU)"
+    console.print(took, style="dim", highlight=False)
 
 
 def _left_out(found: Plan) -> list[str]:
@@ -188,7 +193,7 @@ def _table(found: Plan, nodes: int, payload: str) -> object:
     table.add_column("algorithm", no_wrap=True)
     against = "against best" + (" of those simulated" if found.left_out(nodes) else "")
     for name in ("time", "bus bandwidth", against):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for row in sorted(rows, key=_merit):
         if row.time_us is None or best is None or not best.time_us:
             table.add_row(

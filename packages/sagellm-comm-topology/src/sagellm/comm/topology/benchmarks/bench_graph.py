@@ -15,12 +15,11 @@ import math
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sagellm.comm.topology.benchmarks.bench_detection import p95
+from sagellm.comm.topology.benchmarks.bench_detection import p95, timed
 from sagellm.comm.topology.cluster import ClusterShape, make_cluster
 from sagellm.comm.topology.graph import TopologyGraph
 from sagellm.comm.topology.placement import rank_map, ring
@@ -158,12 +157,6 @@ def most_kib() -> int:
     """The most memory that this process held so far, as Linux tells it."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
-
-
-def timed(call: Callable[..., object], *args: object) -> float:
-    start_s = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start_s
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:

@@ -85,14 +85,22 @@ class FakeMachine:
         for port in ports:
             self.pci(port, upstream, BRIDGE, **facts)
 
-    def net(self, name: str, bdf: str | None, *, speed: int = 100_000, state: str = "up") -> None:
-        """Add a net interface of a PCI function, or a virtual one."""
+    def net(
+        self,
+        name: str,
+        bdf: str | None,
+        *,
+        speed: int = 100_000,
+        state: str = "up",
+        link_type: int = 1,
+    ) -> None:
+        """Add a net interface of a PCI function, or a virtual one; type 1 is Ethernet."""
         owner = self._folders[bdf] if bdf else self.root / "sys/devices/virtual"
         folder = owner / "net" / name
         folder.mkdir(parents=True)
         (folder / "speed").write_text(f"{speed}\n")
         (folder / "operstate").write_text(f"{state}\n")
-        (folder / "type").write_text("1\n")
+        (folder / "type").write_text(f"{link_type}\n")
         self._link(self.root / "sys/class/net" / name, folder)
 
     def rdma(self, name: str, bdf: str, *, gbps: int = 400, layer: str = "InfiniBand") -> None:
@@ -254,6 +262,8 @@ class StubNvml:
         lane_mbps: Megabytes per second of an NVLink; None when the driver does not say.
         ancestors: Pair of bus addresses to NVML's number of their common ancestor.
         p2p: Status of peer access; None is "OK" for GPUs with NVLinks and CNS for others.
+        c2c: Bus address to megabytes per second of each of its coherent links to the processor;
+            None for one that is down.
 
     """
 
@@ -273,6 +283,7 @@ class StubNvml:
         lane_mbps: int | None = 26_562,
         ancestors: Mapping[frozenset[str], int] | None = None,
         p2p: int | None = None,
+        c2c: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
         self._busids = list(busids)
         self._peers = dict(peers or {})
@@ -283,6 +294,7 @@ class StubNvml:
         self._lane_mbps = lane_mbps
         self._ancestors = dict(ancestors or {})
         self._p2p = p2p
+        self._c2c = dict(c2c or {})
         self.calls = 0
         self.open = 0
 
@@ -356,9 +368,21 @@ class StubNvml:
             raise _NvmlError(3)
         return SimpleNamespace(busId=f"0000{far}")
 
-    def nvmlDeviceGetFieldValues(self, handle: str, fields: Sequence[int]) -> list[Any]:  # noqa: N802
+    def nvmlDeviceGetC2cModeInfoV(self, handle: str) -> SimpleNamespace:  # noqa: N802
         self._spend()
-        known = {90: self._lane_mbps, 91: len(self._peers.get(handle, ())) or None}
+        return SimpleNamespace(isC2cEnabled=int(handle in self._c2c))
+
+    def nvmlDeviceGetFieldValues(  # noqa: N802
+        self, handle: str, fields: Sequence[int | tuple[int, int]]
+    ) -> list[Any]:
+        self._spend()
+        known: dict[int | tuple[int, int], int | None] = {
+            90: self._lane_mbps,
+            91: len(self._peers.get(handle, ())) or None,
+            170: len(self._c2c.get(handle, ())) or None,
+        }
+        for i, megabytes in enumerate(self._c2c.get(handle, ())):
+            known[171, i], known[172, i] = int(megabytes is not None), megabytes
         values = [known.get(f) for f in fields]
         return [
             SimpleNamespace(nvmlReturn=3 if v is None else 0, value=SimpleNamespace(ullVal=v or 0))

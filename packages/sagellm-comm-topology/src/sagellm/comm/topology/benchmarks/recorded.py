@@ -11,6 +11,7 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sagellm.core.protocols import Device, TopologyInfo
 __all__ = ["case_files", "mismatches", "read_sample"]
 
 _SWITCHES = {"NVSwitch": "nvlink"}
+_UNKNOWN_LINKS = "links between GPUs are unknown"
 _LOOSE = ("PHB", "NODE", "SYS")  # shared by all GPUs, they make no NIC the close one of any
 
 _Case = Mapping[str, Any]  # Any: JSON
@@ -67,6 +69,7 @@ def mismatches(case_file: Path) -> list[str]:
             "vendor", {g.vendor for g in gpus}, {case["devices"]["vendor"]} if gpus else set()
         ),
         *_matrix(graph, gpus, case["link_matrix"]),
+        *(_unstated(info, graph, gpus) if case["link_matrix"] is None else ()),
         *_places(gpus, case),
         *(_nics(info, graph, gpus, case["nics"]) if "nics" in case else ()),
         *_switches(info, gpus, case.get("switch_domain")),
@@ -85,6 +88,20 @@ def _matrix(
     for a, row in zip(gpus, wanted or (), strict=bool(wanted)):
         for b, cell in zip(gpus, row, strict=True):
             yield from _differ(f"{a.id} - {b.id}", pair_label(graph, a, b), cell or "?")
+
+
+def _unstated(info: TopologyInfo, graph: TopologyGraph, gpus: Sequence[Device]) -> Iterator[str]:
+    """No link may be claimed of a file that names none.
+
+    Pairs are unknown, or have the class of their way over the PCI tree that the file states; the
+    reader must say then that there may be links besides.
+    """
+    labels = {(a.id, b.id): pair_label(graph, a, b) for a, b in combinations(gpus, 2)}
+    for (a, b), label in labels.items():
+        if graph.path(a, b).kind in ("LINK", "C2C") or graph.stated(a, b) is not None:
+            yield f"{a} - {b}: {label}, though the input states no link"
+    if set(labels.values()) - {"?"} and not any(_UNKNOWN_LINKS in w for w in info.warnings):
+        yield f"no warning says that {_UNKNOWN_LINKS}"
 
 
 def _places(gpus: Sequence[Device], case: _Case) -> Iterator[str]:

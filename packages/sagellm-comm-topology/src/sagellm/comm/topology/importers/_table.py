@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from sagellm.comm.topology._words import some
+
 __all__ = ["ACCELERATOR", "Table", "read_tables"]
 
 ACCELERATOR = re.compile(r"^(GPU|NPU|XPU|HCU|DCU|MLU|GCU|DEV|Phy-ID)([0-9]{1,7})$", re.IGNORECASE)
@@ -27,7 +29,7 @@ _TITLE = re.compile(
     re.IGNORECASE,
 )
 _CELL = (
-    r"NV\d+|MT\d+|MLK\d+|MLK|MXLK\d*|MX\d*|XGMI|HCCS_SW|HCCS|SIO|UB|XL\d*|IX\d+|C2C"
+    r"NV\d+|MT\d+|MLK\d*|MXLK\d*|MX\d*|XGMI\d*|HCCS_SW|HCCS\d*|SIO\d*|UB\d*|XL\d*|IX\d*|C2C"
     r"|PIX|PXB|PHB|NODE|SYS|SOC|PCIE|ETH|SGL|MUL|H_B|CPU|HSW"
     r"|OK|CNS|GNS|TNS|NS|DR|UNKNOWN|UNK|U|N/A|NA|X|\?|-"
 )
@@ -94,7 +96,7 @@ def _without_bars(line: str) -> str:
 def _checked(table: Table) -> Table:
     absent = [label for label in table.labels if label not in table.rows]
     if absent:
-        table.warnings.append(f"no row for {_some(absent)}")
+        table.warnings.append(f"no row for {some(absent)}")
     return table
 
 
@@ -167,7 +169,7 @@ def _row(table: Table, line: str) -> bool:
     )
     label, glued, more = label.partition(" ")
     rest = f"{more} {rest}" if glued else rest
-    if label not in table.labels or label in table.rows:
+    if label not in table.labels:
         return False
     if "\t" in line:
         fields = _filled(table, label, rest.split("\t"))
@@ -181,12 +183,16 @@ def _row(table: Table, line: str) -> bool:
         return False
     strange = [c for c in cells if c and not _WHOLE.match(c)]
     if strange:
-        table.warnings.append(f"row {label}: {_some(strange)} is no link class")
+        table.warnings.append(f"row {label}: {some(strange)} is no link class")
         cells = [c if c and _WHOLE.match(c) else None for c in cells]
     missing = len(table.labels) - len(cells)
     if missing > 0:
         table.warnings.append(f"row {label} is cut: {missing} of {len(table.labels)} cells missing")
         cells += [None] * missing
+    if label in table.rows:
+        if any(a and b and a != b for a, b in zip(table.rows[label], cells, strict=True)):
+            table.warnings.append(f"row {label} is there twice, and the first is believed")
+        return True
     table.rows[label] = cells
     table.tails[label] = {k: v for k, v in found.items() if k and v}
     return True
@@ -254,7 +260,3 @@ def _words(table: Table, line: str) -> tuple[list[str | None], dict[str, str]]:
         else:
             table.warnings.append(f"{word!r} stands under no column; left out")
     return cells, found
-
-
-def _some(words: Sequence[str]) -> str:
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")

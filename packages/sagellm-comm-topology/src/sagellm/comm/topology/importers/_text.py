@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 
+from sagellm.comm.topology._input import MAX_BYTES
 from sagellm.core.protocols import IntegrityError
 
-__all__ = ["MAX_BYTES", "MAX_LINE", "cpu_mask_list", "numa_numbers", "plain_lines"]
-
-MAX_BYTES = 64 << 20
-"""Largest file that is read."""
+__all__ = ["MAX_LINE", "cpu_mask_list", "numa_numbers", "plain_lines"]
 
 MAX_LINE = 128 << 10
 """Characters of a line that are read; a row of a thousand devices takes a tenth of it."""

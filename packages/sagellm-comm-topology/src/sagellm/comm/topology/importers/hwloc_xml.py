@@ -42,11 +42,14 @@ class _Reading:
     places: list[tuple[Element, str, _Place]] = field(default_factory=list)
     objects: dict[str, str] = field(default_factory=dict)  # "Type:gp_index" to a device id
     warnings: list[str] = field(default_factory=list)
+    kinds_are_bits: bool = False  # of operating system devices, since version 3
 
 
 def read_hwloc(topology: Element, *, source: str = "") -> TopologyFragment:
     """What a `topology` element says."""
     reading = _Reading(source or "hwloc-xml")
+    major = whole_number(topology.attrs.get("version", "").partition(".")[0], most=99)
+    reading.kinds_are_bits = (major or 1) >= 3
     for machine in topology.named("object"):
         _walk(machine, _Place(), reading, top=True)
     shared = Counter(
@@ -84,6 +87,8 @@ def _walk(obj: Element, place: _Place, reading: _Reading, *, top: bool = False) 
     elif kind == "PCIDev":
         known = _function(obj, here, reading)
     _remember(obj, known, reading)
+    if obj.named("distances"):
+        reading.warnings.append("distances of hwloc 1 are not read: those of nodes are unknown")
     for child in obj.named("object"):
         _walk(child, here, reading)
 
@@ -135,7 +140,7 @@ def _function(obj: Element, place: _Place, reading: _Reading) -> str | None:
     kind = role(code, vendor, on_root_bus=not place.above)
     if kind is None:
         return None
-    facts = _facts(obj)
+    facts = _facts(obj, kinds_are_bits=reading.kinds_are_bits)
     attrs = {
         "pci_class": f"0x{code:06x}",
         "pci_vendor": vendor,
@@ -159,15 +164,16 @@ def _function(obj: Element, place: _Place, reading: _Reading) -> str | None:
     return bdf
 
 
-def _facts(obj: Element) -> dict[str, str]:
+def _facts(obj: Element, *, kinds_are_bits: bool) -> dict[str, str]:
     """What the operating system's devices below a function add to it."""
     found: dict[str, str] = {}
     for child in obj.named("object"):
         name = child.attrs.get("name", "")
         infos = {i.attrs.get("name", ""): i.attrs.get("value", "") for i in child.named("info")}
-        if "Address" in infos:
+        network, rdma = _net_kinds(child, kinds_are_bits=kinds_are_bits)
+        if "Address" in infos or (network and not rdma):
             found["netdev"] = ",".join(x for x in (found.get("netdev"), name) if x)
-        elif "NodeGUID" in infos or "SysImageGUID" in infos:
+        elif "NodeGUID" in infos or "SysImageGUID" in infos or rdma:
             found["ib"] = ",".join(x for x in (found.get("ib"), name) if x)
         match = re.match(r"^(?:nvml|rsmi|cuda)(\d{1,4})$", name)
         if match:
@@ -181,6 +187,14 @@ def _facts(obj: Element) -> dict[str, str]:
         if size:
             found["memory"] = size[1]
     return {k: v for k, v in found.items() if v}
+
+
+def _net_kinds(device: Element, *, kinds_are_bits: bool) -> tuple[bool, bool]:
+    """Whether it is a network interface and whether it is an RDMA device, by hwloc's number."""
+    kind = whole_number(device.attrs.get("osdev_type"), most=1 << 16)
+    if kind is None:
+        return False, False
+    return (bool(kind & 16), bool(kind & 32)) if kinds_are_bits else (kind == 2, kind == 3)
 
 
 def _speed(obj: Element) -> float | None:
@@ -235,7 +249,8 @@ def _matrix(
     if name == "NUMALatency" and kind_of == "NUMANode":
         _distances(ends, table, reading, matrix.attrs.get("indexing", "os"))
     elif name in _MATRICES:
-        known = [reading.objects.get(end) for end in ends]
+        found = [reading.objects.get(end) for end in ends]
+        known = [name if name in reading.devices else None for name in found]
         _bandwidths(_MATRICES[name], known, table, reading, links, domains)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from sagellm.comm.topology._numbers import whole_number
+from sagellm.comm.topology._sysfs import normal_bdf
 from sagellm.core.protocols import (
     Device,
     DeviceKind,
@@ -42,8 +43,9 @@ _PEER = frozenset(("OK", "CNS", "GNS", "TNS", "NS", "DR"))
 _MOST_LANES = 1 << 16
 _UNKNOWN = frozenset(("NA", "N/A", "?", "-", "U", "UNK", "UNKNOWN"))
 _SELF = frozenset(("X", "0"))
-_FABRIC = re.compile(r"^([A-Z]+(?:_SW)?)(\d*)$")
-_LEGEND = re.compile(r"^\s*((?:NIC|HCA)\d+)\s*[:=]\s*([\w.\-]+)\s*$", re.IGNORECASE)
+_FABRIC = re.compile(r"^(C2C|[A-Z]+(?:_SW)?)(\d*)$")
+_LEGEND = re.compile(r"^\s*((?:NIC|HCA)\d+)\s*[:=]\s*([\w.\-:,]+)\s*$", re.IGNORECASE)
+_OWN = re.compile(r"^Vendor of (accelerators|(?:GPU|NPU)\d+): (\S+)$")  # of our own matrix
 _CPUS = re.compile(r"^\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*$")
 
 _LABEL_MAKERS = {
@@ -55,7 +57,7 @@ _MAKERS = (
     ("mthreads", re.compile(r"\bMT\d|MTLink|mthreads|Moore Threads", re.IGNORECASE)),
     ("iluvatar", re.compile(r"iluvatar|\bixsmi\b|\bIX-ML\b", re.IGNORECASE)),
     ("hygon", re.compile(r"\bhy-smi\b|\bHCU\b", re.IGNORECASE)),
-    ("amd", re.compile(r"\bROCm\b|\brocm-smi\b|\bamd-smi\b", re.IGNORECASE)),
+    ("amd", re.compile(r"\bROCm\b|\brocm-smi\b|\bamd-smi\b|\bXGMI\d*\b", re.IGNORECASE)),
     ("cambricon", re.compile(r"\bMLK\d|MLU-Link|\bcnmon\b", re.IGNORECASE)),
     ("nvidia", re.compile(r"\bNV[#\d]|nvidia|NVLink", re.IGNORECASE)),
 )
@@ -76,10 +78,12 @@ class _Reading:
     """What has been gathered from the tables so far."""
 
     source: str
+    ours: bool = False
     devices: dict[str, Device] = field(default_factory=dict)
     pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
     bundles: dict[LinkKind, list[Bundle]] = field(default_factory=dict)
     through_switch: dict[LinkKind, list[Bundle]] = field(default_factory=dict)
+    cells: dict[tuple[str, str], str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -97,16 +101,18 @@ def read_matrix(
     tables = [t for t in read_tables(lines) if t.rows]
     if not tables:
         return None
-    found = vendor or maker(lines, tables[0].labels)
-    reading = _Reading(source or _tool(found))
-    if found is None:
+    own = {m[1]: None if m[2] == "?" else m[2] for line in lines if (m := _OWN.match(line))}
+    found = vendor or (None if own else maker(lines, tables[0].labels))
+    reading = _Reading(source or ("matrix" if own else _tool(found)), ours=bool(own))
+    if found is None and not own:
         # The layout is nvidia-smi's; tools of others that copy it say so in a legend.
         found = "nvidia"
         reading.warnings.append("no word names the maker; the layout is that of nvidia-smi")
     legend = {m[1].upper(): m[2] for line in lines if (m := _LEGEND.match(line))}
     for table in tables:
         reading.warnings += table.warnings
-        _read(table, found, legend, reading)
+        vendors = {x: found or own.get(x, own.get("accelerators")) for x in table.labels}
+        _read(table, vendors, legend, reading)
     return _finish(reading, most_nvlinks(lines))
 
 
@@ -117,13 +123,19 @@ def _tool(vendor: str | None) -> str:
     return tools.get(vendor or "", "nvidia-smi")
 
 
-def _read(table: Table, vendor: str, legend: Mapping[str, str], reading: _Reading) -> None:
+def _read(
+    table: Table,
+    vendors: Mapping[str, str | None],
+    legend: Mapping[str, str],
+    reading: _Reading,
+) -> None:
     ids: dict[str, str] = {}
     for label in table.labels:
-        device = _device(label, vendor, legend)
+        device = _device(label, vendors[label], legend, ours=reading.ours)
         ids[label] = device.id
         known = reading.devices.get(device.id, device)
         reading.devices[device.id] = _with_tail(known, table.tails.get(label, {}), reading)
+        _check_self(table, label, reading)
     for a, b in combinations(table.labels, 2):
         cell = _agreed(table, a, b, reading)
         if cell is None or cell in _UNKNOWN:
@@ -131,7 +143,13 @@ def _read(table: Table, vendor: str, legend: Mapping[str, str], reading: _Readin
         key = (ids[a], ids[b])
         if cell in _PEER:
             _note(reading, key, peer={"read": cell})
-        elif cell in _PATHS:
+            continue
+        before = reading.cells.setdefault(key, cell)
+        if before != cell:
+            reading.warnings.append(f"{a} - {b}: {before} in one table, {cell} in a later one")
+            if (before in _PATHS) == (cell in _PATHS):
+                continue  # of two answers to one question the first is believed
+        if cell in _PATHS:
             _note(reading, key, path=_PATHS[cell])
         elif cell in _VIA:
             _note(reading, key, via=_VIA[cell])
@@ -148,14 +166,27 @@ def _read(table: Table, vendor: str, legend: Mapping[str, str], reading: _Readin
             reading.warnings.append(f"{a} - {b}: class {cell} is not known; left out")
 
 
-def _device(label: str, vendor: str, legend: Mapping[str, str]) -> Device:
+def _check_self(table: Table, label: str, reading: _Reading) -> None:
+    row = table.rows.get(label)
+    cell = (row[table.labels.index(label)] if row else None) or "X"
+    if cell.upper() not in _SELF | _UNKNOWN | _PEER:
+        reading.warnings.append(f"{label}: {cell} stands where a device meets itself; left out")
+
+
+def _device(label: str, vendor: str | None, legend: Mapping[str, str], *, ours: bool) -> Device:
     match = ACCELERATOR.match(label)
     if match is None:
-        return nic_device(legend.get(label.upper(), label))
-    gpu = vendor in ("nvidia", "amd", "metax", "mthreads", "iluvatar", "intel", "biren")
+        name = legend.get(label.upper(), label)
+        bdf = normal_bdf(name)
+        return Device(bdf, "nic", bdf=bdf) if bdf else nic_device(name)
+    whose = match[1].lower()
+    if ours or vendor is None:
+        gpu = whose == "gpu"
+    else:
+        gpu = vendor in ("nvidia", "amd", "metax", "mthreads", "iluvatar", "intel", "biren")
     kind: DeviceKind = "gpu" if gpu else "npu"
     index = whole_number(match[2])
-    return Device(f"{vendor}:{index}", kind, vendor=vendor, index=index)
+    return Device(f"{vendor or whose}:{index}", kind, vendor=vendor, index=index)
 
 
 _INTERFACE = re.compile(r"^(?:eth|en[opsx]|wl|bond|ib\d|ibp|veth|br)")
@@ -169,7 +200,7 @@ def nic_device(name: str, **facts: str) -> Device:
 
 
 def _with_tail(device: Device, tail: Mapping[str, str], reading: _Reading) -> Device:
-    if device.kind == "nic" or not tail:
+    if not tail:
         return device
     cpus = tail.get("cpu", "").rstrip(",")
     if cpus and cpus not in ("N/A", "?") and not _CPUS.match(cpus):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sagellm.comm.topology._numbers import whole_number
 from sagellm.comm.topology._sysfs import gt_per_s, normal_bdf, pcie_bytes_per_s
-from sagellm.comm.topology._vendors import VENDORS, role
+from sagellm.comm.topology._vendors import CPU_VENDORS, VENDORS, role
 from sagellm.core.protocols import (
     Device,
     DeviceKind,
@@ -29,7 +29,6 @@ from .matrix import nic_device
 __all__ = ["read_nccl", "split_hosts"]
 
 _FABRIC: dict[str, LinkKind] = {"nvlink": "nvlink", "xgmi": "xgmi"}
-_CPU_MAKERS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 _SLOWEST_SWITCH = 8.0  # GT/s; no switch above accelerators is of an older generation
 _FASTEST_PORT = 10_000_000  # Mb/s
 _NVSWITCH, _CPU_BRIDGE = "0x068000", "0x068001"
@@ -119,9 +118,7 @@ class _Reading:
         else:
             cpus = cpu_mask_list(cpu.attrs.get("affinity"))
             known = ("arch", "vendor", "familyid", "modelid")
-            maker = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(
-                cpu.attrs.get("vendor", "")
-            )
+            maker = CPU_VENDORS.get(cpu.attrs.get("vendor", ""))
             attrs = {f"cpu_{k}": v for k in known if (v := cpu.attrs.get(k))}
             if cpus == "":
                 attrs["cpuless"] = "yes"

@@ -13,7 +13,7 @@ from sagellm.core.protocols import ConfigError, IntegrityError, TopologyFragment
 
 from ._text import plain_lines
 
-__all__ = ["FORMATS", "Format", "import_topology", "read_fragment"]
+__all__ = ["FORMATS", "Format", "import_topology", "is_json", "read_fragment"]
 
 Format = Literal["json", "nccl-xml", "hwloc-xml", "matrix", "rocm", "lspci", "nvidia-smi-list"]
 """Names of the formats. `nccl-xml` is RCCL's too; `matrix` is `topo -m` of NVIDIA, MetaX, Moore
@@ -64,7 +64,7 @@ def import_topology(
 
     """
     form = known_format(form)
-    if _is_json(data, form):
+    if is_json(data, form):
         from sagellm.comm.topology.export import from_json
 
         return from_json(data)  # as it was written, hosts and all
@@ -98,13 +98,17 @@ def _fragments(
     start = data[:512].lstrip(_LEADING)
     if form in ("nccl-xml", "hwloc-xml") or (form is None and start.startswith(b"<")):
         return _xml(data, source)
-    if _is_json(data, form):
+    if is_json(data, form):
         return [_json(data, source)]
     return [_text(data, form, vendor, source)]
 
 
-def _is_json(data: bytes, form: Format | None) -> bool:
-    start = data[:512].lstrip(_LEADING)
+def is_json(data: bytes, form: Format | None = None) -> bool:
+    """Whether it is read as JSON: because of the form that is asked for, else of how it begins."""
+    start = data[:512]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        start = start.decode("utf-16", "replace").encode()
+    start = start.lstrip(_LEADING)
     return form == "json" or (form is None and start.startswith((b"{", b"[")))
 
 

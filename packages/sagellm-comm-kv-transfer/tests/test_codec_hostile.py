@@ -1,5 +1,8 @@
 """What a hostile sender can name in a frame: options, codecs, shapes and scales."""
 
+import os
+import random
+import struct
 import subprocess
 import sys
 import threading
@@ -173,3 +176,74 @@ def test_escapes_of_lossless_must_rise():
         with pytest.raises(IntegrityError, match="out of order"):
             decoded(sender, sender.header.codings, x, payload)
     decoded(sender, sender.header.codings, x, good)
+
+
+NUMBERS = (0, 1, 3, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1)
+NAMES = ("quant", "int8", "int4", "fp8", "lossless", "lossless-fast", "zstd", "none", "lz4", "x")
+KEYS = ("step", "k", "v", "group", "level", "acceleration", "per_channel", "self", "inner")
+VALUES = (True, False, 0, 1, 8, 8.0, 7, 32.5, -1, 2**63, 0.25, 1.0, 1e300, float("nan"), "",
+          "group", "token", "channel")  # fmt: skip
+MUTANTS = int(os.environ.get("SAGELLM_KV_FUZZ_MUTANTS", "4000")) // 2
+
+
+def mangled(payload, source):
+    data = bytearray(payload)
+    for _ in range(source.choice((0, 1, 1, 2, 4))):
+        if len(data) < 8:
+            break
+        at = source.randrange(min(len(data) - 4, source.choice((24, 1 << 30))))
+        match source.randrange(5):
+            case 0:
+                struct.pack_into("<I", data, at, source.choice(NUMBERS))
+            case 1:
+                data[at] = source.randrange(256)
+            case 2:
+                del data[at:]
+            case 3:
+                del data[at : at + source.randrange(1, 50)]
+            case 4:
+                data[at:at] = source.randbytes(source.randrange(1, 9))
+    return bytes(data)
+
+
+def some_coding(source):
+    if source.random() < 0.2:  # all but the one whose frame must stay good
+        return Coding("int8", {"group": 8.0, "k": "group", "v": "group"})
+    chosen = source.sample(KEYS, source.randrange(4))
+    return Coding(source.choice(NAMES), {key: source.choice(VALUES) for key in chosen})
+
+
+@pytest.mark.timeout(max(120, MUTANTS // 250))
+def test_no_coding_and_no_payload_does_worse_than_be_refused():
+    source = random.Random(7)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e5m2)
+    seeds = []
+    for name in ("quant", "int8", "int4", "fp8", "lossless", "lossless-fast", "zstd-planes"):
+        for dtype in dtypes:
+            x = cache(1, source.choice((1, 40, 300)), 2, 24, dtype=torch.float32).to(dtype)
+            frame = encoder(name, x)
+            payloads = [frame.section(i)[1] for i in range(2)]
+            seeds.append((x, frame, [bytes(p) for p in payloads]))
+    x = cache(1, 300, 2, 16, dtype=torch.float32)
+    with Compressor("int8", workers=1, k="group", v="group", group=8) as good:
+        frame = good.encode(x, layout())
+        want = good.decode(frame)
+        refused = 0
+
+        for number in range(MUTANTS):
+            y, sender, payloads = source.choice(seeds)
+            index = source.randrange(2)
+            codings = sender.header.codings
+            if source.random() < 0.5:
+                codings = (some_coding(source), *codings)
+            payload = mangled(payloads[index], source)[
+                : sender.header.geometry.section_bytes(index)
+            ]
+            try:
+                decoded(sender, codings, y, payload, index)
+            except IntegrityError:
+                refused += 1
+            if number % 50 == 0:
+                assert torch.equal(good.decode(frame), want), number
+
+    assert MUTANTS // 4 < refused < MUTANTS

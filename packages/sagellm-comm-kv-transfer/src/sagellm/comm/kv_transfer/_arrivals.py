@@ -150,11 +150,24 @@ class Arrivals:
         """
         engine = self._engine
 
-        def first() -> None:
+        steps: list[Callable[[], object]] = [
+            lambda: engine.report(r.handle, None),
+            lambda: engine.loop.post(lambda: self._landed(r)),  # before what the caller does next
+        ]
+
+        def go_on() -> None:
             if r.pool is not None:
                 r.pool.release(r)
-            engine.report(r.handle, None)
-            engine.loop.post(lambda: self._landed(r))  # before what the caller does next
+            while steps:
+                steps[0]()
+                steps.pop(0)
+
+        def first() -> None:
+            try:
+                go_on()
+            except BaseException:  # whoever waits may be interrupted here: nothing is left out
+                go_on()
+                raise
 
         with r.lock:
             if r.error is not None or not r.complete:

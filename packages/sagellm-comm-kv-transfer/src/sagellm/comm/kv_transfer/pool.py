@@ -251,9 +251,10 @@ class RegisteredPool:
     def release(self, holder: object) -> None:
         """End a transfer's lease. Idempotent."""
         with self._lock:
-            _, written, _ = self._leases.pop(holder, ("", {}, {}))
+            _, written, _ = self._leases.get(holder, ("", {}, {}))
             for group, ids in written.items():
                 self._written[group][ids] = False
+            self._leases.pop(holder, None)  # last: an interrupted call may be repeated
 
     def as_table(
         self, blocks: BlockIds | Mapping[str, BlockIds], *, unique: bool, what: str = "blocks"

@@ -149,3 +149,35 @@ def test_speeds_are_measured(model):
 
     assert named["quant 0.25"]() > 0
     assert named["zstd-1"]() > 0
+
+
+def tiny(name, **fields):
+    transformers = pytest.importorskip("transformers", minversion="4.56")
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(vocab_size=100, bos_token_id=0, eos_token_id=0, **fields)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "interleaved", "dim"),
+    [
+        (lambda: tiny("GPT2Config", n_embd=64, n_layer=2, n_head=2, n_positions=256), False, None),
+        (lambda: tiny("OPTConfig", hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      ffn_dim=64, max_position_embeddings=256, word_embed_proj_dim=64,
+                      pad_token_id=0), False, None),
+        (lambda: tiny("CohereConfig", hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=1, intermediate_size=64, pad_token_id=0), True, 32),
+    ],
+    ids=["gpt2", "opt", "cohere"],
+)  # fmt: skip
+def test_models_that_rotate_otherwise_or_not_at_all(model, interleaved, dim):
+    harness = Harness(model(), torch.randint(0, 100, (1, 200)), 128, interleaved=interleaved)
+
+    assert (harness.rope.dim if harness.rope else None) == dim
+    layers, heads, _, head = harness.shape
+    scale = outlier_scale(layers, heads, harness.rope, head)
+    assert {1.0, 4.0, 8.0} == set(scale.unique().tolist())
+    with Compressor("quant", step=1 / 16) as codec:
+        found = harness.evaluate(codec)
+    assert found.kl < 1e-3
+    assert found.ratio > 2

@@ -243,6 +243,23 @@ def test_a_pull_is_coded_as_offered_or_as_asked(coded, asked):
     assert got.metrics.codec == want[asked]
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_pull_with_a_codec_of_its_own_keeps_the_positions_of_the_offer(coded, chosen):
+    out, a, into, b = coded()
+    for tensor in a.values():
+        tensor[SOURCE[-1], :, 4:] = 1e4  # behind the tokens: would widen steps, and move
+
+    key, request = TransferKey("k"), CodecRequest("lossless", num_tokens=len(SOURCE) * PAGE - 12)
+    kept = {n: t[TARGET[-1], :, 4:].clone() for n, t in b.items()}
+    offer = out.offer(key, SOURCE, num_tokens=request.num_tokens, ttl_s=20, codec=request)
+    picked = {"src_blocks": SOURCE} if chosen else {}
+    into.fetch(key, out.node_id, TARGET, codec="quant", **picked).wait(20)
+    offer.cancel() if chosen else offer.wait(20)
+
+    untouched = all(torch.equal(b[n][TARGET[-1], :, 4:], kept[n]) for n in b)
+    assert untouched == (not chosen)  # chosen blocks are not those that the offer counts tokens of
+
+
 def test_a_stream_is_coded_layer_by_layer(coded):
     out, a, into, b = coded()
 
@@ -303,6 +320,7 @@ def test_arguments_that_do_not_fit_are_refused_at_once(coded):
         ({"codec": "qant"}, "did you mean 'quant'"),
         ({"max_error": "near"}, "needs a codec"),
         ({"codec": "auto", "max_error": "exact"}, "max_error 'exact'"),
+        ({"codec": "quant", "max_error": "tiny"}, "max_error 'tiny'"),
         ({"codec": "auto", "max_error": -1.0}, r"not in 1/256\.\.8"),
         ({"codec": "int4", "max_error": "lossless"}, "cannot promise"),
         ({"codec": CodecRequest("auto", {"step": 1.0})}, "takes no options"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from sagellm.core.protocols import ConfigError
@@ -61,6 +61,7 @@ class CodecRequest:
             return candidates("lossless" if self.max_error is None else self.max_error)
         options = dict(self.options)
         if self.max_error is not None:
+            candidates(self.max_error)  # which checks it
             if self.codec == "quant" and not options and self.max_error != "lossless":
                 bound = NEAR if self.max_error == "near" else float(self.max_error)
                 options = dict(quant_within(bound).options)
@@ -79,8 +80,12 @@ class CodecRequest:
         return all(section_codec_spec(c.name).lossless for c in self.allowed())
 
 
-def requested(fetch: wire.Fetch) -> CodecRequest | None:
-    """What a peer asks for that fetches; its positions are those of the blocks.
+def requested(fetch: wire.Fetch, offered: CodecRequest | None) -> CodecRequest | None:
+    """What a peer asks for that fetches.
+
+    Args:
+        fetch: What it says.
+        offered: What the offer says, whose model and positions hold where all its blocks move.
 
     Raises:
         ConfigError: It makes no sense here.
@@ -91,6 +96,13 @@ def requested(fetch: wire.Fetch) -> CodecRequest | None:
     if isinstance(error, str) and error not in ("lossless", "near"):
         raise ConfigError(f"max_error {error!r} is not 'lossless', 'near' or a number")
     made = CodecRequest(fetch.codec, fetch.options, cast("MaxError | None", error))
+    if offered is not None and fetch.src_blocks is None:
+        made = replace(
+            made,
+            rope=offered.rope,
+            first_position=offered.first_position,
+            num_tokens=offered.num_tokens,
+        )
     return request_of(made, None)
 
 

@@ -113,7 +113,7 @@ class Offering:
             handle = TransferHandle(
                 TransferKey(fetch.id, fetch.attempt), "send", fetch.deadline_s, lambda _: False
             )
-            codec = o.codec if not fetch.codec else requested(fetch)
+            codec = requested(fetch, o.codec) if fetch.codec else o.codec
             if codec is not None and link.coding is not None and (why := link.coding.lacks(codec)):
                 raise ConfigError(why)
             p = Push(handle, link.peer, pool=o.pool, blocks=o.blocks, codec=codec)

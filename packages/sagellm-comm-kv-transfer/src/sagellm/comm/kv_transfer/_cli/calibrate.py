@@ -166,7 +166,7 @@ def _text_ids(arguments: argparse.Namespace, length: int) -> Tensor:
 
 
 def _rope(arguments: argparse.Namespace, model: Model) -> RopeSpec | None:
-    from sagellm.comm.kv_transfer.compression.basis_source import model_rope
+    from sagellm.comm.kv_transfer.compression.rope import model_rope
 
     if model is not None:
         config = model.config.to_dict()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.comm.kv_transfer import CodecRequest, KVTransferChannel, KVTransferSettings
-from sagellm.comm.kv_transfer.compression.auto import NEAR, quant_within
+from sagellm.comm.kv_transfer.compression.auto import NEAR, MaxError, quant_within
 from sagellm.core.protocols import (
     CacheGroup,
     CommTimeoutError,
@@ -96,7 +96,7 @@ _seen: dict[str, dict[str, Any]] = {}
 
 
 def _call(
-    pair: _Pair, codec: str, options: dict[str, Any], error: str | None
+    pair: _Pair, codec: str, options: dict[str, Any], error: MaxError | None
 ) -> Callable[[], float]:
     return lambda: pair.run(codec, options, error)
 
@@ -144,10 +144,11 @@ class _Pair:
                 process.kill()
                 process.join(5)
 
-    def run(self, codec: str, options: dict[str, Any], error: str | None) -> float:
+    def run(self, codec: str, options: dict[str, Any], error: MaxError | None) -> float:
         """Bytes of values per second of one turn."""
         turn = next(_turns)
-        self._pipes[1].send(turn)
+        exact = codec == "none" or CodecRequest(codec, options, error).lossless
+        self._pipes[1].send((turn, exact))
         self._answer(1, _TURN_S)  # its receives stand
         self._pipes[0].send((turn, codec, options, error))
         started, ratio, self.why = self._answer(0, _TURN_S)
@@ -209,15 +210,17 @@ def _serve(pipe: Connection, side: int, file: str, windows: int, host: str, netn
                 raw = sum(t.metrics.bytes for t in sent)
                 pipe.send((started, raw / wire, sent[-1].explain()))
                 continue
+            turn, exact = command
             receives = [
-                channel.receive(TransferKey(f"{command}-{i}"), b, deadline_s=_TURN_S)
+                channel.receive(TransferKey(f"{turn}-{i}"), b, deadline_s=_TURN_S)
                 for i, b in enumerate(ids)
             ]
             pipe.send((True,))
             for r in receives:
                 r.wait()
             ended = time.perf_counter()
-            pipe.send(ended if _alike(source, held) else f"turn {command} brought other values")
+            same = _alike(source, held, exact=exact)
+            pipe.send(ended if same else f"turn {turn} brought other values")
             for t in held:
                 t.zero_()
     except EOFError:
@@ -229,13 +232,15 @@ def _serve(pipe: Connection, side: int, file: str, windows: int, host: str, netn
         channel.close()
 
 
-def _alike(source: Sequence[Any], held: Sequence[Any]) -> bool:
-    """Whether values came, up to what the coarsest codec here may do to them."""
+def _alike(source: Sequence[Any], held: Sequence[Any], *, exact: bool) -> bool:
+    """Whether values came: the same bits, or up to what the coarsest codec here may do to them."""
     import torch
 
     for want, got in zip(source, held, strict=True):
         for a, b in zip(want.chunk(32), got.chunk(32), strict=True):
             if not torch.equal(a, b):
+                if exact:
+                    return False
                 x, y = a.float(), b.float()
                 if float((x - y).norm() / x.norm()) > _ERROR:
                     return False

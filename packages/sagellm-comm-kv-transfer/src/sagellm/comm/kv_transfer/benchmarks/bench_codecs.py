@@ -84,7 +84,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
             data, codec = blocks(row.case["dtype"], 8), create_codec(row.contender)
             sizes = [min(len(b), len(codec.encode(b, dtype=row.case["dtype"]))) for b in data]
             gain = sum(map(len, data)) / sum(sizes)
-            result.append(Ratio(f"compression by {row.contender}", row.case, gain, 2.0))
+            result.append(Ratio(f"compression by {row.contender}", row.case, gain, None))
     return result
 
 

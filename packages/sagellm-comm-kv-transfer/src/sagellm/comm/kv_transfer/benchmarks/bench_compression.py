@@ -20,10 +20,11 @@ import importlib
 import itertools
 import math
 import sys
+import warnings
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sagellm.comm.kv_transfer.benchmarks import (
     _gpu_kernels,
@@ -65,8 +66,29 @@ def codecs() -> dict[str, Compressor | Coder]:
     """Everything whose quality is measured."""
     quant = {f"quant {step:g}": Compressor("quant", step=step) for step in STEPS}
     blind = {f"{name}, no RoPE known": coder_of(c, None) for name, c in quant.items()}
-    lossless = {name: Compressor(name) for name in LOSSLESS}
+    lossless: dict[str, Compressor | Coder] = {name: Compressor(name) for name in LOSSLESS}
+    if (zipnn := _zipnn()) is not None:
+        lossless["ZipNN"] = functools.partial(_through, zipnn)
     return {**PEERS, **quant, **blind, **lossless}
+
+
+def _zipnn() -> Any:  # noqa: ANN401  # an optional library without types
+    """One thread of ZipNN for bfloat16; None where it is not installed."""
+    with warnings.catch_warnings():  # what it imports deprecates itself
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module("zipnn").ZipNN(bytearray_dtype="bfloat16", threads=1)
+        except ImportError:
+            return None
+
+
+def _through(zipnn: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:  # noqa: ANN401
+    import torch
+
+    both = torch.stack([k, v], 1)
+    coded = zipnn.compress(both.view(torch.uint8).numpy().tobytes())
+    back = torch.frombuffer(bytearray(zipnn.decompress(coded)), dtype=both.dtype).view(both.shape)
+    return back[:, 0], back[:, 1], float(len(coded))
 
 
 @functools.cache
@@ -136,11 +158,8 @@ def _worker(name: str, encode: bool) -> Callable[[], float] | Missing:
     cache = _cache()
     coder: Callable[[], object]
     if name == "ZipNN":
-        try:
-            make = importlib.import_module("zipnn").ZipNN
-        except ImportError:
+        if (zipnn := _zipnn()) is None:
             return Missing("`pip install zipnn` brings it")
-        zipnn = make(bytearray_dtype="bfloat16", threads=1)
         raw = cache.view(torch.uint8).numpy().tobytes()
         coded = zipnn.compress(raw)
         coder = (lambda: zipnn.compress(raw)) if encode else (lambda: zipnn.decompress(coded))
@@ -223,6 +242,11 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     result += [Ratio(f"ratio of {peer} itself", case, found["ratio", peer], None) for peer in PEERS]
     result.append(Ratio("ratio of lossless", case, found["ratio", "lossless"], 1.49))
     result.append(Ratio("ratio of lossless-fast", case, found["ratio", "lossless-fast"], 1.48))
+    fast = found["ratio", "lossless-fast"]
+    for peer in ("zstd", "ZipNN"):
+        theirs = found.get(("ratio", peer))
+        share = fast / theirs if theirs else None
+        result.append(Ratio(f"ratio of lossless-fast / that of {peer}", case, share, None))
     for name in OUTLIERS:
         with_, without = found["kl with outlier channels", name], found["kl", name]
         least = 1 / 1.1 if name.startswith("quant") else None

@@ -32,7 +32,6 @@ __all__ = [
     "calibrate",
     "load_tensors",
     "model_fingerprint",
-    "model_rope",
     "model_windows",
     "recorded_windows",
 ]
@@ -61,15 +60,6 @@ def model_fingerprint(model: Model) -> str:
         digest.update(flat[at].cpu().bfloat16().view(torch.int16).numpy().tobytes())
     found: str = digest.hexdigest()
     return found
-
-
-def model_rope(
-    config: Mapping[str, Any], *, interleaved: bool = False, tokens: int = 0
-) -> RopeSpec | None:  # Any: JSON of the model's own configuration
-    """RoPE of a configuration; None where it names none, as for learnt positions."""
-    if not any(config.get(k) for k in ("rope_theta", "rope_scaling", "rope_parameters")):
-        return None
-    return RopeSpec.from_config(config, interleaved=interleaved, tokens=tokens)
 
 
 def model_windows(model: Model, ids: Tensor) -> Iterator[Window]:

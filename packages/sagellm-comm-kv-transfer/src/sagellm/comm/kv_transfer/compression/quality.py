@@ -20,7 +20,7 @@ from sagellm.core.protocols import ConfigError
 
 from .compressor import Compressor
 from .layout import TensorLayout
-from .rope import RopeSpec
+from .rope import RopeSpec, model_rope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,17 +80,22 @@ class Harness:
         model: A causal language model of `transformers`.
         windows: Token ids, [windows, tokens].
         prefix_tokens: Tokens whose cache is coded; those behind them are scored.
+        interleaved: The model rotates neighbouring channels (GPT-J, GLM, Cohere); configurations
+            do not say so. Whether it rotates at all they do.
 
     """
 
-    def __init__(self, model: Model, windows: Tensor, prefix_tokens: int) -> None:
+    def __init__(
+        self, model: Model, windows: Tensor, prefix_tokens: int, *, interleaved: bool = False
+    ) -> None:
         import torch
 
         if not 0 < prefix_tokens < windows.shape[1] - 1:
             raise ConfigError(f"a prefix of {prefix_tokens} of {windows.shape[1]} tokens")
         self.model, self.prefix_tokens = model, prefix_tokens
         self.model.eval()
-        self.rope = RopeSpec.from_config(model.config.to_dict(), tokens=windows.shape[1])
+        config, tokens = model.config.to_dict(), windows.shape[1]
+        self.rope = model_rope(config, interleaved=interleaved, tokens=tokens)
         with torch.no_grad():
             self._references = [self._reference(ids) for ids in windows.long()]
 
@@ -158,10 +163,15 @@ class Harness:
 
 
 def evaluate(
-    codec: Compressor | Coder, model: Model, windows: Tensor, prefix_tokens: int = 1536
+    codec: Compressor | Coder,
+    model: Model,
+    windows: Tensor,
+    prefix_tokens: int = 1536,
+    *,
+    interleaved: bool = False,
 ) -> Quality:
     """`Harness.evaluate` for one codec."""
-    return Harness(model, windows, prefix_tokens).evaluate(codec)
+    return Harness(model, windows, prefix_tokens, interleaved=interleaved).evaluate(codec)
 
 
 def coder_of(compressor: Compressor, rope: RopeSpec | None) -> Coder:
@@ -178,21 +188,23 @@ def coder_of(compressor: Compressor, rope: RopeSpec | None) -> Coder:
     return round_trip
 
 
-def outlier_scale(layers: int, heads: int, rope: RopeSpec, dim: int) -> Tensor:
+def outlier_scale(layers: int, heads: int, rope: RopeSpec | None, dim: int) -> Tensor:
     """Factors for K's channels that the queries' can take back: [layers, heads, 1, head_dim].
 
     Per head an eighth of RoPE's pairs is 8 times larger and another eighth 4 times, like the
-    outlier channels of many models.
+    outlier channels of many models; without RoPE the same of its channels.
     """
     import torch
 
     random = torch.Generator().manual_seed(0)
-    pairs = rope.dim // 2
-    scale = torch.ones(layers, heads, pairs)
-    for row in scale.view(-1, pairs):
-        chosen = torch.randperm(pairs, generator=random)
-        row[chosen[: pairs // 8]] = 8
-        row[chosen[pairs // 8 : pairs // 4]] = 4
+    count = dim if rope is None else rope.dim // 2
+    scale = torch.ones(layers, heads, count)
+    for row in scale.view(-1, count):
+        chosen = torch.randperm(count, generator=random)
+        row[chosen[: count // 8]] = 8
+        row[chosen[count // 8 : count // 4]] = 4
+    if rope is None:
+        return scale[:, :, None]
     both = scale.repeat_interleave(2, -1) if rope.interleaved else scale.repeat(1, 1, 2)
     rest = torch.ones(layers, heads, dim - rope.dim)
     return torch.cat([both, rest], -1)[:, :, None]

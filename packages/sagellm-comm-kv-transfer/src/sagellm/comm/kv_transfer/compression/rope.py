@@ -16,7 +16,7 @@ from sagellm.core.protocols import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RopeSpec", "pairs_of", "rotate"]
+__all__ = ["RopeSpec", "model_rope", "pairs_of", "rotate"]
 
 _CACHE_BYTES = 16 << 20
 _MAX_PAIRS = 1024
@@ -87,6 +87,15 @@ class RopeSpec:
         except KeyError as e:
             raise ConfigError(f"the model's RoPE configuration lacks {e}") from None
         return cls(tuple(freqs.tolist()), interleaved)
+
+
+def model_rope(
+    config: Mapping[str, Any], *, interleaved: bool = False, tokens: int = 0
+) -> RopeSpec | None:  # Any: JSON of the model's own configuration
+    """RoPE of a configuration; None where it names none, as for learnt positions."""
+    if not any(config.get(k) for k in ("rope_theta", "rope_scaling", "rope_parameters")):
+        return None
+    return RopeSpec.from_config(config, interleaved=interleaved, tokens=tokens)
 
 
 Freqs = np.ndarray[Any, np.dtype[np.float64]]  # Any: numpy's own placeholder for the shape

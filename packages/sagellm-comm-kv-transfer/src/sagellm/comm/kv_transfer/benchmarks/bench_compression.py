@@ -20,8 +20,8 @@ import importlib
 import itertools
 import math
 import sys
-import warnings
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any

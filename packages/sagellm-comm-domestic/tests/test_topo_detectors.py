@@ -7,8 +7,7 @@ import pytest
 
 from sagellm.comm.domestic import topo_detectors
 from sagellm.comm.domestic.topo_table import parse_bus_table, parse_link_table
-from sagellm.comm.topology.visibility import apply_visibility
-from sagellm.core.protocols import CommandResult, DetectionContext, TopologyInfo
+from sagellm.core.protocols import CommandResult, DetectionContext
 
 ASCEND = """\
            NPU0       NPU1       NPU2       CPU Affinity
@@ -226,25 +225,3 @@ def test_recorded_machines(sample, name, code, pairs):
     assert len(table.names) == 8
     assert sum(found == code for found in table.cells.values()) == pairs
     assert table.problems == ()
-
-
-@pytest.mark.parametrize(
-    ("spec", "variable", "command", "matrix"),
-    [
-        ("ASCEND", "ASCEND_RT_VISIBLE_DEVICES", "npu-smi info -t topo", ASCEND),
-        ("METAX", "MACA_VISIBLE_DEVICES", "mx-smi topo -m", METAX),
-        ("MOORE_THREADS", "MUSA_VISIBLE_DEVICES", "mthreads-gmi topo -m",
-         "     GPU0 GPU1\nGPU0 X MT2\nGPU1 MT2 X\n"),
-        ("KUNLUN", "XPU_VISIBLE_DEVICES", "xpu-smi topo -m",
-         "     XPU0 XPU1\nXPU0 X XL\nXPU1 XL X\n"),
-    ],
-)  # fmt: skip
-def test_the_makers_variable_chooses_among_what_its_tool_names(
-    context, spec, variable, command, matrix
-):
-    ctx, _ = context({command: matrix})
-    found = detect(getattr(topo_detectors, spec), ctx)
-
-    seen = apply_visibility(TopologyInfo(devices=found.devices), {variable: "1"})
-
-    assert [d.visible_index for d in seen.devices[:2]] == [None, 0]

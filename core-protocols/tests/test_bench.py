@@ -2,14 +2,25 @@
 
 import copy
 import json
+import multiprocessing
+import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sagellm.core.protocols import bench_table
-from sagellm.core.protocols.bench import Benchmark, Missing, Ratio, Row, markdown, validate
+from sagellm.core.protocols.bench import (
+    Benchmark,
+    Missing,
+    Ratio,
+    Row,
+    end_processes,
+    markdown,
+    validate,
+)
 from sagellm.core.protocols.errors import ConfigError, DistributedRuntimeError
 
 MODULE = """
@@ -200,3 +211,30 @@ def test_reports_of_several_runs_become_one_table():
 
     assert row == "| small | `gloo/x` | op=all_reduce nbytes=64KiB | 3 | 4 | 2-9 of 3 | yes |"
     assert list(bench_table.lines([report()]))[2].endswith("| 3 | not measured |  |  |")
+
+
+def stays(pipe, obeys):
+    """A contender's process, which ends with its pipe or never."""
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            if obeys:
+                return
+            time.sleep(1)
+
+
+def test_processes_of_contenders_end_with_their_pipes_or_are_killed():
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for obeys in (True, False):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=stays, args=(theirs, obeys), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+
+    end_processes(pipes, processes[:1], timeout_s=20)
+    end_processes(pipes, processes, timeout_s=0.2)
+
+    assert [p.exitcode for p in processes] == [0, -signal.SIGKILL]

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ._bench_report import (
     SCHEMA as SCHEMA,
@@ -49,7 +49,13 @@ from ._bench_report import (
 )
 from .errors import CommError, ConfigError, DistributedRuntimeError
 
-__all__ = ["SCHEMA", "Benchmark", "Missing", "Ratio", "Row", "markdown", "validate"]
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+__all__ = [
+    "SCHEMA", "Benchmark", "Missing", "Ratio", "Row", "end_processes", "markdown", "validate",
+]  # fmt: skip
 
 Case: TypeAlias = Mapping[str, Any]  # Any: plain JSON values that name the case
 
@@ -271,6 +277,26 @@ class Benchmark:
                 }
             )
         return rows
+
+
+def end_processes(
+    pipes: Iterable[Connection], processes: Iterable[BaseProcess], timeout_s: float = 20.0
+) -> None:
+    """Close what contenders in processes of their own listen to, and wait for their end.
+
+    Args:
+        pipes: Our ends; the other side reads an end of file.
+        processes: Started ones; who has not ended `timeout_s` later is killed. Idempotent.
+        timeout_s: For each.
+
+    """
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            process.join(5)
 
 
 def _measure(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sagellm.core.protocols.bench import Contenders, Missing
+from sagellm.core.protocols.bench import Contenders, Missing, end_processes
 
 from ._rank import schedule
 
@@ -87,13 +87,7 @@ class RankProcesses:
 
     def close(self) -> None:
         """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-                process.join(5)
+        end_processes(self._pipes, self._processes)
         self._folder.cleanup()
 
     def _answers(self, timeout_s: float) -> list[Any]:

@@ -29,7 +29,15 @@ from sagellm.core.protocols import (
     KVLayout,
     TransferKey,
 )
-from sagellm.core.protocols.bench import Benchmark, Case, Contenders, Missing, Ratio, Row
+from sagellm.core.protocols.bench import (
+    Benchmark,
+    Case,
+    Contenders,
+    Missing,
+    Ratio,
+    Row,
+    end_processes,
+)
 from sagellm.core.protocols.netns import ShapedHosts, enter_namespace, why_not
 
 from . import _distinct
@@ -136,13 +144,7 @@ class _Pair:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-                process.join(5)
+        end_processes(self._pipes, self._processes)
 
     def run(self, codec: str, options: dict[str, Any], error: MaxError | None) -> float:
         """Bytes of values per second of one turn."""

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from sagellm.core.protocols import CommTimeoutError, DistributedRuntimeError
-from sagellm.core.protocols.bench import Missing
+from sagellm.core.protocols.bench import Missing, end_processes
 from sagellm.core.protocols.netns import ShapedHosts
 
 from ._turns import Region, fill, pool_blocks
@@ -131,13 +131,7 @@ class Pair:
     def close(self) -> None:
         """End both processes. Idempotent."""
         self._resume()
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-                process.join(5)
+        end_processes(self._pipes, self._processes)
 
     def _measure(self, command: str) -> Cost:
         turn = next(_turns)
